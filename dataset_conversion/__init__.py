@@ -1,0 +1,1 @@
+"""Conversions of published data sets, one script each."""

@@ -1,0 +1,37 @@
+"""The command `nnunet_diffusion`: one file a subcommand, parsed before anything heavy is imported."""
+
+import argparse
+import importlib
+import sys
+
+from nnunet_diffusion import __version__
+from nnunet_diffusion.errors import UserError
+
+COMMANDS = ("env", "convert", "plan_and_preprocess", "demo", "export")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; importing it costs milliseconds because commands import torch only in `run`."""
+    parser = argparse.ArgumentParser(
+        prog="nnunet_diffusion", description="Learn nnU-Net's planned network from every scan there is."
+    )
+    parser.add_argument("--version", action="version", version=f"nnunet_diffusion {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in COMMANDS:
+        module = importlib.import_module(f"nnunet_diffusion.cli.{name}")
+        command = subparsers.add_parser(
+            name, help=module.HELP, description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns its exit code: 0 all went well, 1 something did not, 2 wrong usage."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (UserError, OSError) as error:
+        print(f"nnunet_diffusion: error: {error}", file=sys.stderr)
+        return 1

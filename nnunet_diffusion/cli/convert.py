@@ -1,0 +1,12 @@
+"""`nnunet_diffusion convert`."""
+
+HELP = "convert"
+
+
+def add_arguments(parser):
+    """Declares the command's arguments."""
+
+
+def run(args):
+    """Runs the command."""
+    raise NotImplementedError

@@ -1,0 +1,1 @@
+"""Cases, their labels and the unlabelled pool."""

@@ -1,0 +1,1 @@
+"""Time conditioning, folding and transfer of planned networks."""
