@@ -1,0 +1,204 @@
+"""What makes a scan or a label unusable, told before it costs hours of preprocessing or training."""
+
+import gzip
+import math
+import os
+import zlib
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import nibabel
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+
+from nnunet_diffusion.errors import UserError
+
+# What SimpleITK reads and nnU-Net calls an image with a geometry; other files (png, tif) are only looked at for size 0.
+GEOMETRIC_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
+
+
+class Geometry(NamedTuple):
+    """Where the voxels lie, in SimpleITK's axis order (x, y, z), lengths in mm, LPS."""
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+
+def read_geometry(path: str) -> Geometry | None:
+    """Reads an image's header only; None for file types without a geometry.
+
+    Raises:
+        UserError: If the file is missing, empty or unreadable, or does not hold one 3-D image.
+    """
+    _require_content(path)
+    if not path.endswith(GEOMETRIC_ENDINGS):
+        return None
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise UserError(_unreadable(path, error)) from error
+    size, components = reader.GetSize(), reader.GetNumberOfComponents()
+    if len(size) != 3 or components != 1:
+        raise UserError(
+            f"{path}: is {len(size)}-D, of size {size}, with {components} value(s) a voxel: "
+            "give every channel or time point as a 3-D file of its own"
+        )
+    return Geometry(size, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+
+
+def check_image(path: str) -> Geometry | None:
+    """Reads a whole image once and refuses what nnU-Net cannot learn from; returns its geometry.
+
+    Raises:
+        UserError: If the file is missing, empty, truncated or unreadable, is not 3-D, holds NaN or infinite voxels,
+            or all its voxels have the same value.
+    """
+    if geometry := read_geometry(path):
+        check_values(path, _read(path))
+    return geometry
+
+
+def check_complete(path: str) -> None:
+    """Refuses a NIfTI file that ends early or whose gzip checksum is wrong, reading all of it; other files pass.
+
+    SimpleITK reads such a file without a word and makes up what is missing; other formats it refuses by itself.
+
+    Raises:
+        UserError: As said.
+    """
+    if not path.endswith((".nii", ".nii.gz")):
+        return
+    try:
+        header = nibabel.load(path).dataobj
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
+            present = sum(len(block) for block in iter(lambda: f.read(2**20), b""))
+    except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        raise UserError(_unreadable(path, error)) from error
+    expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
+    if present < expected:
+        raise UserError(_unreadable(path, f"{present} bytes where its header announces {expected}"))
+
+
+def check_values(path: str, voxels: np.ndarray) -> None:
+    """Refuses the voxels, in an array of any shape, of an image that is not finite or constant; `path` is for the error.
+
+    Raises:
+        UserError: As said.
+    """
+    lowest, highest = voxels.min(), voxels.max()  # NaN if any voxel is
+    if not (np.isfinite(lowest) and np.isfinite(highest)):
+        count = int(voxels.size - np.isfinite(voxels).sum())
+        raise UserError(f"{path}: {count} of {voxels.size} voxels are NaN or infinite: mend or remove the file")
+    if lowest == highest:
+        raise UserError(f"{path}: every voxel is {lowest}, there is nothing to see: mend or remove the file")
+
+
+def check_label(path: str, label_values: Collection[int]) -> Geometry | None:
+    """Reads a whole label map once and refuses values that the data set does not declare; returns its geometry.
+
+    Args:
+        path: The label file.
+        label_values: The integers that may occur, background and ignore label included.
+
+    Raises:
+        UserError: If the file cannot be read, is not 3-D, or has other values.
+    """
+    geometry = read_geometry(path)
+    if geometry is None:
+        return None
+    found = np.sort(pd.unique(_read(path).ravel()))  # hashing: much faster than np.unique on a scan
+    if fractions := [float(value) for value in found if not float(value).is_integer()]:
+        raise UserError(f"{path}: label values must be whole numbers, not {_some(fractions)}: is this an image?")
+    if unknown := [int(value) for value in found if value not in label_values]:
+        raise UserError(
+            f"{path}: label values {_some(unknown)} are not among the declared {sorted(label_values)}: "
+            "declare them or correct the file"
+        )
+    return geometry
+
+
+def check_same_geometry(path: str, geometry: Geometry | None, reference: str, expected: Geometry | None) -> None:
+    """Refuses a file that does not lie on the reference file's voxels.
+
+    Spacings agree as nnU-Net's own verification demands. Directions and origins may differ by the rounding of a header:
+    less than a voxel over a scan of 500, and a tenth of a voxel.
+
+    Raises:
+        UserError: Naming what differs of size, spacing, origin and direction, and both values.
+    """
+    if geometry is None or expected is None:
+        return
+    agrees = {
+        "size": geometry.size == expected.size,
+        "spacing": np.allclose(geometry.spacing, expected.spacing),
+        "origin": np.allclose(geometry.origin, expected.origin, rtol=0, atol=0.1 * min(expected.spacing)),
+        "direction": np.allclose(geometry.direction, expected.direction, rtol=0, atol=1e-3),
+    }
+    differences = [
+        f"{name} {_rounded(getattr(geometry, name))} against {_rounded(getattr(expected, name))}"
+        for name, same in agrees.items()
+        if not same
+    ]
+    if differences:
+        raise UserError(
+            f"{path} does not lie on the voxels of {reference}: {'; '.join(differences)}: resample one onto the other"
+        )
+
+
+def check_channels(images: Sequence[str]) -> None:
+    """Refuses a case whose channels, one file each, are not usable images on the same voxels."""
+    first = check_image(images[0])
+    for path in images[1:]:
+        check_same_geometry(path, check_image(path), images[0], first)
+
+
+def check_labeled_case(images: Sequence[str], label: str, label_values: Collection[int]) -> None:
+    """Refuses a labelled case with an unusable channel or label, or of which not all lie on the same voxels.
+
+    Args:
+        images: One path per channel.
+        label: The label file.
+        label_values: The integers that may occur in it, background and ignore label included.
+
+    Raises:
+        UserError: Naming the first file that is wrong, and how.
+    """
+    check_channels(images)
+    check_same_geometry(label, check_label(label, label_values), images[0], read_geometry(images[0]))
+
+
+def _require_content(path: str) -> None:
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}): restore the file or take the case out") from error
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: is not a file: restore the file or take the case out")
+    if size == 0:
+        raise UserError(f"{path}: is an empty file: copy or download it again")
+
+
+def _read(path: str) -> np.ndarray:
+    check_complete(path)
+    try:
+        return sitk.GetArrayFromImage(sitk.ReadImage(path))
+    except RuntimeError as error:
+        raise UserError(_unreadable(path, error)) from error
+
+
+def _unreadable(path: str, error: Exception | str) -> str:
+    reason = " ".join(str(error).split()).rpartition("ERROR: ")[2]  # SimpleITK tells its own source lines first
+    return f"{path}: cannot be read, truncated or no image ({reason.rstrip('.')}): copy or download it again"
+
+
+def _rounded(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(float(f"{value:.6g}") for value in values)
+
+
+def _some(values: list, limit: int = 10) -> str:
+    return str(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")
