@@ -1,4 +1,8 @@
-"""The command `nnunet_diffusion`: one file a subcommand, parsed before anything heavy is imported."""
+"""The command `nnunet_diffusion`: one file a subcommand, parsed before anything heavy is imported.
+
+Such a file has HELP (one line), add_arguments(parser), run(args) -> exit code and, where nnU-Net's folders must be set,
+NEEDS: their names.
+"""
 
 import argparse
 import importlib
@@ -6,14 +10,18 @@ import sys
 
 from nnunet_diffusion import __version__
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.installation import require_folders
 
 COMMANDS = ("env", "convert", "plan_and_preprocess", "demo", "export")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; importing it costs milliseconds because commands import torch only in `run`."""
+    """The parser of all commands; it costs milliseconds because commands import torch and nnU-Net only in `run`."""
     parser = argparse.ArgumentParser(
-        prog="nnunet_diffusion", description="Learn nnU-Net's planned network from every scan there is."
+        prog="nnunet_diffusion",
+        description="Learn nnU-Net's planned network from every scan there is.",
+        epilog='example:\n  eval "$(nnunet_diffusion env --root ~/nnunet)"\n  nnunet_diffusion COMMAND --help',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"nnunet_diffusion {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -23,15 +31,19 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=module.HELP, description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.set_defaults(run=module.run, needs=getattr(module, "NEEDS", ()))
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command; returns its exit code: 0 all went well, 1 something did not, 2 wrong usage."""
+    """Runs one command; returns its exit code: 0 all went well, 1 something did not, 2 wrong usage, 130 interrupted."""
     args = build_parser().parse_args(argv)
     try:
+        require_folders(args.needs)
         return args.run(args)
     except (UserError, OSError) as error:
         print(f"nnunet_diffusion: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("nnunet_diffusion: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,68 @@
+"""What every test relies on: seeds, one thread, nnU-Net folders of its own, the shared real data."""
+
+import os
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+
+# Read when torch or nnU-Net is imported, so set before any test module is. Two processes with more threads than
+# cores are several times slower than with one thread each.
+os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MPLBACKEND="agg")
+os.environ.update(nnUNet_n_proc_DA="0", nnUNet_def_n_proc="1", nnUNet_compile="f", nnUNet_wandb_enabled="0")
+# nnU-Net looks its folders up at each use: a test that forgets to set them must fail, not touch the user's data.
+for variable in (*FOLDERS, "nnUNet_extTrainer"):
+    os.environ.pop(variable, None)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Seeds the generators of the libraries that are already imported."""
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Sets nnU-Net's three folders for the whole session, so that expensive fixtures can share what they made."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield set_folders(tmp_path_factory.mktemp("nnunet"), patch)
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Gives one test three empty nnU-Net folders of its own; returns the folder that holds them."""
+    return set_folders(tmp_path / "nnunet", monkeypatch)
+
+
+def set_folders(root: Path, patch: pytest.MonkeyPatch) -> Path:
+    """Creates nnU-Net's three folders under `root` and points the environment at them."""
+    for name in FOLDERS:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        patch.setenv(name, str(root / name))
+    return root
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real scans beside the repository."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real scans in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def probe() -> dict:
+    """What one fresh process found that imported torch, torchvision and, by nnU-Net's own search, all our trainers."""
+    from nnunet_diffusion import installation
+
+    return installation.probe()
