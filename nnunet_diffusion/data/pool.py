@@ -1,0 +1,245 @@
+"""Preprocesses what is missing, case by case, whole or not at all: the unlabelled pool and the labelled cases alike.
+
+A folder of preprocessed cases is what nnU-Net's own preprocessing leaves, plus one hidden folder with the identity of
+the preprocessing and the temporary files: it goes when nnU-Net deletes the folder, and nnU-Net does not look into it.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from os.path import basename, exists, getmtime, isdir, isfile, join
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from tqdm import tqdm
+
+from nnunet_diffusion.data.checks import check_complete, check_same_geometry, check_values, read_geometry
+from nnunet_diffusion.data.unlabeled import unlabeled_cases
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import write_json
+
+WORK = ".nnunet_diffusion"
+UNLABELED_FILES = (".pkl", ".b2nd")  # in the order in which they appear: with its .b2nd a case is complete
+LABELED_FILES = (".pkl", "_seg.b2nd", ".b2nd")
+
+
+def pool_folder(preprocessed_dataset_folder_base: str, data_identifier: str) -> str:
+    """The folder of the preprocessed unlabelled scans of one configuration."""
+    return join(preprocessed_dataset_folder_base, data_identifier + "_unlabeled")
+
+
+def pool_identifiers(folder: str) -> list[str]:
+    """The cases of which every file is there, sorted; none if there is no such folder."""
+    return complete_cases(folder, UNLABELED_FILES)
+
+
+def complete_cases(folder: str, endings: Iterable[str]) -> list[str]:
+    """Names of the cases that have a file with each of `endings` in `folder`, sorted."""
+    files = set(os.listdir(folder)) if isdir(folder) else set()
+    names = (name.removesuffix(".b2nd") for name in files if name.endswith(".b2nd"))
+    return sorted(name for name in names if all(name + ending in files for ending in endings))
+
+
+def preprocess_pool(dataset_name, plans_manager, configuration, num_processes=default_num_processes) -> dict[str, str]:
+    """Preprocesses the unlabelled scans with the plan's own preprocessor; arguments as `preprocess_labeled`.
+
+    Returns:
+        What is wrong with each scan that was left out: case -> message.
+    """
+    dataset_folder = join(nnUNet_raw, dataset_name)
+    dataset_json = load_json(join(dataset_folder, "dataset.json"))
+    cases = {case: (images, None) for case, images in unlabeled_cases(dataset_folder, dataset_json).items()}
+    identifier = plans_manager.get_configuration(configuration).data_identifier
+    folder = pool_folder(join(nnUNet_preprocessed, dataset_name), identifier)
+    if not cases and not isdir(folder):
+        return {}
+    return _preprocess(cases, folder, UNLABELED_FILES, plans_manager, configuration, dataset_json, num_processes)
+
+
+def preprocess_labeled(
+    dataset_name, plans_manager, configuration, num_processes=default_num_processes
+) -> dict[str, str]:
+    """Preprocesses the labelled cases as `nnUNetv2_preprocess` does, but only those that are missing or changed.
+
+    Args:
+        dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
+        plans_manager: The `PlansManager` of the plan.
+        configuration: A configuration of that plan.
+        num_processes: Number of worker processes; each holds one case in memory.
+
+    Returns:
+        What is wrong with each case that was left out: case -> message.
+
+    Raises:
+        UserError: If a worker process was killed.
+    """
+    dataset_folder = join(nnUNet_raw, dataset_name)
+    dataset_json = load_json(join(dataset_folder, "dataset.json"))
+    dataset = get_filenames_of_train_images_and_targets(dataset_folder, dataset_json)
+    cases = {case: (files["images"], files["label"]) for case, files in dataset.items()}
+    identifier = plans_manager.get_configuration(configuration).data_identifier
+    folder = join(nnUNet_preprocessed, dataset_name, identifier)
+    return _preprocess(cases, folder, LABELED_FILES, plans_manager, configuration, dataset_json, num_processes)
+
+
+def _preprocess(cases, folder, endings, plans_manager, configuration, dataset_json, num_processes) -> dict[str, str]:
+    configuration_manager = plans_manager.get_configuration(configuration)
+    identity = preprocessing_identity(plans_manager, configuration_manager)
+    if endings is LABELED_FILES:
+        identity["labels"] = [dataset_json["labels"], dataset_json.get("regions_class_order")]
+    _prepare(folder, identity)
+    _remove_unlisted(folder, set(cases))
+    complete = set(complete_cases(folder, endings))
+    todo = [c for c, files in cases.items() if c not in complete or _has_changed(join(folder, c + ".b2nd"), files)]
+    work = partial(
+        preprocess_case,
+        folder=folder,
+        endings=endings,
+        plans_manager=plans_manager,
+        configuration_manager=configuration_manager,
+        dataset_json=dataset_json,
+    )
+    tasks = {case: (case, *cases[case]) for case in todo}
+    results = run_in_processes(work, tasks, num_processes, f"{basename(folder)} ({len(cases) - len(todo)} there)")
+    return {case: problem for case, problem in results.items() if problem is not None}
+
+
+def preprocessing_identity(plans_manager, configuration_manager) -> dict:
+    """Everything in a plan that decides the values of a preprocessed scan, as it comes back from JSON."""
+    keys = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
+    keys += ("resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")
+    identity = {key: configuration_manager.configuration[key] for key in keys}
+    identity["transpose_forward"] = plans_manager.transpose_forward
+    identity["image_reader_writer"] = plans_manager.plans["image_reader_writer"]
+    identity["intensities"] = plans_manager.foreground_intensity_properties_per_channel
+    return json.loads(json.dumps(identity))
+
+
+def _prepare(folder: str, identity: dict) -> None:
+    """Leaves a folder of that identity without stale temporaries; of another or no identity, an empty one."""
+    identity_file = join(folder, WORK, "identity.json")
+    known = load_json(identity_file) if isfile(identity_file) else {}
+    if isdir(folder) and known != identity:
+        differing = sorted(key for key in identity if identity[key] != known.get(key))
+        tqdm.write(f"{folder}: made with other {', '.join(differing)}: done anew")
+        shutil.rmtree(folder)
+    os.makedirs(join(folder, WORK), exist_ok=True)
+    for name in os.listdir(join(folder, WORK)):
+        if isdir(join(folder, WORK, name)):
+            shutil.rmtree(join(folder, WORK, name))
+    write_json(identity_file, identity)
+
+
+def _remove_unlisted(folder: str, cases: set[str]) -> None:
+    for name in os.listdir(folder):
+        case = name.removesuffix(".b2nd").removesuffix(".pkl")
+        if case not in cases and case.removesuffix("_seg") not in cases and isfile(join(folder, name)):
+            os.remove(join(folder, name))
+
+
+def _has_changed(output: str, files: tuple[list[str], str | None]) -> bool:
+    images, label = files
+    sources = [*images, label] if label else images
+    return any(exists(source) and getmtime(source) > getmtime(output) for source in sources)
+
+
+def preprocess_case(
+    case, images, label, folder, endings, plans_manager, configuration_manager, dataset_json
+) -> str | None:
+    """Preprocesses one case as nnU-Net does and moves its files into `folder` when all are written.
+
+    Returns:
+        None, or what is wrong with the scan; nothing is written then.
+    """
+    preprocessor = configuration_manager.preprocessor_class(verbose=False)
+    temporary = join(folder, WORK, case)
+    os.makedirs(temporary)
+    try:
+        if label is not None:
+            arguments = (images, label, plans_manager, configuration_manager, dataset_json)
+            preprocessor.run_case_save(join(temporary, case), *arguments)
+        else:
+            data, properties = read_scan(plans_manager.image_reader_writer_class(), images)
+            data, seg, properties = preprocessor.run_case_npy(
+                data, None, properties, plans_manager, configuration_manager, dataset_json
+            )
+            blocks, chunks = comp_blosc2_params(data.shape, tuple(configuration_manager.patch_size), data.itemsize)
+            nnUNetDatasetBlosc2.save_case(data, seg, properties, join(temporary, case), chunks=chunks, blocks=blocks)
+        for ending in endings:
+            os.replace(join(temporary, case + ending), join(folder, case + ending))
+    except UserError as problem:
+        return str(problem)
+    finally:
+        shutil.rmtree(temporary)
+    return None
+
+
+def read_scan(reader, images: list[str]) -> tuple[np.ndarray, dict]:
+    """Reads a scan's channels with nnU-Net's reader, once.
+
+    Returns:
+        (C, Z, Y, X) array and nnU-Net's properties.
+
+    Raises:
+        UserError: If a file cannot be read, is not 3-D, is not aligned with the first, holds NaN or is constant.
+    """
+    geometries = [read_geometry(path) for path in images]
+    for path, geometry in zip(images, geometries, strict=True):
+        check_same_geometry(path, geometry, images[0], geometries[0])
+        check_complete(path)
+    try:
+        data, properties = reader.read_images(images)
+    except Exception as error:  # each of nnU-Net's readers has errors of its own
+        raise UserError(f"{', '.join(images)}: cannot be read: {error}") from error
+    for path, channel in zip(images, data, strict=True):
+        check_values(path, channel)
+    return data, properties
+
+
+def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, description: str) -> dict:
+    """Calls `work(*arguments)` for each case of `tasks` in processes of its own, with a progress bar.
+
+    Returns:
+        Case -> what `work` returned.
+
+    Raises:
+        UserError: If a process died; what is finished stays.
+    """
+    if not tasks:
+        return {}
+    results = {}
+    context = multiprocessing.get_context("spawn")
+    workers = min(num_processes, len(tasks))
+    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+        futures = {pool.submit(work, *arguments): case for case, arguments in tasks.items()}
+        try:
+            for future in tqdm(as_completed(futures), description, total=len(tasks)):
+                results[futures[future]] = future.result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{description}: a worker process was killed, most likely for want of memory: run the same command "
+                "again with fewer processes (-np); it continues where it stopped"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+    return results
+
+
+def _end_with_parent() -> None:
+    """A worker must not outlive a killed command: it would hold memory and write under the next one."""
+
+    def watch():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
