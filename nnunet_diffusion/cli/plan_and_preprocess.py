@@ -1,12 +1,193 @@
-"""`nnunet_diffusion plan_and_preprocess`."""
+"""`nnunet_diffusion plan_and_preprocess`: nnU-Net's planning and preprocessing, for the unlabelled scans as well."""
 
-HELP = "plan_and_preprocess"
+import contextlib
+import importlib
+import io
+import json
+import os
+import shutil
+import sys
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import atomic
+
+HELP = "plan the network, preprocess the labelled cases, then the pool of unlabelled scans"
+NEEDS = ("nnUNet_raw", "nnUNet_preprocessed")
+DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+EPILOG = """\
+Only what is missing is done: killed at any point, the same command continues. An existing plan is kept as it is
+(your edits too) unless --replan is given. A scan of the pool that cannot be used is skipped and listed at the
+end, with exit code 1; a labelled case that cannot be used stops the command before anything is written.
+
+example:
+  nnunet_diffusion plan_and_preprocess -d 22 -c 2d 3d_fullres -pl DiffusionPlanner -np 8
+"""
 
 
 def add_arguments(parser):
     """Declares the command's arguments."""
+    parser.epilog = EPILOG
+    parser.add_argument("-d", dest="dataset", metavar="ID", required=True, help="data set id or name")
+    parser.add_argument(
+        "-c",
+        dest="configurations",
+        metavar="CONFIG",
+        nargs="+",
+        help=f"configurations to preprocess; default: those of {', '.join(DEFAULT_CONFIGURATIONS)} that the plan has",
+    )
+    parser.add_argument(
+        "-pl",
+        dest="planner",
+        metavar="PLANNER",
+        default="DiffusionPlanner",
+        help="DiffusionPlanner (default), DiffusionPlannerL, DiffusionPlannerXL, CompactPlanner or one of nnU-Net's "
+        "(ExperimentPlanner, nnUNetPlannerResEncL, ...)",
+    )
+    parser.add_argument("-np", dest="num_processes", metavar="N", type=int, help="processes; default: nnU-Net's")
+    parser.add_argument("--replan", action="store_true", help="replace an existing plan")
+    parser.add_argument("--no_pool", action="store_true", help="leave out the unlabelled scans")
 
 
 def run(args):
     """Runs the command."""
-    raise NotImplementedError
+    from nnunetv2.configuration import default_num_processes
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunet_diffusion.data.fingerprint import fingerprint_labeled, fingerprint_unlabeled
+    from nnunet_diffusion.data.pool import preprocess_labeled, preprocess_pool
+
+    num_processes = args.num_processes or default_num_processes
+    name = find_dataset(args.dataset)
+    planner_class = find_planner(args.planner)
+    fingerprint_labeled(name, num_processes)
+    failed = {}
+    if getattr(planner_class, "uses_unlabeled_geometry", False):
+        failed |= fingerprint_unlabeled(name, num_processes)
+    plans_manager = PlansManager(plan(name, planner_class, args.replan))
+    for configuration in choose(args.configurations, plans_manager):
+        preprocess_labeled(name, plans_manager, configuration, num_processes)
+        if not args.no_pool:
+            failed |= preprocess_pool(name, plans_manager, configuration, num_processes)
+    copy_labels(name)
+    for case in sorted(failed):
+        print(f"skipped {case}: {failed[case]}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} unlabelled scans were skipped, everything else is done", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def find_dataset(name_or_id: str) -> str:
+    """The name of a data set in nnUNet_raw.
+
+    Raises:
+        UserError: If there is none, or more than one with that id.
+    """
+    from nnunetv2.paths import nnUNet_raw
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    try:
+        name = maybe_convert_to_dataset_name(name_or_id)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"-d {name_or_id}: {error}") from error
+    if not os.path.isfile(os.path.join(nnUNet_raw, name, "dataset.json")):
+        raise UserError(f"{os.path.join(nnUNet_raw, name)}: no dataset.json: make it with `nnunet_diffusion convert`")
+    return name
+
+
+def find_planner(name: str) -> type:
+    """A planner of ours, else of nnU-Net, by the name of its class.
+
+    Raises:
+        UserError: If there is none.
+    """
+    import nnunetv2
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    ours = os.path.dirname(importlib.import_module("nnunet_diffusion.planners").__file__)
+    if name.isidentifier() and os.path.isfile(os.path.join(ours, name + ".py")):
+        return getattr(importlib.import_module(f"nnunet_diffusion.planners.{name}"), name)
+    folder = os.path.join(nnunetv2.__path__[0], "experiment_planning")
+    found = recursive_find_python_class(folder, name, current_module="nnunetv2.experiment_planning")
+    if not (isinstance(found, type) and issubclass(found, ExperimentPlanner)):
+        known = sorted(file[:-3] for file in os.listdir(ours) if file[0].isupper() and file.endswith(".py"))
+        raise UserError(f"-pl {name}: no such planner: take one of {', '.join(known)}, or one of nnU-Net's")
+    return found
+
+
+def plan(name: str, planner_class: type, replan: bool) -> str:
+    """Plans unless there is a plan; returns the path of the plans file.
+
+    nnU-Net writes the plans in place: a mark beside them tells the next run that this one did not come to the end.
+    """
+    from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+
+    planner = planner_class(name)
+    folder = os.path.join(nnUNet_preprocessed, name)
+    plans_file = os.path.join(folder, planner.plans_identifier + ".json")
+    mark = plans_file + ".unfinished"
+    if replan or not os.path.isfile(plans_file) or os.path.isfile(mark):
+        open(mark, "w").close()
+        with contextlib.redirect_stdout(io.StringIO()):
+            planner.plan_experiment()
+        os.remove(mark)
+        print(f"planned: {plans_file}")
+    elif is_outdated(load(plans_file), planner):
+        print(f"{plans_file}: kept, but the data have changed since it was made: --replan replaces it")
+    else:
+        print(f"{plans_file}: kept")
+    with atomic(os.path.join(folder, "dataset.json")) as temporary:
+        shutil.copyfile(os.path.join(nnUNet_raw, name, "dataset.json"), temporary)
+    return plans_file
+
+
+def is_outdated(plans: dict, planner) -> bool:
+    """Whether the scans' geometry or intensities are no longer those that the plan was made from."""
+    import numpy as np
+
+    fingerprint, axes = planner.dataset_fingerprint, plans["transpose_forward"]
+    spacing = [float(i) for i in np.median(fingerprint["spacings"], 0)[axes]]
+    shape = [int(round(i)) for i in np.median(fingerprint["shapes_after_crop"], 0)[axes]]
+    intensities = "foreground_intensity_properties_per_channel"
+    return (
+        spacing != plans["original_median_spacing_after_transp"]
+        or shape != plans["original_median_shape_after_transp"]
+        or fingerprint[intensities] != plans[intensities]
+    )
+
+
+def load(plans_file: str) -> dict:
+    """Reads a plans file, which a person may have edited."""
+    try:
+        with open(plans_file, encoding="utf-8") as f:
+            return json.load(f)
+    except ValueError as error:
+        raise UserError(f"{plans_file}: not JSON ({error}): correct it, or replace it with --replan") from error
+
+
+def choose(wanted: list[str] | None, plans_manager) -> list[str]:
+    """The configurations to preprocess.
+
+    Raises:
+        UserError: If one is not in the plan.
+    """
+    available = plans_manager.available_configurations
+    if unknown := set(wanted or ()) - set(available):
+        raise UserError(f"-c {' '.join(sorted(unknown))}: the plan has {', '.join(available)}")
+    return wanted or [configuration for configuration in DEFAULT_CONFIGURATIONS if configuration in available]
+
+
+def copy_labels(name: str) -> None:
+    """Puts the labels where nnU-Net validates, as its own preprocessing does; only what is new or newer."""
+    from nnunetv2.paths import nnUNet_preprocessed
+
+    from nnunet_diffusion.data.fingerprint import labeled_cases
+
+    dataset_json, dataset = labeled_cases(name)
+    folder = os.path.join(nnUNet_preprocessed, name, "gt_segmentations")
+    os.makedirs(folder, exist_ok=True)
+    for case, files in dataset.items():
+        target = os.path.join(folder, case + dataset_json["file_ending"])
+        if not os.path.exists(target) or os.path.getmtime(files["label"]) > os.path.getmtime(target):
+            with atomic(target) as temporary:
+                shutil.copyfile(files["label"], temporary)

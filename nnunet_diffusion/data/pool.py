@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import shutil
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -66,9 +66,7 @@ def preprocess_pool(dataset_name, plans_manager, configuration, num_processes=de
     return _preprocess(cases, folder, UNLABELED_FILES, plans_manager, configuration, dataset_json, num_processes)
 
 
-def preprocess_labeled(
-    dataset_name, plans_manager, configuration, num_processes=default_num_processes
-) -> dict[str, str]:
+def preprocess_labeled(dataset_name, plans_manager, configuration, num_processes=default_num_processes) -> None:
     """Preprocesses the labelled cases as `nnUNetv2_preprocess` does, but only those that are missing or changed.
 
     Args:
@@ -76,9 +74,6 @@ def preprocess_labeled(
         plans_manager: The `PlansManager` of the plan.
         configuration: A configuration of that plan.
         num_processes: Number of worker processes; each holds one case in memory.
-
-    Returns:
-        What is wrong with each case that was left out: case -> message.
 
     Raises:
         UserError: If a worker process was killed.
@@ -89,7 +84,7 @@ def preprocess_labeled(
     cases = {case: (files["images"], files["label"]) for case, files in dataset.items()}
     identifier = plans_manager.get_configuration(configuration).data_identifier
     folder = join(nnUNet_preprocessed, dataset_name, identifier)
-    return _preprocess(cases, folder, LABELED_FILES, plans_manager, configuration, dataset_json, num_processes)
+    _preprocess(cases, folder, LABELED_FILES, plans_manager, configuration, dataset_json, num_processes)
 
 
 def _preprocess(cases, folder, endings, plans_manager, configuration, dataset_json, num_processes) -> dict[str, str]:
@@ -111,7 +106,7 @@ def _preprocess(cases, folder, endings, plans_manager, configuration, dataset_js
     )
     tasks = {case: (case, *cases[case]) for case in todo}
     results = run_in_processes(work, tasks, num_processes, f"{basename(folder)} ({len(cases) - len(todo)} there)")
-    return {case: problem for case, problem in results.items() if problem is not None}
+    return {case: problem for case, problem in results if problem is not None}
 
 
 def preprocessing_identity(plans_manager, configuration_manager) -> dict:
@@ -206,25 +201,23 @@ def read_scan(reader, images: list[str]) -> tuple[np.ndarray, dict]:
     return data, properties
 
 
-def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, description: str) -> dict:
-    """Calls `work(*arguments)` for each case of `tasks` in processes of its own, with a progress bar.
+def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, description: str) -> Iterator[tuple]:
+    """Calls `work(*arguments)` for each case of `tasks` in other processes, with a progress bar.
 
-    Returns:
-        Case -> what `work` returned.
+    Yields:
+        The case and what `work` returned for it, in the order in which they end.
 
     Raises:
         UserError: If a process died; what is finished stays.
     """
     if not tasks:
-        return {}
-    results = {}
+        return
     context = multiprocessing.get_context("spawn")
-    workers = min(num_processes, len(tasks))
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(min(num_processes, len(tasks)), context, initializer=_end_with_parent) as pool:
         futures = {pool.submit(work, *arguments): case for case, arguments in tasks.items()}
         try:
             for future in tqdm(as_completed(futures), description, total=len(tasks)):
-                results[futures[future]] = future.result()
+                yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise UserError(
                 f"{description}: a worker process was killed, most likely for want of memory: run the same command "
@@ -232,7 +225,6 @@ def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, descript
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-    return results
 
 
 def _end_with_parent() -> None:
