@@ -1,0 +1,93 @@
+"""Table, small JSON and figure of the label-efficiency benchmark."""
+
+from pathlib import Path
+
+import numpy as np
+
+from nnunet_diffusion.files import atomic
+
+CONTROL = "scratch"  # the arm that the others are paired with
+
+
+def mean_per_organ(dice: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
+    """Mean over the test cases that have the organ or predict it; None if there is none."""
+    organs = dict.fromkeys(organ for case in dice.values() for organ in case)
+    values = {organ: [case[organ] for case in dice.values() if case.get(organ) is not None] for organ in organs}
+    return {organ: float(np.mean(found)) if found else None for organ, found in values.items()}
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, 0 for a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def compare(seeds: dict[int, float], control: dict[int, float]) -> list[float]:
+    """Differences to the control arm, seed by seed."""
+    return [seeds[seed] - control[seed] for seed in sorted(seeds) if seed in control]
+
+
+def short(run: dict) -> dict:
+    """What is worth committing of a run."""
+    organs = mean_per_organ(run["dice"])
+    return {
+        "arm": run["arm"], "budget": run["budget"], "seed": run["seed"], "training_cases": run["training_cases"],
+        "dice": round(float(np.mean([v for v in organs.values() if v is not None])), 4),
+        "dice_per_organ": {organ: None if v is None else round(v, 4) for organ, v in organs.items()},
+        "train_seconds": run["seconds"]["train"],
+    }
+
+
+def summarize(runs: list[dict]) -> tuple[str, dict]:
+    """Sums runs up: a Markdown table, and the content of the small JSON.
+
+    A run's Dice is the mean over organs of the mean over test cases; `±` is the standard deviation over seeds.
+    """
+    shorts = [short(run) for run in runs]
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    for run in shorts:
+        scores.setdefault((run["budget"], run["arm"]), {})[run["seed"]] = run["dice"]
+    lines = ["| labels | arm | seeds | Dice | minus " + CONTROL + ", paired | better |", "|---|---|---|---|---|---|"]
+    groups = []
+    for (budget, arm), seeds in scores.items():
+        mean, spread = mean_and_spread(list(seeds.values()))
+        group = {"budget": budget, "arm": arm, "seeds": sorted(seeds), "mean": round(mean, 4), "sd": round(spread, 4)}
+        paired = compare(seeds, scores.get((budget, CONTROL), {})) if arm != CONTROL else []
+        gain, better = "", ""
+        if paired:
+            group["minus_control"] = [round(d, 4) for d in paired]
+            gain = "{:+.3f} ± {:.3f}".format(*mean_and_spread(paired))
+            better = f"{sum(d > 0 for d in paired)} of {len(paired)}"
+        groups.append(group)
+        lines.append(f"| {budget} | {arm} | {len(seeds)} | {mean:.3f} ± {spread:.3f} | {gain} | {better} |")
+    arms = {run["arm"]: run["protocol"] | {"trainer": run["trainer"]} for run in runs}
+    content = {"arms": arms, "test_cases": runs[0]["test_cases"], "machine": runs[0]["machine"], "summary": groups,
+               "runs": shorts}
+    return "\n".join(lines), content
+
+
+def write_figure(content: dict, path: Path) -> None:
+    """Draws mean and spread per arm over the label budgets, with every seed as a dot."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    budgets = list(dict.fromkeys(group["budget"] for group in content["summary"]))
+    arms = list(dict.fromkeys(group["arm"] for group in content["summary"]))
+    figure, axes = plt.subplots(figsize=(2.5 + 2.2 * len(budgets), 4.2), layout="constrained")
+    for i, arm in enumerate(arms):
+        shift = (i - (len(arms) - 1) / 2) * 0.6 / len(arms)
+        groups = [group for group in content["summary"] if group["arm"] == arm]
+        x = [budgets.index(group["budget"]) + shift for group in groups]
+        line = axes.errorbar(x, [g["mean"] for g in groups], [g["sd"] for g in groups], fmt="o-", capsize=3, label=arm)
+        dots = [(budgets.index(run["budget"]) + shift, run["dice"]) for run in content["runs"] if run["arm"] == arm]
+        axes.plot(*zip(*dots, strict=True), ".", color=line[0].get_color(), alpha=0.4)
+    protocol = next(iter(content["arms"].values()))
+    axes.set(xticks=range(len(budgets)), xticklabels=budgets, xlabel="labelled cases (or per cent, or slices)",
+             ylabel="Dice, mean over organs and test cases",
+             title=f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,190 @@
+"""What ours costs against stock nnU-Net, as ratios measured in one run: A B A B, medians, the same machine.
+
+Batches are loaded before the clock starts, so a step is computation alone. Predictions mirror over the same axes.
+
+example, on a CPU:
+  python benchmarks/speed.py -d 501 -c 2d -p nnUNetCompactPlans --device cpu
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from train_and_test import describe_machine
+
+from nnunet_diffusion.data.pool import UNLABELED_FILES, WORK, preprocess_case
+from nnunet_diffusion.files import write_json
+
+STOCK, FINE_TUNING, PRE_TRAINING = "nnUNetTrainer", "DiffusionPretrainedTrainer", "DenoisingDiffusionTrainer"
+
+
+def load(dataset: str, plans: str) -> tuple[dict, dict]:
+    """The plans, with fine-tuning from random weights (which costs the same), and dataset.json."""
+    folder = Path(str(nnUNet_preprocessed), dataset)
+    content = json.loads((folder / f"{plans}.json").read_text())
+    content.setdefault("nnunet_diffusion", {}).setdefault(FINE_TUNING, {})["scratch"] = True
+    return content, json.loads((folder / "dataset.json").read_text())
+
+
+def start_trainer(name: str, args: argparse.Namespace):
+    """A trainer in the middle of its first epoch."""
+    plans, dataset_json = load(args.dataset, args.p)
+    trainer = recursive_find_trainer_class_by_name(name)(
+        plans={**plans, "continue_training": False}, configuration=args.c, fold="all", dataset_json=dataset_json,
+        device=torch.device(args.device),
+    )
+    trainer.on_train_start()
+    trainer.on_epoch_start()
+    trainer.on_train_epoch_start()
+    return trainer
+
+
+def stepper(trainer) -> Callable[[], None]:
+    """A function that trains one step on a batch that is already loaded."""
+    batches = cycle([next(trainer.dataloader_train) for _ in range(4)])
+    return lambda: trainer.train_step(next(batches))
+
+
+def predictor(trainer, axes: tuple[int, ...]) -> Callable[[], None]:
+    """A function that predicts one preprocessed case with the trainer's network, mirroring over `axes`."""
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    predict = nnUNetPredictor(device=trainer.device, allow_tqdm=False,
+                              perform_everything_on_device=trainer.device.type == "cuda")
+    predict.manual_initialization(trainer.network, trainer.plans_manager, trainer.configuration_manager, None,
+                                  trainer.dataset_json, type(trainer).__name__, axes)
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder)
+    data = torch.from_numpy(dataset.load_case(dataset.identifiers[0])[0][:])
+    return lambda: predict.predict_sliding_window_return_logits(data)
+
+
+def preprocessors(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Functions that preprocess the next labelled case: as a scan of the pool, and as nnU-Net does."""
+    plans, dataset_json = load(args.dataset, args.p)
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(args.c)
+    files = get_filenames_of_train_images_and_targets(str(Path(str(nnUNet_raw), args.dataset)), dataset_json)
+    cases = list(islice(files.items(), args.cases))
+    (folder / WORK).mkdir(parents=True)
+    as_pool, as_stock = cycle(cases), enumerate(cycle(cases))  # nnU-Net's writer does not overwrite
+
+    def pool() -> None:
+        case, paths = next(as_pool)
+        problem = preprocess_case(case, paths["images"], None, str(folder), UNLABELED_FILES, manager, configuration,
+                                  dataset_json)
+        if problem:
+            raise ValueError(problem)
+
+    def stock() -> None:
+        number, (_, paths) = next(as_stock)
+        output = str(folder / f"stock{number}")
+        DefaultPreprocessor(verbose=False).run_case_save(output, paths["images"], paths["label"], manager,
+                                                         configuration, dataset_json)
+
+    return pool, stock
+
+
+def interleave(ours: Callable, stock: Callable, rounds: int, device: str, warm_up: int = 1) -> dict[str, float]:
+    """Times two functions in turn; returns the medians in seconds and their ratio."""
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = {"ours": [], "stock": []}
+    for number in range(warm_up + rounds):
+        for name, function in (("ours", ours), ("stock", stock)):
+            wait()
+            start = time.perf_counter()
+            function()
+            wait()
+            if number >= warm_up:
+                times[name].append(time.perf_counter() - start)
+    medians = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
+    return {**medians, "ratio": medians["ours_seconds"] / medians["stock_seconds"], "rounds": rounds}
+
+
+def peak_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """Peak memory of a few training steps in MiB; to be called in a process of its own."""
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    step = stepper(start_trainer(name, args))
+    for _ in range(5):
+        step()
+    if args.device == "cuda":
+        return {"trainer": name, "peak_mib": torch.cuda.max_memory_allocated() / 2**20}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"trainer": name, "peak_mib": peak, "of_which_imports_mib": before}
+
+
+def measure(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """All measurements: rows of ratios, rows of memory."""
+    memory = []
+    for name in (STOCK, FINE_TUNING, PRE_TRAINING):  # first: a child's peak counts its parent's size at the fork
+        with multiprocessing.get_context("spawn").Pool(1) as process:
+            memory.append(process.apply(peak_memory, (name, args)))
+    stock, tuned, denoiser = (start_trainer(name, args) for name in (STOCK, FINE_TUNING, PRE_TRAINING))
+    timed = partial(interleave, device=args.device)
+    steps = partial(timed, stock=stepper(stock), rounds=args.rounds, warm_up=5)
+    rows = [
+        {"what": "fine-tuning step", "goal": 1.02, **steps(stepper(tuned))},
+        {"what": "pre-training step", "goal": 1.15, **steps(stepper(denoiser))},
+    ]
+    axes = stock.inference_allowed_mirroring_axes
+    rows.append({"what": "prediction of a case", "goal": 1.0,
+                 **timed(predictor(tuned, axes), predictor(stock, axes), max(3, args.rounds // 5))})
+    with tempfile.TemporaryDirectory() as folder:
+        pool, nnunet = preprocessors(args, Path(folder, "pool"))
+        rows.append({"what": "preprocessing of a pool scan", "goal": 1.05,
+                     **timed(pool, nnunet, 2 * args.cases, warm_up=args.cases)})
+    return rows, memory
+
+
+def tabulate(rows: list[dict], memory: list[dict]) -> str:
+    """The measurements as Markdown."""
+    lines = ["| what | ours, s | stock, s | ratio | goal |", "|---|---|---|---|---|"]
+    lines += [f"| {r['what']} | {r['ours_seconds']:.4f} | {r['stock_seconds']:.4f} | {r['ratio']:.3f} | {r['goal']} |"
+              for r in rows]
+    lines += ["", "| trainer | peak memory, MiB |", "|---|---|"]
+    return "\n".join(lines + [f"| {m['trainer']} | {m['peak_mib']:.0f} |" for m in memory])
+
+
+def main() -> None:
+    """Measures, prints a table and writes the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True, type=int, help="data set id")
+    parser.add_argument("-c", required=True, help="configuration")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans name (default: %(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rounds", type=int, default=30, help="timed pairs of steps (default: %(default)s)")
+    parser.add_argument("--cases", type=int, default=5, help="scans to preprocess (default: %(default)s)")
+    parser.add_argument("-o", default="speed.json", help="JSON to write (default: %(default)s)")
+    args = parser.parse_args()
+    plug_in = find_spec("nnunet_diffusion.trainers").submodule_search_locations[0]
+    os.environ.setdefault("nnUNet_extTrainer", plug_in)
+    args.dataset = maybe_convert_to_dataset_name(args.d)
+    with tempfile.TemporaryDirectory() as results:
+        os.environ["nnUNet_results"] = results
+        rows, memory = measure(args)
+    write_json(args.o, {"dataset": args.dataset, "configuration": args.c, "plans": args.p, "ratios": rows,
+                        "memory": memory, "machine": describe_machine(args.device)})
+    print(tabulate(rows, memory))
+
+
+if __name__ == "__main__":
+    main()

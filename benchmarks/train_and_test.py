@@ -1,0 +1,183 @@
+"""One run of the label-efficiency benchmark: trains one arm on one budget, tests it, writes one JSON.
+
+Started by label_efficiency.py with the path of a job description; nnU-Net's folders point to the run's own work folder.
+"""
+
+import json
+import os
+import pickle
+import platform
+import random
+import sys
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+import torch
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor, comp_blosc2_params
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from regimes import keep_slices
+
+from nnunet_diffusion.files import write_json
+
+
+def link_cases(source: Path, target: Path, cases: list[str], endings: tuple[str, ...]) -> None:
+    """Links the preprocessed files of some cases into another folder."""
+    target.mkdir(parents=True, exist_ok=True)
+    for case in cases:
+        for ending in endings:
+            if not (source / (case + ending)).exists():
+                raise FileNotFoundError(f"{source / (case + ending)} is missing: preprocess the data set again")
+            (target / (case + ending)).symlink_to(source / (case + ending))
+
+
+def axial_axis(image: sitk.Image) -> int:
+    """The array axis (reversed against SimpleITK's own order) that runs along the patient."""
+    direction = np.abs(np.array(image.GetDirection()).reshape(3, 3))
+    return 2 - int(direction[2].argmax())
+
+
+def label_slices(job: dict, plans: PlansManager, dataset_json: dict, target: Path) -> dict[str, list[int]]:
+    """Preprocesses the label of every training case with only its few slices annotated; the images stay what they were.
+
+    Returns:
+        case -> indices of the annotated slices in the raw label file.
+    """
+    configuration = plans.get_configuration(job["configuration"])
+    raw_json = json.loads(Path(job["raw"], "dataset.json").read_text())
+    raw = get_filenames_of_train_images_and_targets(job["raw"], raw_json)
+    chosen = {}
+    for case, number in job["cases"].items():
+        label = sitk.ReadImage(raw[case]["label"])
+        array, chosen[case] = keep_slices(sitk.GetArrayFromImage(label), axial_axis(label), number,
+                                          dataset_json["labels"]["ignore"], f"{job['seed']} {case}")
+        masked = sitk.GetImageFromArray(array)
+        masked.CopyInformation(label)
+        file = str(target.parent / f"{case}{dataset_json['file_ending']}")
+        sitk.WriteImage(masked, file)
+        _, seg, properties = DefaultPreprocessor(verbose=False).run_case(raw[case]["images"], file, plans,
+                                                                         configuration, dataset_json)
+        seg = seg.astype(np.int16)
+        blocks, chunks = comp_blosc2_params(seg.shape, tuple(configuration.patch_size), seg.itemsize)
+        nnUNetDatasetBlosc2.save_seg(seg, str(target / f"{case}_seg"), chunks, blocks)
+        (target / f"{case}.pkl").write_bytes(pickle.dumps(properties))
+    return chosen
+
+
+def write_split(job: dict, validation_cases: list[str]) -> None:
+    """Writes the run's only fold."""
+    base = Path(os.environ["nnUNet_preprocessed"], Path(job["preprocessed"]).name)
+    write_json(base / "splits_final.json", [{"train": sorted(job["cases"]), "val": validation_cases}])
+
+
+def prepare(job: dict) -> dict[str, list[int]]:
+    """Lays out the run's own nnUNet_preprocessed folder; returns the annotated slices, if the budget is in slices."""
+    source = Path(job["preprocessed"])
+    base = Path(os.environ["nnUNet_preprocessed"], source.name)
+    base.mkdir(parents=True)
+    plans = json.loads((source / f"{job['plans']}.json").read_text())
+    dataset_json = json.loads((source / "dataset.json").read_text())
+    block = plans.setdefault("nnunet_diffusion", {})
+    if job["trainer"] != "nnUNetTrainer":
+        block[job["trainer"]] = {**block.get(job["trainer"], {}), "seed": -1, **job["settings"]}  # seeded here
+    manager = PlansManager(plans)
+    data = manager.get_configuration(job["configuration"]).data_identifier
+    whole = (".b2nd", "_seg.b2nd", ".pkl")
+    link_cases(source / data, base / data, job["test_cases"], whole)
+    in_slices = any(job["cases"].values())
+    link_cases(source / data, base / data, list(job["cases"]), whole[:1] if in_slices else whole)
+    if in_slices:
+        dataset_json["labels"].setdefault("ignore", int(max(manager.get_label_manager(dataset_json).all_labels)) + 1)
+    write_json(base / f"{job['plans']}.json", plans)
+    write_json(base / "dataset.json", dataset_json)
+    write_split(job, sorted(job["cases"]))  # the test cases are not looked at before the final weights are there
+    for name in ("dataset_fingerprint.json", "gt_segmentations"):
+        (base / name).symlink_to(source / name)
+    return label_slices(job, manager, dataset_json, base / data) if in_slices else {}
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every generator that nnU-Net draws from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def build_trainer(job: dict):
+    """Builds the arm's trainer through nnU-Net's API; its batches depend on the seed alone, not on the arm."""
+    seed_everything(job["seed"])
+    trainer = get_trainer_from_args(Path(job["preprocessed"]).name, job["configuration"], 0, job["trainer"],
+                                    job["plans"], device=torch.device(job["device"]))
+    if job["trainer"] == "nnUNetTrainer":
+        for name, value in job["settings"].items():
+            if not hasattr(trainer, name):
+                raise ValueError(f"nnUNetTrainer has no setting {name!r}")
+            setattr(trainer, name, value)
+    trainer.disable_checkpointing = True  # the final weights are tested in memory; nothing is selected
+    start = trainer.on_train_start
+
+    def on_train_start() -> None:
+        start()
+        seed_everything(job["seed"])  # the arms drew different numbers while they built their networks
+
+    trainer.on_train_start = on_train_start
+    return trainer
+
+
+def read_dice(summary: dict, labels: dict, file_ending: str) -> dict[str, dict[str, float | None]]:
+    """Turns nnU-Net's summary.json into case -> organ -> Dice; None where neither mask has the organ."""
+    organ = {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
+    return {
+        Path(case["prediction_file"]).name.removesuffix(file_ending): {
+            organ[label]: None if np.isnan(metrics["Dice"]) else metrics["Dice"]
+            for label, metrics in case["metrics"].items()
+        }
+        for case in summary["metric_per_case"]
+    }
+
+
+def describe_machine(device: str) -> dict[str, str]:
+    """Versions and device, for the record."""
+    versions = {name: version(name) for name in ("nnunet_diffusion", "nnunetv2", "torch", "numpy")}
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU"
+    return {"python": platform.python_version(), **versions, "device": name, "threads": str(torch.get_num_threads())}
+
+
+def run(job: dict) -> None:
+    """Prepares, trains, tests, and writes the run's JSON."""
+    times = [time.time()]
+    slices = prepare(job)
+    times.append(time.time())
+    trainer = build_trainer(job)
+    trainer.run_training()
+    times.append(time.time())
+    write_split(job, job["test_cases"])
+    trainer.perform_actual_validation()
+    times.append(time.time())
+    summary = json.loads(Path(trainer.output_folder, "validation", "summary.json").read_text())
+    labels, ending = trainer.dataset_json["labels"], trainer.dataset_json["file_ending"]
+    seconds = dict(zip(("prepare", "train", "test"), np.diff(times).round(1).tolist(), strict=True))
+    write_json(job["result"], {
+        **{key: job[key] for key in ("arm", "budget", "seed", "trainer", "protocol")},
+        "training_cases": sorted(job["cases"]), "slices": slices, "test_cases": job["test_cases"],
+        "dice": read_dice(summary, labels, ending), "seconds": seconds, "machine": describe_machine(job["device"]),
+    })
+
+
+def end_with_parent() -> None:
+    """Ends this process when the benchmark that started it is killed, so that a second start finds nobody at work."""
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    run(json.loads(Path(sys.argv[1]).read_text()))

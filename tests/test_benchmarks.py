@@ -1,0 +1,141 @@
+"""The pure parts of the benchmarks: who is tested on, what a budget may see, and what is made of the numbers."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from label_efficiency import parse_arguments, read_arm  # noqa: E402
+from regimes import draw, group_by_patient, hold_out, keep_slices, parse_budget  # noqa: E402
+from report import mean_per_organ, summarize, write_figure  # noqa: E402
+
+from nnunet_diffusion.errors import UserError  # noqa: E402
+
+CASES = [f"case{i:02d}" for i in range(20)]
+PATIENTS = group_by_patient(CASES, {case: f"p{i // 2}" for i, case in enumerate(CASES)})  # two scans each
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"), [("8", ("cases", 8)), ("10%", ("percent", 10.0)), ("4slices", ("slices", 4))]
+)
+def test_budget_is_read(text, budget):
+    assert parse_budget(text) == budget
+
+
+@pytest.mark.parametrize("text", ["0", "-2", "0slices", "0%", "101%", "four", "4 slices", "2.5", ""])
+def test_bad_budget_is_named(text):
+    with pytest.raises(UserError, match=f"budget '{text}'"):
+        parse_budget(text)
+
+
+def test_a_patient_is_on_one_side_only():
+    test = hold_out(PATIENTS, 3, seed=0)
+    assert len(test) == 6
+    assert all(set(cases) <= set(test) or not set(cases) & set(test) for cases in PATIENTS.values())
+    assert test == hold_out(dict(reversed(PATIENTS.items())), 3, seed=0)
+    assert test != hold_out(PATIENTS, 3, seed=1)
+
+
+@pytest.mark.parametrize("number", [0, 10, 11])
+def test_somebody_is_left_to_train_and_to_test_on(number):
+    with pytest.raises(UserError, match="hold out"):
+        hold_out(PATIENTS, number, seed=0)
+
+
+def test_a_case_without_a_patient_is_named():
+    with pytest.raises(UserError, match="case19"):
+        group_by_patient(CASES, dict.fromkeys(CASES[:-1], "p"))
+
+
+@pytest.mark.parametrize("budgets", [["1", "2", "7", "20"], ["1%", "20%", "50%", "100%"]])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_smaller_budgets_are_part_of_larger_ones(budgets, seed):
+    drawn = [set(draw(budget, PATIENTS, seed)) for budget in budgets]
+    assert all(small < large for small, large in zip(drawn, drawn[1:], strict=False))
+    assert drawn[-1] == set(CASES)
+
+
+def test_per_cent_counts_patients_and_is_never_nobody():
+    assert len(draw("20%", PATIENTS, 0)) == 4  # 2 of 10 patients, two scans each
+    assert len(draw("1%", PATIENTS, 0)) == 2
+
+
+def test_seeds_draw_different_cases():
+    assert len({frozenset(draw("4", PATIENTS, seed)) for seed in range(5)}) > 1
+
+
+def test_slices_come_from_different_patients_where_possible():
+    assert list(draw("4slices", PATIENTS, 0).values()) == [1] * 4
+    assert sorted(draw("23slices", PATIENTS, 0).values()) == [2] * 7 + [3] * 3  # 10 patients: 2 each, 3 left over
+    few, many = draw("4slices", PATIENTS, 0), draw("23slices", PATIENTS, 0)
+    assert all(many[case] >= number for case, number in few.items())
+
+
+def test_more_cases_than_there_are_is_refused():
+    with pytest.raises(UserError, match="only 20 training cases"):
+        draw("21", PATIENTS, 0)
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_exactly_the_drawn_slices_stay_labelled(axis):
+    label = np.zeros((6, 5, 6), np.uint8)
+    label[2:5, 1, 2:5] = 3
+    masked, chosen = keep_slices(label, axis, 2, ignore=4, seed="0 case")
+    masked, reference = np.moveaxis(masked, axis, 0), np.moveaxis(label, axis, 0)
+    assert len(chosen) == 2 and set(chosen) <= {2, 3, 4}
+    for i in range(6):
+        assert (masked[i] == (reference[i] if i in chosen else 4)).all()
+    assert label.max() == 3
+    assert set(keep_slices(label, axis, 1, ignore=4, seed="0 case")[1]) < set(chosen)
+
+
+def test_too_many_slices_are_refused():
+    label = np.zeros((6, 4, 4), np.uint8)
+    label[1:3] = 1
+    with pytest.raises(UserError, match="only 2 show an organ"):
+        keep_slices(label, 0, 3, ignore=2, seed="")
+
+
+def test_settings_reach_the_arm():
+    given = ["DiffusionPretrainedTrainer.initial_lr=0.01", "nnUNetTrainer.x=1"]
+    trainer, settings = read_arm("full,timestep=150", given)
+    assert (trainer, settings) == ("DiffusionPretrainedTrainer", {"initial_lr": 0.01, "timestep": 150})
+    assert read_arm("scratch", [])[1] == {"scratch": True}
+    with pytest.raises(UserError, match="no arm 'ful'"):
+        read_arm("ful", [])
+    with pytest.raises(UserError, match="key=value"):
+        read_arm("full,timestep", [])
+
+
+def make_run(arm, seed, dice):
+    return {
+        "arm": arm, "budget": "2", "seed": seed, "trainer": "T", "training_cases": ["a"], "test_cases": ["b", "c"],
+        "dice": {"b": {"liver": dice, "spleen": None}, "c": {"liver": dice, "spleen": dice + 0.1}},
+        "protocol": {"dataset": "D", "configuration": "2d"}, "seconds": {"train": 1.0}, "machine": {},
+    }
+
+
+def test_an_organ_that_is_nowhere_does_not_count():
+    dice = {"b": {"liver": 0.2, "spleen": None, "aorta": None}, "c": {"liver": 0.4, "spleen": 0.5, "aorta": None}}
+    assert mean_per_organ(dice) == {"liver": pytest.approx(0.3), "spleen": 0.5, "aorta": None}
+
+
+def test_differences_are_paired_by_seed(tmp_path):
+    dice = {("scratch", 0): 0.4, ("scratch", 1): 0.6, ("full", 0): 0.5, ("full", 1): 0.6}
+    table, content = summarize([make_run(arm, seed, value) for (arm, seed), value in dice.items()])
+    full = next(group for group in content["summary"] if group["arm"] == "full")
+    # liver 0.5 and spleen 0.6 make 0.55, then 0.65: mean 0.6, sd 0.1 / sqrt 2; scratch has 0.45 and 0.65
+    assert (full["mean"], full["sd"], full["minus_control"]) == (0.6, 0.0707, [0.1, 0.0])
+    assert "| 2 | full | 2 | 0.600 ± 0.071 | +0.050 ± 0.071 | 1 of 2 |" in table
+    write_figure(content, tmp_path / "figure.png")
+    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
+
+
+def test_help_is_quick_and_complete(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["label_efficiency.py", "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        parse_arguments()
+    assert "--make_split" in capsys.readouterr().out
