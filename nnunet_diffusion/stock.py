@@ -1,0 +1,199 @@
+"""Model folders that plain nnU-Net predicts with, with nothing of this package installed."""
+
+import contextlib
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from nnunet_diffusion import installation
+from nnunet_diffusion.errors import UserError
+
+DESCRIPTIONS = ("plans.json", "dataset.json", "dataset_fingerprint.json")
+# The numbers in nnU-Net's training log are numpy scalars; otherwise its checkpoints hold tensors and plain values.
+PLAIN_NUMPY = [np.dtype, np.float64(0).__reduce__()[0]]
+PLAIN_NUMPY += [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]
+
+
+def export_stock(source: str, destination: str, folds: list[str] | None, checkpoint_name: str) -> list[str]:
+    """Copies a model folder so that it names nnU-Net's own trainer, and proves that it predicts the same.
+
+    Args:
+        source: Model folder, `.../DatasetXXX/TRAINER__PLANS__CONFIGURATION`.
+        destination: Folder to create; it appears when everything has been proven, or not at all.
+        folds: Such as ["0", "all"]; None takes every fold that has the checkpoint.
+        checkpoint_name: File in each `fold_X` to export.
+
+    Returns:
+        The exported folds.
+
+    Raises:
+        UserError: If `destination` exists, something is missing or unreadable, or the trainer's network is not the one
+            that nnU-Net builds from the same plan.
+    """
+    if os.path.exists(destination):
+        raise UserError(f"{destination} exists already: remove it, or give another folder with -o")
+    folds = find_folds(source, folds, checkpoint_name)
+    parent, name = os.path.split(os.path.abspath(destination))
+    os.makedirs(parent, exist_ok=True)
+    temporary = os.path.join(parent, f".tmp{os.getpid()}_{name}")
+    try:
+        for fold in folds:
+            rewrite_checkpoint(*(os.path.join(root, f"fold_{fold}", checkpoint_name) for root in (source, temporary)))
+        for file in DESCRIPTIONS:
+            if os.path.exists(os.path.join(source, file)):
+                shutil.copyfile(os.path.join(source, file), os.path.join(temporary, file))
+        prove_same(source, temporary, folds, checkpoint_name)
+        os.rename(temporary, destination)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folds
+
+
+def find_folds(folder: str, folds: list[str] | None, checkpoint_name: str) -> list[str]:
+    """Returns the folds to export, all with their checkpoint; raises UserError for what the folder lacks."""
+    for file in DESCRIPTIONS[:2]:
+        if not os.path.isfile(os.path.join(folder, file)):
+            raise UserError(f"{folder} is not a model folder, it has no {file}: check -d, -tr, -p and -c")
+    if folds is None:
+        folds = sorted(name[5:] for name in os.listdir(folder) if name.startswith("fold_"))
+        folds = [fold for fold in folds if os.path.isfile(os.path.join(folder, f"fold_{fold}", checkpoint_name))]
+    missing = [f for f in folds if not os.path.isfile(os.path.join(folder, f"fold_{f}", checkpoint_name))]
+    if missing or not folds:
+        what = f"fold {', '.join(missing)}" if missing else "any fold"
+        raise UserError(f"{folder} has no {checkpoint_name} of {what}: finish that training, or choose by -f and -chk")
+    return folds
+
+
+def rewrite_checkpoint(source: str, destination: str) -> None:
+    """Copies a checkpoint under nnU-Net's own trainer name; the rest, the mirroring axes too, stays as it is."""
+    checkpoint = load_checkpoint(source)
+    refuse_other_topology(os.path.dirname(os.path.dirname(source)), checkpoint)
+    checkpoint["exported_from"] = checkpoint["trainer_name"]
+    checkpoint["trainer_name"] = nnUNetTrainer.__name__
+    os.makedirs(os.path.dirname(destination), exist_ok=True)
+    torch.save(checkpoint, destination)
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Loads a checkpoint of nnU-Net without running any code that it may carry."""
+    try:
+        with torch.serialization.safe_globals(PLAIN_NUMPY):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from error
+    lacks = {"network_weights", "trainer_name", "init_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if lacks:
+        raise UserError(f"{path} is not a checkpoint of nnU-Net, it has no {sorted(lacks)}")
+    return checkpoint
+
+
+def refuse_other_topology(folder: str, checkpoint: dict[str, Any]) -> None:
+    """Raises UserError unless the checkpoint's trainer builds the network that nnU-Net builds from the same plan.
+
+    Compares the names and shapes of all weights: of both networks, and of what the checkpoint holds.
+    """
+    name, configuration = checkpoint["trainer_name"], checkpoint["init_args"]["configuration"]
+    with trainers_of(installation.with_our_trainers(installation.ext_trainer_folders())):
+        trainer = recursive_find_trainer_class_by_name(name)
+    planned = build(folder, configuration, nnUNetTrainer)
+    expected = shapes(planned.state_dict())
+    for found in (shapes(build(folder, configuration, trainer).state_dict()), shapes(checkpoint["network_weights"])):
+        differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"{name} cannot be exported as stock: {len(differing)} weights are not as in the network that nnU-Net "
+                f"plans, such as {key!r} ({found.get(key, 'absent')}, planned: {expected.get(key, 'absent')}). "
+                "Predict with nnUNet_extTrainer set instead (nnunet_diffusion env)"
+            )
+    foreign = {type(m).__module__ for m in planned.modules() if type(m).__module__.startswith("nnunet_diffusion")}
+    if foreign:
+        raise UserError(f"{name} cannot be exported as stock: its plan's network needs {', '.join(sorted(foreign))}")
+
+
+def build(folder: str, configuration: str, trainer: type[nnUNetTrainer]) -> torch.nn.Module:
+    """Builds the network of a model folder as prediction does."""
+    plans = PlansManager(os.path.join(folder, "plans.json"))
+    dataset_json = load_json(os.path.join(folder, "dataset.json"))
+    chosen = plans.get_configuration(configuration)
+    channels = determine_num_input_channels(plans, chosen, dataset_json)
+    heads = plans.get_label_manager(dataset_json).num_segmentation_heads
+    return trainer.build_network_architecture(plans, chosen, channels, heads, enable_deep_supervision=False)
+
+
+def shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shape of each weight."""
+    return {key: tuple(weight.shape) for key, weight in weights.items()}
+
+
+def prove_same(source: str, exported: str, folds: list[str], checkpoint_name: str) -> None:
+    """Predicts one random patch with both folders, loaded by nnU-Net, the exported one with its own trainers only.
+
+    Raises:
+        UserError: If an output differs in a single bit.
+    """
+    with trainers_of(installation.with_our_trainers(installation.ext_trainer_folders())):
+        ours = load_predictor(source, folds, checkpoint_name)
+    with trainers_of(""):
+        stock = load_predictor(exported, folds, checkpoint_name)
+    assert ours.allowed_mirroring_axes == stock.allowed_mirroring_axes
+    channels = determine_num_input_channels(ours.plans_manager, ours.configuration_manager, ours.dataset_json)
+    patch_shape = (1, channels, *ours.configuration_manager.patch_size)
+    patch = torch.randn(patch_shape, generator=torch.Generator().manual_seed(0))
+    pairs = zip(folds, ours.list_of_parameters, stock.list_of_parameters, strict=True)
+    for fold, our_weights, stock_weights in tqdm(pairs, "proving", total=len(folds), unit="fold"):
+        outputs = predict(ours.network, our_weights, patch), predict(stock.network, stock_weights, patch)
+        if not torch.equal(*outputs):
+            raise UserError(
+                f"{ours.trainer_name} cannot be exported as stock: in fold {fold}, plain nnU-Net's output differs "
+                f"by up to {(outputs[0] - outputs[1]).abs().max():.3g}. Predict with nnUNet_extTrainer set instead"
+            )
+
+
+def load_predictor(folder: str, folds: list[str], checkpoint_name: str) -> nnUNetPredictor:
+    """Loads a model folder as `nnUNetv2_predict` does, on the CPU, where results do not depend on chosen kernels."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(folder, tuple(folds), checkpoint_name)
+    return predictor
+
+
+@torch.inference_mode()
+def predict(network: torch.nn.Module, weights: dict[str, torch.Tensor], patch: torch.Tensor) -> torch.Tensor:
+    """The network's float32 output; nnU-Net's own sliding window rounds it to half precision."""
+    network.load_state_dict(weights)
+    return network.eval()(patch)
+
+
+@contextlib.contextmanager
+def trainers_of(folders: str) -> Iterator[None]:
+    """Lets nnU-Net search `folders` beside its own for trainers, silently: it names every file that it reads.
+
+    Raises:
+        UserError: If it finds no such trainer.
+    """
+    before = os.environ.get(installation.EXT_TRAINER)
+    os.environ[installation.EXT_TRAINER] = folders
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except (RuntimeError, ImportError) as error:
+        raise UserError(f"nnU-Net cannot load the trainer: {error}: see nnunet_diffusion env --check") from error
+    finally:
+        os.environ.pop(installation.EXT_TRAINER)
+        if before is not None:
+            os.environ[installation.EXT_TRAINER] = before

@@ -1,0 +1,126 @@
+"""The shape of the package: what nnU-Net finds, what may import what, what the wheel holds."""
+
+import ast
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nnunet_diffusion import installation
+from nnunet_diffusion.cli import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parent.parent
+PLUG_INS = ("trainers", "planners", "dataset_conversion")
+LIBRARY = sorted((ROOT / "nnunet_diffusion").rglob("*.py"))
+PLUG_IN_FILES = sorted(file for folder in PLUG_INS for file in (ROOT / folder).glob("[!_]*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names that a file imports anywhere, `from a import b` as `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: relative import"  # breaks in nnU-Net's flat search
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def classes(path: Path) -> list[str]:
+    """The names of what a file defines, beside imports and constants."""
+    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, kinds)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "trainers").glob("[!_]*.py")), ids=lambda path: path.stem)
+def test_trainer_file_defines_its_namesake_alone(path):
+    assert classes(path) == [path.stem]
+    assert path.stem.endswith("Trainer")
+
+
+def test_plug_in_folders_are_flat():
+    assert [p for folder in PLUG_INS for p in (ROOT / folder).iterdir() if p.is_dir() and p.name != "__pycache__"] == []
+
+
+def test_nnunet_finds_every_trainer_and_has_none_of_these_names(probe):
+    assert probe["errors"] == {}
+    assert probe["trainers"] == dict.fromkeys(installation.trainer_names(), installation.trainers_folder())
+
+
+@pytest.mark.parametrize("path", PLUG_IN_FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_plug_in_imports_by_its_package_name(path):
+    module = importlib.import_module(f"nnunet_diffusion.{path.parent.name}.{path.stem}")
+    assert os.path.samefile(module.__file__, path)
+
+
+@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
+def test_library_imports_no_trainer(path):
+    assert {name for name in imports(path) if name.startswith("nnunet_diffusion.trainers")} == set()
+
+
+@pytest.mark.parametrize("path", PLUG_IN_FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_plug_in_imports_no_command(path):
+    assert {name for name in imports(path) if name.startswith("nnunet_diffusion.cli")} == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    out = capsys.readouterr().out
+    assert "example" in out
+    assert f"nnunet_diffusion {command}" in out.split("example")[1]
+
+
+def test_help_and_env_are_instant():
+    """No test of time on a shared machine: what would make them slow must not be imported."""
+    code = (
+        "import sys, contextlib\nfrom nnunet_diffusion.cli import COMMANDS, main\n"
+        "for argv in (*([c, '--help'] for c in COMMANDS), ['--help']):\n"
+        "    with contextlib.suppress(SystemExit):\n        main(argv)\n"
+        "main(['env'])\n"
+        "print('heavy:', *{'torch', 'nnunetv2', 'numpy', 'SimpleITK', 'matplotlib', 'tqdm'} & set(sys.modules))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.splitlines()[-1] == "heavy:"
+
+
+def test_usage_errors_exit_with_2_and_interrupts_with_130(monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["no_such_command"])
+    monkeypatch.setattr(installation, "with_our_trainers", interrupt)
+    assert main(["env"]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "nnunet_diffusion: interrupted"
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_wheel_holds_and_imports_the_plug_ins(tmp_path):
+    source, wheels, target = tmp_path / "source", tmp_path / "wheels", tmp_path / "site"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "*_demo"))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    # No build isolation, no dependencies: no network.
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True)
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "-t", target, *wheels.glob("*.whl")], check=True)
+    code = (
+        "import importlib, nnunet_diffusion\nfrom nnunet_diffusion import installation\n"
+        "for name in ('trainers', 'planners', 'dataset_conversion'):\n"
+        "    print(importlib.import_module('nnunet_diffusion.' + name).__path__[0])\n"
+        "print(*installation.trainer_names())"
+    )
+    # -S and PYTHONPATH would still let an editable install's finder in; -I -S does not.
+    run = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(target)!r})\n{code}"]
+    out = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert out[:3] == [str(target / "nnunet_diffusion" / name) for name in PLUG_INS]
+    assert out[3].split() == installation.trainer_names()
+    assert (target / "bin" / "nnunet_diffusion").exists()
+    top_level = {path.name for path in target.iterdir()} - {"bin", "nnunet_diffusion"}
+    assert all(name.startswith("nnunet_diffusion-") for name in top_level), f"litters site-packages: {top_level}"
