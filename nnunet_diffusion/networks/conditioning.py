@@ -77,6 +77,7 @@ class Denoiser(nn.Module):
         network: The planned network; its normalisations are `ConditionalNorm`s.
         input_scale: (C,) root mean square of the images that it is trained on, per channel: the process works on
             image / input_scale, which has unit second moment.
+        image_range: (2,) lowest and highest value of these images, in the plan's normalisation.
     """
 
     def __init__(self, network: nn.Module, input_channels: int, features: int = 128):
@@ -84,9 +85,18 @@ class Denoiser(nn.Module):
         self.time_embedding = TimeEmbedding(features=features)
         self.network = _replace(network, lambda m: ConditionalNorm(_checked(m), features), (_NormBase, nn.GroupNorm))
         self.register_buffer("input_scale", torch.ones(input_channels))
+        self.register_buffer("image_range", torch.tensor([-math.inf, math.inf]))
         self._norms = [m for m in network.modules() if isinstance(m, ConditionalNorm)]
         if not self._norms:
             raise NotImplementedError("this network has no normalisation layer: time cannot be made to enter it")
+
+    def scaled(self, images: Tensor) -> Tensor:
+        """Images (B, C, X, Y[, Z]) in the plan's normalisation to x_0 of the process."""
+        return images / self.input_scale.reshape(1, -1, *[1] * (images.ndim - 2))
+
+    def unscaled(self, x_0: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        return x_0 * self.input_scale.reshape(1, -1, *[1] * (x_0.ndim - 2))
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
         """Predicts what the process defines, at full resolution.

@@ -1,0 +1,116 @@
+"""Preprocessed images without their labels, for training that needs none."""
+
+import os
+
+import blosc2
+import numpy as np
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+
+
+class ImageDataset(nnUNetBaseDataset):
+    """Images of the labelled cases and of the pool in one nnU-Net data set; labels are read as all background.
+
+    An identifier is the path of a preprocessed image without `.b2nd`.
+    """
+
+    def __init__(self, identifiers: list[str]):
+        super().__init__("", list(identifiers))
+
+    def load_case(self, identifier: str) -> tuple:
+        """As nnU-Net's `load_case`: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
+        kwargs = {} if os.name == "nt" else {"mmap_mode": "r"}
+        image = blosc2.open(urlpath=f"{identifier}.b2nd", mode="r", dparams={"nthreads": 1}, **kwargs)
+        labels = np.broadcast_to(np.int16(0), (1, *image.shape[1:]))  # takes no memory
+        return image, labels, None, {"class_locations": {}}
+
+    @staticmethod
+    def save_case(data, seg, properties, output_filename_truncated):
+        """Not for writing."""
+        raise NotImplementedError("images are written by preprocessing")
+
+    @staticmethod
+    def get_identifiers(folder: str) -> list[str]:
+        """The identifiers of the images in a folder."""
+        names = sorted(n for n in os.listdir(folder) if n.endswith(".b2nd") and not n.endswith("_seg.b2nd"))
+        return [os.path.join(folder, name.removesuffix(".b2nd")) for name in names if not name.startswith(".")]
+
+
+def image_statistics(dataset: ImageDataset, most: int = 30) -> tuple[np.ndarray, float, float]:
+    """Root mean square and range of preprocessed intensities.
+
+    Args:
+        dataset: The images.
+        most: How many of them are read, evenly over the data set.
+
+    Returns:
+        (C,) root mean square, lowest and highest value.
+
+    Raises:
+        ValueError: If a channel is zero everywhere.
+    """
+    chosen = np.unique(np.linspace(0, len(dataset.identifiers) - 1, most).round().astype(int))
+    squares, lows, highs = [], [], []
+    for index in chosen:
+        image = dataset.load_case(dataset.identifiers[index])[0][:]
+        squares.append(np.square(image, dtype=np.float64).reshape(len(image), -1).mean(1))
+        lows.append(image.min())
+        highs.append(image.max())
+    rms = np.sqrt(np.mean(squares, 0))
+    if not (np.isfinite(rms).all() and (rms > 0).all()):
+        raise ValueError(f"the preprocessed images' root mean square is {rms}: a channel is empty or not finite")
+    return rms, float(min(lows)), float(max(highs))
+
+
+def hold_out(labelled: list[str], pool: list[str], share: float) -> tuple[list[str], list[str]]:
+    """Splits images for pre-training on everything: some of the pool (or, without one, of the labelled) stay out.
+
+    Args:
+        labelled: Identifiers.
+        pool: Identifiers.
+        share: Of the pool (or the labelled) that stays out, at least one image; the choice is always the same.
+
+    Returns:
+        Images to train on, images held out; a single image is used for both.
+    """
+    candidates = sorted(pool or labelled)
+    if len(labelled) + len(pool) < 2:
+        return candidates, candidates
+    count = max(1, round(share * len(candidates)))
+    held_out = set(np.random.RandomState(1234).choice(candidates, count, replace=False).tolist())
+    return [image for image in [*labelled, *pool] if image not in held_out], sorted(held_out)
+
+
+def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_size, label_manager, **kwargs):
+    """Random patches of images by nnU-Net's own loader.
+
+    Args:
+        dataset: The images.
+        batch_size: Patches a batch.
+        patch_size: Of the patches that come out, in voxels.
+        sampled_size: Of the patches before the transforms, at least `patch_size`.
+        label_manager: nnU-Net's.
+        **kwargs: `transforms`; `workers`, number of background processes; `pin_memory`.
+
+    Returns:
+        An iterator over batches {"data": (B, C, X, Y[, Z]), "target": all background, "keys": identifiers}.
+    """
+    loader = nnUNetDataLoader(
+        dataset, batch_size, sampled_size, patch_size, label_manager, transforms=kwargs.get("transforms")
+    )
+    # An ignore label restricts patches to annotated voxels, which says nothing about images.
+    loader.has_ignore = False
+    workers = kwargs.get("workers", 0)
+    if workers == 0:
+        return SingleThreadedAugmenter(loader, None)
+    return NonDetMultiThreadedAugmenter(
+        data_loader=loader,
+        transform=None,
+        num_processes=workers,
+        num_cached=max(6, workers // 2),
+        seeds=None,
+        pin_memory=kwargs.get("pin_memory", False),
+        wait_time=0.002,
+    )

@@ -1,0 +1,168 @@
+"""denoiser.pth: what pre-training leaves behind; plain tensors and plain values only."""
+
+import json
+import pickle
+import zipfile
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import atomic
+from nnunet_diffusion.networks.conditioning import Denoiser, condition, fold
+
+FORMAT = "nnunet_diffusion denoiser"
+FORMAT_VERSION = 1
+
+
+def plan_identity(plans_manager, configuration_name: str, dataset_json: dict) -> dict[str, Any]:
+    """What a fine-tuning plan must share with the pre-training plan, as plain values.
+
+    Args:
+        plans_manager: nnU-Net's.
+        configuration_name: "2d", "3d_fullres", ...
+        dataset_json: The content of dataset.json.
+
+    Returns:
+        Names, spacing (mm), patch size (voxels), normalisation with its intensity statistics, and the topology.
+    """
+    configuration = plans_manager.get_configuration(configuration_name)
+    identity = {
+        "dataset_name": plans_manager.dataset_name,
+        "plans_name": plans_manager.plans_name,
+        "configuration": configuration_name,
+        "spacing": configuration.spacing,
+        "patch_size": configuration.patch_size,
+        "transpose_forward": plans_manager.transpose_forward,
+        "normalization_schemes": configuration.normalization_schemes,
+        "intensities": plans_manager.foreground_intensity_properties_per_channel,
+        "channel_names": dataset_json["channel_names"],
+        "network_class": configuration.network_arch_class_name,
+        "network_kwargs": configuration.network_arch_init_kwargs,
+        "network_kwargs_requiring_import": configuration.network_arch_init_kwargs_req_import,
+    }
+    return json.loads(json.dumps(identity, default=lambda value: value.tolist()))
+
+
+def save_denoiser(path: str, denoiser: Denoiser, timestep: int, process: dict, plan: dict, training: dict) -> None:
+    """Writes a denoiser whole or not at all.
+
+    Args:
+        path: Usually `denoiser.pth` in the fold's folder.
+        denoiser: Its averaged (EMA) weights.
+        timestep: The default t*; the fold there goes under nnU-Net's key `network_weights`, so that stock nnU-Net can
+            start from the file with `-pretrained_weights`.
+        process: Schedule, number of timesteps, prediction.
+        plan: From `plan_identity`.
+        training: What it was trained on, for how long, how well.
+    """
+    folded = {name: tensor.cpu() for name, tensor in fold(denoiser, timestep).state_dict().items()}
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "versions": {name: version(name) for name in ("nnunet_diffusion", "nnunetv2", "torch")},
+        "network_weights": folded,
+        "timestep": timestep,
+        "denoiser_weights": {name: tensor.cpu() for name, tensor in denoiser.state_dict().items()},
+        "process": process,
+        "plan": plan,
+        "training": training,
+        "nnssl_adaptation_plan": _nnssl_adaptation_plan(denoiser, plan),
+    }
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_denoiser(path: str) -> dict[str, Any]:
+    """Reads a denoiser file without running anything that it may contain.
+
+    Returns:
+        The content as `save_denoiser` wrote it, tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If it is truncated, holds anything but tensors and plain values, is another kind of checkpoint, or
+            comes from a later version.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no denoiser {path}: check the path, or pre-train one") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors and plain values, as nnU-Net's checkpoints and harmful files do; nothing "
+            "in it was run: give a denoiser.pth that DenoisingDiffusionTrainer wrote"
+        ) from None
+    except (EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read, it is truncated or no PyTorch file ({error}): copy it again, or delete it and "
+            "repeat the pre-training command with --val"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise UserError(f"{path} is no denoiser of nnunet_diffusion: give a file that DenoisingDiffusionTrainer wrote")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {content.get('format_version')} (nnunet_diffusion "
+            f"{content.get('versions', {}).get('nnunet_diffusion')}), this library reads {FORMAT_VERSION}: install the "
+            "version that wrote it, or pre-train again"
+        )
+    return content
+
+
+def rebuild(content: dict[str, Any], network: nn.Module) -> Denoiser:
+    """The denoiser of a file, on a freshly built planned network with one output per image channel.
+
+    Args:
+        content: From `load_denoiser`.
+        network: The planned network, with as many input and output channels as the file's images.
+
+    Raises:
+        UserError: If the topologies differ; the message lists the parameters that do not match.
+    """
+    weights = content["denoiser_weights"]
+    denoiser = condition(network, len(weights["input_scale"]))
+    expected = denoiser.state_dict()
+    rows = [
+        f"  {name}: denoiser {_shape(weights.get(name))}, planned network {_shape(expected.get(name))}"
+        for name in sorted({**weights, **expected})
+        if _shape(weights.get(name)) != _shape(expected.get(name))
+    ]
+    if rows:
+        plan = content["plan"]
+        raise UserError(
+            f"the denoiser was made for another topology ({plan['dataset_name']}, {plan['plans_name']}, "
+            f"{plan['configuration']}): {len(expected) - len(rows)} of {len(expected)} parameters match, these do not\n"
+            + "\n".join(rows[:20] + [f"  and {len(rows) - 20} more"] * (len(rows) > 20))
+            + "\npre-train with this plan, or move the pre-training plan to this data set "
+            "(nnUNetv2_move_plans_between_datasets)"
+        )
+    denoiser.load_state_dict(weights)
+    return denoiser
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
+
+
+def _nnssl_adaptation_plan(denoiser: Denoiser, plan: dict) -> dict[str, Any]:
+    """The description of the backbone that nnssl's checkpoints carry, for tools that read theirs."""
+    return {
+        "architecture_plans": {
+            "arch_class_name": plan["network_class"],
+            "arch_kwargs": plan["network_kwargs"],
+            "arch_kwargs_requiring_import": plan["network_kwargs_requiring_import"],
+        },
+        "pretrain_plan": {
+            "plans_name": plan["plans_name"],
+            "configurations": {
+                plan["configuration"]: {key: plan[key] for key in ("spacing", "patch_size", "normalization_schemes")}
+            },
+        },
+        "pretrain_num_input_channels": len(denoiser.input_scale),
+        "recommended_downstream_patchsize": plan["patch_size"],
+        "key_to_encoder": getattr(denoiser.network, "key_to_encoder", "encoder"),
+        "key_to_stem": getattr(denoiser.network, "key_to_stem", None),
+        "keys_to_in_proj": list(getattr(denoiser.network, "keys_to_in_proj", ())),
+    }

@@ -1,0 +1,97 @@
+"""nnU-Net with settings from the plans, and with left and right kept apart: the base of all trainers here."""
+
+import random
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import join, load_pickle
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_diffusion import settings
+from nnunet_diffusion.data.laterality import axes_not_to_mirror, lateral_pairs
+from nnunet_diffusion.files import atomic
+
+
+class ConfiguredTrainer(nnUNetTrainer):
+    """Plain nnU-Net whose settings come from plans.json; it never mirrors left-right where labels differ by side.
+
+    The block `nnunet_diffusion: {"ConfiguredTrainer": {"num_epochs": 100}}` of plans.json overrides the defaults
+    below. Everything not overridden here is nnU-Net's own.
+    """
+
+    num_epochs: int = 1000
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 50
+    initial_lr: float = 1e-2
+    weight_decay: float = 3e-5
+    save_every: int = 50  # epochs between two checkpoint_latest.pth
+    seed: int = -1  # negative: not seeded; exact repetition also needs nnUNet_n_proc_DA=0 and a CPU
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        settings.apply(self)
+
+    def initialize(self):
+        """Builds the network from seeded weights."""
+        self.seed_everything(0)
+        super().initialize()
+
+    def on_train_epoch_start(self):
+        """Makes an epoch depend on the seed and its number alone, so that a resumed run repeats it."""
+        self.seed_everything(1 + self.current_epoch)
+        super().on_train_epoch_start()
+
+    def seed_everything(self, step: int):
+        """Seeds all generators from the setting `seed`, the rank and a step."""
+        if self.seed >= 0:
+            seed = int(np.random.SeedSequence([self.seed, self.local_rank, step]).generate_state(1)[0])
+            random.seed(seed)
+            np.random.seed(seed)
+            torch.manual_seed(seed)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        """Leaves the left-right axis out of mirroring, in training and (through the checkpoint) at test time."""
+        rotation, dummy_2d, patch_size, mirror_axes = (
+            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        )
+        pairs = lateral_pairs(self.dataset_json["labels"])
+        if pairs:
+            folder = self.preprocessed_dataset_folder
+            cases = infer_dataset_class(folder).get_identifiers(folder)
+            lateral = axes_not_to_mirror(
+                (load_pickle(join(folder, f"{case}.pkl")) for case in cases),
+                self.plans_manager.transpose_forward,
+                len(self.configuration_manager.patch_size),
+            )
+            mirror_axes = tuple(axis for axis in mirror_axes if axis not in lateral)
+            self.print_to_log_file(f"Labels come in left/right pairs {pairs}: axes {sorted(lateral)} are not mirrored")
+            self.inference_allowed_mirroring_axes = mirror_axes or None  # nnU-Net's predictor wants None, not ()
+        return rotation, dummy_2d, patch_size, mirror_axes
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Writes nnU-Net's checkpoint and what `extra_state` adds, whole or not at all."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return super().save_checkpoint(filename)
+        with atomic(filename) as temporary:
+            super().save_checkpoint(temporary)
+            if extra := self.extra_state():
+                checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
+                torch.save({**checkpoint, **extra}, temporary)
+
+    def extra_state(self) -> dict:
+        """What a subclass adds to the checkpoint."""
+        return {}
+
+    def optimize(self, loss: torch.Tensor, max_norm: float) -> None:
+        """One optimiser step; as nnU-Net's train_step ends, with a gradient norm of the caller's choice."""
+        if self.grad_scaler is None:
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
+            self.optimizer.step()
+            return
+        self.grad_scaler.scale(loss).backward()
+        self.grad_scaler.unscale_(self.optimizer)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()

@@ -1,0 +1,263 @@
+"""Pre-trains the planned network on every image of the data set, labelled or not, by denoising diffusion."""
+
+import itertools
+import math
+from time import time
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import isdir, isfile, join
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
+from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import autocast
+from torch.optim.swa_utils import AveragedModel
+
+from nnunet_diffusion.data.images import ImageDataset, hold_out, image_loader, image_statistics
+from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
+from nnunet_diffusion.diffusion import pictures
+from nnunet_diffusion.diffusion.diffusion import Diffusion
+from nnunet_diffusion.diffusion.process import draw_timesteps
+from nnunet_diffusion.networks.conditioning import condition
+from nnunet_diffusion.networks.denoiser_file import plan_identity, save_denoiser
+from nnunet_diffusion.networks.transfer import unwrap
+from nnunet_diffusion.optimization import WarmupPolyLR, warming_ema
+from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
+
+
+class DenoisingDiffusionTrainer(ConfiguredTrainer):
+    """Denoising diffusion (Ho et al. 2020) with the very network that nnU-Net planned; writes `denoiser.pth`.
+
+    Fold k leaves fold k's validation images out; fold `all` leaves a small share of the pool out. On these the loss is
+    measured, at fixed timesteps and noise, with the averaged weights. Pre-training on unlabelled slices is Huang et
+    al. 2024 (arXiv 2402.15216), abstract; conditioning through the norms, and folding, are ours.
+    """
+
+    num_epochs: int = 1000
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 10
+    initial_lr: float = 3e-4  # AdamW
+    weight_decay: float = 1e-4
+    warmup_epochs: int = 5
+    seed: int = 0
+    schedule: str = "linear"  # or cosine, sigmoid
+    timesteps: int = 1000
+    prediction: str = "epsilon"  # or v
+    weighting: str = "uniform"  # or min_snr
+    min_snr_gamma: float = 5.0  # Hang et al. 2023, Sec. 3.4
+    antithetic: bool = True
+    ema_decay: float = 0.999
+    timestep: int = 300  # t*, at which `network_weights` of denoiser.pth is folded
+    augment: bool = True  # small rotations and scalings; never mirrors, which would make impossible anatomy
+    held_out: float = 0.05  # share of the pool that fold `all` does not train on
+    sample_every: int = 50  # epochs between two sheets of samples; 0 for none
+    sample_steps: int = 50
+    num_samples: int = 8
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if self.is_cascaded:
+            raise NotImplementedError(
+                f"{configuration} is a cascade's second stage, its input is not an image alone: pre-train 3d_lowres or "
+                "another configuration without a previous stage"
+            )
+        if not 0 <= self.timestep < self.timesteps:
+            raise ValueError(f"setting timestep is {self.timestep}: it must be from 0 to {self.timesteps - 1}")
+        self.enable_deep_supervision = False
+        self.diffusion = Diffusion(
+            self.schedule, self.timesteps, self.prediction, self.weighting, self.min_snr_gamma, self.device
+        )
+        self.is_resumed = False
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
+    ):
+        """The planned network with one output per image channel, told the timestep."""
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_input_channels, False
+        )
+        for head in network.decoder.seg_layers[:-1]:  # nnU-Net builds them, nothing uses them, DDP would complain
+            head.requires_grad_(False)
+        return condition(network, num_input_channels)
+
+    def initialize(self):
+        """Adds the average of the weights."""
+        super().initialize()
+        self.ema = AveragedModel(unwrap(self.network), multi_avg_fn=warming_ema(self.ema_decay))
+
+    def configure_optimizers(self):
+        """AdamW, as diffusion models are trained."""
+        trainable = [p for p in self.network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
+
+    def set_deep_supervision_enabled(self, enabled: bool):
+        """A denoiser has none."""
+
+    def get_tr_and_val_datasets(self):
+        """All images of the data set, labelled and pool."""
+        training, validation = self.do_split()
+        train = [join(self.preprocessed_dataset_folder, case) for case in training]
+        held_out = [join(self.preprocessed_dataset_folder, case) for case in validation]
+        folder = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
+        pool = [join(folder, case) for case in pool_identifiers(folder)] if isdir(folder) else []
+        if self.fold == "all":
+            train, held_out = hold_out(train, pool, self.held_out)
+        else:
+            train += pool
+        self.trained_on = {"images": len(train), "of_the_pool": len(set(train) & set(pool)), "held_out": len(held_out)}
+        self.print_to_log_file(f"Pre-training on these numbers of images: {self.trained_on}")
+        return ImageDataset(train), ImageDataset(held_out)
+
+    def get_dataloaders(self):
+        """Random patches to train on; a fixed set of held-out batches to measure the loss on."""
+        train, held_out = self.get_tr_and_val_datasets()
+        if not self.is_resumed:
+            rms, low, high = image_statistics(train)
+            for denoiser in (unwrap(self.network), self.ema.module):
+                denoiser.input_scale.copy_(torch.as_tensor(rms))
+                denoiser.image_range.copy_(torch.tensor([low, high]))
+        patch_size = self.configuration_manager.patch_size
+        sampled_size, transforms = self.spatial_augmentation() if self.augment else (patch_size, None)
+        on_cuda = self.device.type == "cuda"
+        loader = image_loader(
+            train, self.batch_size, patch_size, sampled_size, self.label_manager,
+            transforms=transforms, workers=get_allowed_n_proc_DA(), pin_memory=on_cuda,
+        )  # fmt: skip
+        state = np.random.get_state()
+        np.random.seed(1234)
+        fixed = image_loader(held_out, self.batch_size, patch_size, patch_size, self.label_manager)
+        batches = [{"data": next(fixed)["data"], "number": n} for n in range(self.num_val_iterations_per_epoch)]
+        np.random.set_state(state)
+        self.real_images = batches[0]["data"].numpy()
+        return loader, itertools.cycle(batches)
+
+    def spatial_augmentation(self):
+        """The geometric part of nnU-Net's augmentation, milder: what is learned must look like a patient."""
+        patch_size = self.configuration_manager.patch_size
+        _, dummy_2d, _, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        angles, scaling = (-math.pi / 12, math.pi / 12), (0.9, 1.1)
+        nnunet = self.get_training_transforms(patch_size, angles, None, (), dummy_2d)
+        kinds = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform)
+        transforms = [t for t in nnunet.transforms if isinstance(t, kinds)]
+        for transform in transforms:
+            if isinstance(transform, SpatialTransform):
+                transform.scaling = scaling
+        sampled_size = get_patch_size(patch_size, angles, angles, angles, scaling)
+        if dummy_2d:
+            sampled_size[0] = patch_size[0]
+        return sampled_size, ComposeTransforms(transforms)
+
+    def loss_on(self, network, batch, timestep, noise):
+        """The diffusion loss of a network on a batch, in the precision that nnU-Net trains in."""
+        images = batch["data"].to(self.device, non_blocking=True)
+        with autocast(self.device.type, enabled=self.device.type == "cuda"):
+            return self.diffusion.loss(network, unwrap(self.network).scaled(images), timestep, noise)
+
+    def train_step(self, batch: dict) -> dict:
+        """One step at random timesteps, and its part in the average of the weights."""
+        shape = batch["data"].shape
+        self.optimizer.zero_grad(set_to_none=True)
+        timestep = draw_timesteps(len(batch["data"]), self.timesteps, self.antithetic, self.device)
+        loss = self.loss_on(self.network, batch, timestep, torch.randn(shape, device=self.device))
+        self.optimize(loss, max_norm=1.0)
+        self.ema.update_parameters(unwrap(self.network))
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def on_validation_epoch_start(self):
+        """Measures the averaged weights."""
+        self.ema.eval()
+
+    def validation_step(self, batch: dict) -> dict:
+        """The loss at timesteps spread over the schedule, with noise that is always the same."""
+        size, number, count = len(batch["data"]), batch["number"], self.num_val_iterations_per_epoch
+        timestep = ((torch.arange(size) * count + number + 0.5) / (size * count) * self.timesteps).long()
+        noise = torch.randn(batch["data"].shape, generator=torch.Generator().manual_seed(number))
+        loss = self.loss_on(self.ema.module, batch, timestep.to(self.device), noise.to(self.device))
+        return {"loss": loss.cpu().numpy()}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        """Every process measured the same batches."""
+        self.logger.log("val_losses", float(np.mean(collate_outputs(val_outputs)["loss"])), self.current_epoch)
+
+    def on_epoch_end(self):
+        """Curves, samples and checkpoints; there is no Dice, and no best checkpoint but the last average."""
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        losses, held_out, rates, starts = (
+            self.logger.get_value(key, step=None)
+            for key in ("train_losses", "val_losses", "lrs", "epoch_start_timestamps")
+        )
+        self.print_to_log_file(
+            f"train_loss {losses[-1]:.4f}, held-out loss {held_out[-1]:.4f}, epoch time {time() - starts[-1]:.1f} s"
+        )
+        epoch, is_last = self.current_epoch + 1, self.current_epoch + 1 == self.num_epochs
+        if epoch % self.save_every == 0 and not is_last:
+            self.save_checkpoint(join(self.output_folder, "checkpoint_latest.pth"))
+        if self.local_rank == 0:
+            pictures.loss_curves(join(self.output_folder, "progress.png"), losses, held_out, rates)
+            if self.sample_every and epoch % self.sample_every == 0 and not is_last:
+                self.draw_samples(f"samples_epoch_{epoch}.png")
+        self.current_epoch += 1
+
+    def extra_state(self) -> dict:
+        """The average goes into the checkpoint, so that a resumed run continues it."""
+        return {"ema": self.ema.state_dict()}
+
+    def load_checkpoint(self, filename_or_checkpoint):
+        """Continues the average, too."""
+        super().load_checkpoint(filename_or_checkpoint)
+        checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+        self.ema.load_state_dict(checkpoint["ema"])
+        self.is_resumed = True
+
+    def on_train_end(self):
+        """Writes what pre-training is for."""
+        super().on_train_end()
+        if self.local_rank == 0:
+            self.write_denoiser()
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        """Draws samples; with `--val` it also writes denoiser.pth again from the final checkpoint."""
+        if self.local_rank == 0:
+            if self.dataloader_val is None:
+                self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+            if not isfile(join(self.output_folder, "denoiser.pth")):
+                self.write_denoiser()
+            self.draw_samples("samples.png")
+
+    def write_denoiser(self):
+        """denoiser.pth, from the averaged weights."""
+        path = join(self.output_folder, "denoiser.pth")
+        values = self.logger.get_value("val_losses", step=None)
+        training = {
+            **self.trained_on,
+            "epochs": self.current_epoch,
+            "iterations_per_epoch": self.num_iterations_per_epoch,
+            "batch_size": self.configuration_manager.batch_size,
+            "held_out_loss": [float(value) for value in values],
+        }
+        plan = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)
+        save_denoiser(path, self.ema.module, self.timestep, self.diffusion.description, plan, training)
+        self.print_to_log_file(f"Wrote {path}: fine-tune with -tr DiffusionPretrainedTrainer")
+
+    @torch.no_grad()
+    def draw_samples(self, name: str):
+        """A sheet of generated images under real ones, always from the same noise."""
+        denoiser = self.ema.module.eval()
+        generator = torch.Generator().manual_seed(1234)
+        shape = (self.real_images.shape[1], *self.configuration_manager.patch_size)
+        clip = tuple((denoiser.image_range / denoiser.input_scale.mean()).tolist())
+        samples = []
+        for _ in range(math.ceil(self.num_samples / self.batch_size)):
+            noise = torch.randn(self.batch_size, *shape, generator=generator).to(self.device)
+            with autocast(self.device.type, enabled=self.device.type == "cuda"):
+                x_0 = self.diffusion.sample(denoiser, noise, self.sample_steps, clip=clip)
+            samples.append(denoiser.unscaled(x_0).float().cpu())
+        samples = torch.cat(samples)[: self.num_samples].numpy()
+        title = f"{self.plans_manager.dataset_name}, {self.configuration_name}: DDIM, {self.sample_steps} steps"
+        pictures.sample_sheet(join(self.output_folder, name), samples, self.real_images, title)

@@ -1,0 +1,31 @@
+"""Linear classification of the features of a denoiser."""
+
+import torch
+
+from nnunet_diffusion.networks.linear import LinearClassifier
+from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
+
+
+class DiffusionPretrainedLinearTrainer(DiffusionPretrainedTrainer):
+    """Only 1x1 heads on all decoder stages train, upsampled and summed; everything else stays the denoiser's.
+
+    A strategy of Huang et al. 2024 (arXiv 2402.15216), abstract; heads on all stages because the last one knows little
+    but noise. The model predicts through this trainer and cannot be exported as stock nnU-Net.
+    """
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.enable_deep_supervision = False
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
+    ):
+        """The planned network with summed heads, everything else frozen."""
+        network = DiffusionPretrainedTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, True
+        )
+        return LinearClassifier(network)
+
+    def set_deep_supervision_enabled(self, enabled: bool):
+        """The heads of all stages are always summed."""

@@ -1,0 +1,106 @@
+"""Fine-tunes all of the planned network from a denoiser."""
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import join
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import write_json
+from nnunet_diffusion.networks.conditioning import fold
+from nnunet_diffusion.networks.denoiser_file import load_denoiser, plan_identity, rebuild
+from nnunet_diffusion.networks.transfer import (
+    first_existing,
+    plan_differences,
+    pretrained_weights_argument,
+    transfer,
+    unwrap,
+)
+from nnunet_diffusion.optimization import WarmupPolyLR
+from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
+
+
+class DiffusionPretrainedTrainer(ConfiguredTrainer):
+    """nnU-Net that starts from a denoiser, folded at timestep t* and fed with clean images; everything trains.
+
+    The denoiser is the file of `-pretrained_weights`, else the setting `denoiser`, else this data set's own for the
+    same plan and configuration; without one it refuses to train.
+    """
+
+    denoiser: str = ""  # path of a denoiser.pth; empty: this data set's own
+    timestep: int = 300  # t*
+    scratch: bool = False  # True: the fair control, the same training from random weights
+    warmup_epochs: int = 0
+
+    def initialize(self):
+        """Checks the file of `-pretrained_weights` before nnU-Net unpickles it."""
+        self.is_resumed = False
+        if path := pretrained_weights_argument():
+            if self.scratch:
+                raise UserError(f"-pretrained_weights {path} contradicts the setting scratch: give one of them")
+            load_denoiser(path)
+        super().initialize()
+
+    def configure_optimizers(self):
+        """nnU-Net's, for what trains, with a warm-up."""
+        trainable = [p for p in self.network.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(
+            trainable, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True
+        )
+        return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
+
+    def load_checkpoint(self, filename_or_checkpoint):
+        """A resumed run keeps what it has learned."""
+        super().load_checkpoint(filename_or_checkpoint)
+        self.is_resumed = True
+
+    def on_train_start(self):
+        """Transfers the denoiser, or refuses to train."""
+        if not self.was_initialized:
+            self.initialize()
+        if not self.scratch and not self.is_resumed:
+            self.transfer_denoiser()
+        super().on_train_start()
+
+    def transfer_denoiser(self):
+        """Folds the denoiser at t* into the network and reports what became of every parameter."""
+        path = self.find_denoiser()
+        content = load_denoiser(path)
+        if not 0 <= self.timestep < content["process"]["timesteps"]:
+            raise UserError(
+                f"setting timestep is {self.timestep}: {path} knows 0 to {content['process']['timesteps'] - 1}"
+            )
+        channels = len(content["plan"]["channel_names"])
+        planned = nnUNetTrainer.build_network_architecture(
+            self.plans_manager, self.configuration_manager, channels, channels, False
+        )
+        folded = fold(rebuild(content, planned), self.timestep).state_dict()
+        report = transfer(unwrap(self.network), folded, len(self.dataset_json["channel_names"]))
+        report.source, report.timestep = path, self.timestep
+        now = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)
+        report.warnings = plan_differences(content["plan"], now)
+        self.print_to_log_file(report)
+        if self.local_rank == 0:
+            write_json(join(self.output_folder, "transfer_report.json"), report.as_dict())
+
+    def find_denoiser(self) -> str:
+        """The path of the denoiser that this training starts from."""
+        plans, configuration = self.plans_manager.plans_name, self.configuration_name
+        inherited = self.plans_manager.plans["configurations"][configuration].get("inherits_from")
+        given = pretrained_weights_argument() or self.denoiser
+        candidates = [given] if given else [
+            join(
+                nnUNet_results, self.plans_manager.dataset_name,
+                f"DenoisingDiffusionTrainer__{plans}__{name}", f"fold_{fold}", "denoiser.pth",
+            )
+            for name in (configuration, inherited) if name
+            for fold in dict.fromkeys((self.fold, "all"))
+        ]  # fmt: skip
+        dataset_id = self.plans_manager.dataset_name[len("Dataset") : len("Dataset") + 3]
+        return first_existing(
+            candidates,
+            "make one with\n"
+            f"  nnUNetv2_train {dataset_id} {configuration} all -tr DenoisingDiffusionTrainer -p {plans}\n"
+            "or give one with -pretrained_weights or the setting denoiser, or train from random weights with the "
+            "setting scratch",
+        )
