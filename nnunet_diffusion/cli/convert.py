@@ -1,12 +1,129 @@
-"""`nnunet_diffusion convert`."""
+"""`nnunet_diffusion convert`: raw data sets that refer to the scans where they are."""
 
-HELP = "convert"
+import argparse
+import json
+import sys
+from typing import Any
+
+from nnunet_diffusion.errors import UserError
+
+HELP = "Make an nnU-Net data set of labelled and unlabelled scans: FLARE22, or folders of your own."
 
 
-def add_arguments(parser):
-    """Declares the command's arguments."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the two ways to convert."""
+    parser.epilog = (
+        "examples:\n"
+        "  nnunet_diffusion convert flare22 ~/FLARE22 -d 22\n"
+        "  nnunet_diffusion convert folder ct labels --unlabeled more_ct -d 501 -n Neck --labels Brainstem Mandible\n"
+        "`nnunet_diffusion convert flare22 --help` and `... folder --help` tell more."
+    )
+    layouts = parser.add_subparsers(dest="layout", required=True, metavar="flare22|folder")
+    _add_flare22(layouts)
+    _add_folder(layouts)
 
 
-def run(args):
-    """Runs the command."""
-    raise NotImplementedError
+def _add_flare22(layouts: Any) -> None:
+    flare22 = _add_layout(layouts, "flare22", "FLARE22 as published, or any part of it: abdominal CT with 13 organs.")
+    flare22.add_argument("source", metavar="SOURCE", help="the folder that FLARE22 was unpacked into")
+    flare22.add_argument("-d", dest="dataset_id", type=int, default=22, metavar="ID", help="data set id (default: 22)")
+    flare22.add_argument("-n", dest="name", default="FLARE22", metavar="NAME", help="its name (default: FLARE22)")
+    flare22.epilog = (
+        "Files are recognised by their names, in whichever folder below SOURCE they are: FLARE22_Tr_0001_0000.nii.gz\n"
+        "is an image, FLARE22_Tr_0001.nii.gz its label, Case_00001_0000.nii.gz an unlabelled scan. Evaluation scans\n"
+        "(FLARETs_..., FLARE22_Ts_...) stay where they are, for nnUNetv2_predict, and are not trained on; only where\n"
+        "there is no training case at all are those of them that have labels taken instead.\n\n"
+        "example:\n  nnunet_diffusion convert flare22 ~/FLARE22 -d 22"
+    )
+
+
+def _add_folder(layouts: Any) -> None:
+    folder = _add_layout(
+        layouts, "folder", "Your own data: a folder of images, one of labels, any number of unlabelled."
+    )
+    folder.add_argument("images", metavar="IMAGES", help="CASE.nii.gz, or CASE_0000.nii.gz, CASE_0001.nii.gz, ...")
+    folder.add_argument("label_folder", metavar="LABELS", help="CASE.nii.gz for every case of IMAGES")
+    folder.add_argument("--unlabeled", nargs="+", default=[], metavar="FOLDER", help="more images, without labels")
+    folder.add_argument("-d", dest="dataset_id", type=int, required=True, metavar="ID", help="data set id, 1 to 999")
+    folder.add_argument("-n", dest="name", required=True, metavar="NAME", help="name of the data set")
+    folder.add_argument(
+        "--labels", nargs="+", required=True, metavar="NAME", help="names of the labels 1, 2, ..., or one JSON file"
+    )
+    folder.add_argument(
+        "--channel_names", nargs="+", default=["CT"], metavar="NAME", help="of every channel (default: CT)"
+    )
+    folder.add_argument("--file_ending", help="such as .nii.gz; only needed if the folders hold several types")
+    folder.epilog = (
+        'A JSON file of labels holds {"liver": 1, "left kidney": 2}, or "labels" and "regions_class_order" as in\n'
+        "nnU-Net's dataset.json. nnU-Net normalises a channel by its name: CT by intensities of the whole data set,\n"
+        "any other name by those of the scan.\n\n"
+        "example:\n"
+        "  nnunet_diffusion convert folder ct labels --unlabeled more_ct -d 501 -n Neck --labels Brainstem Mandible"
+    )
+
+
+def _add_layout(layouts: Any, name: str, description: str) -> argparse.ArgumentParser:
+    parser = layouts.add_parser(
+        name, help=description, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--copy", action="store_true", help="copy the files in, instead of referring to where they are")
+    parser.add_argument(
+        "-np", dest="num_threads", type=int, default=4, metavar="N", help="checks at a time (default: 4)"
+    )
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts; returns 1 if unlabelled scans had to be left out."""
+    converted = _convert_flare22(args) if args.layout == "flare22" else _convert_folder(args)
+    print(converted, file=sys.stderr if converted.skipped else sys.stdout)
+    return int(bool(converted.skipped))
+
+
+def _convert_flare22(args: argparse.Namespace) -> Any:
+    from nnunet_diffusion.dataset_conversion.Dataset022_FLARE22 import convert_flare22
+
+    return convert_flare22(args.source, args.dataset_id, args.name, args.copy, args.num_threads)
+
+
+def _convert_folder(args: argparse.Namespace) -> Any:
+    from nnunet_diffusion.data.scans import convert_folders
+
+    channels = {str(channel): name for channel, name in enumerate(args.channel_names)}
+    return convert_folders(
+        args.dataset_id,
+        args.name,
+        args.images,
+        args.label_folder,
+        args.unlabeled,
+        {"channel_names": channels, **read_labels(args.labels)},
+        args.file_ending,
+        copy=args.copy,
+        num_threads=args.num_threads,
+    )
+
+
+def read_labels(labels: list[str]) -> dict[str, Any]:
+    """`labels`, and `regions_class_order` if there is one, as dataset.json has them, from names or one JSON file.
+
+    Raises:
+        UserError: If a name comes twice, or the file is not what it should be.
+    """
+    if len(labels) == 1 and labels[0].endswith(".json"):
+        return _read_label_file(labels[0])
+    if len(set(labels)) < len(labels) or "background" in labels:
+        raise UserError(f"--labels {labels}: name each label once; the background is always 0 and is not named")
+    return {"labels": {"background": 0, **{name: value for value, name in enumerate(labels, start=1)}}}
+
+
+def _read_label_file(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}): correct it, or name the labels on the command line") from error
+    labels = content.get("labels", content) if isinstance(content, dict) else None
+    if not isinstance(labels, dict):
+        raise UserError(f'{path}: must hold an object such as {{"liver": 1}}, not {str(content)[:80]}')
+    order = {"regions_class_order": content["regions_class_order"]} if "regions_class_order" in content else {}
+    return {"labels": {"background": 0, **labels}, **order}

@@ -4,7 +4,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import nibabel
@@ -85,10 +85,10 @@ def check_complete(path: str) -> None:
 
 
 def check_values(path: str, voxels: np.ndarray) -> None:
-    """Refuses the voxels, in an array of any shape, of an image that is not finite or constant; `path` is for the error.
+    """Refuses the voxels of an image, in an array of any shape, if they are not finite or all the same.
 
     Raises:
-        UserError: As said.
+        UserError: Beginning with `path`, the file that they were read from.
     """
     lowest, highest = voxels.min(), voxels.max()  # NaN if any voxel is
     if not (np.isfinite(lowest) and np.isfinite(highest)):
@@ -150,11 +150,20 @@ def check_same_geometry(path: str, geometry: Geometry | None, reference: str, ex
         )
 
 
-def check_channels(images: Sequence[str]) -> None:
-    """Refuses a case whose channels, one file each, are not usable images on the same voxels."""
-    first = check_image(images[0])
+def check_channels(images: Sequence[str], read: Callable[[str], Geometry | None] = check_image) -> Geometry | None:
+    """Refuses a case whose channels, one file each, are not usable images on the same voxels; returns their geometry.
+
+    Args:
+        images: One path per channel.
+        read: `check_image`, or `read_geometry` to look at the headers only, which takes milliseconds.
+
+    Raises:
+        UserError: Naming the first file that is wrong, and how.
+    """
+    geometry = read(images[0])
     for path in images[1:]:
-        check_same_geometry(path, check_image(path), images[0], first)
+        check_same_geometry(path, read(path), images[0], geometry)
+    return geometry
 
 
 def check_labeled_case(images: Sequence[str], label: str, label_values: Collection[int]) -> None:
@@ -168,8 +177,8 @@ def check_labeled_case(images: Sequence[str], label: str, label_values: Collecti
     Raises:
         UserError: Naming the first file that is wrong, and how.
     """
-    check_channels(images)
-    check_same_geometry(label, check_label(label, label_values), images[0], read_geometry(images[0]))
+    geometry = check_channels(images)
+    check_same_geometry(label, check_label(label, label_values), images[0], geometry)
 
 
 def _require_content(path: str) -> None:

@@ -34,7 +34,7 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
     if not isinstance(table, dict):
         raise UserError(f"{where}: 'unlabeled' must map cases to their images, not be a {type(table).__name__}")
     num_channels = len(dataset_json["channel_names"])
-    labeled = dataset_json.get("dataset", {})
+    labeled = dataset_json.get("dataset", {})  # without it, nnU-Net takes what is in imagesTr and labelsTr
     cases = {}
     for case, entry in table.items():
         images = entry.get("images") if isinstance(entry, dict) else None
@@ -44,9 +44,8 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
             raise UserError(f"{where}: unlabeled case {case!r} has {len(images)} images for {num_channels} channels")
         if not is_case_name(case):
             raise UserError(f"{where}: unlabeled case {case!r} cannot be a file's name: rename it")
-        if case in labeled or os.path.exists(
-            os.path.join(dataset_folder, "labelsTr", case + dataset_json["file_ending"])
-        ):
+        label = os.path.join(dataset_folder, "labelsTr", case + dataset_json["file_ending"])
+        if case in labeled or os.path.exists(label):
             raise UserError(f"{where}: case {case!r} is both labelled and in 'unlabeled': take it out of one of them")
         cases[case] = [absolute_path(dataset_folder, path) for path in images]
     return cases

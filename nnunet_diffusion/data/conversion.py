@@ -1,0 +1,210 @@
+"""From cases, and where their files lie, to a raw data set of nnU-Net; nothing is written before all is well."""
+
+import filecmp
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
+from tqdm import tqdm
+
+from nnunet_diffusion.data.checks import check_channels, check_labeled_case, read_geometry
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import atomic, write_json
+
+Labeled = Mapping[str, tuple[list[str], str]]  # {case: ([path per channel], label path)}
+Unlabeled = Mapping[str, list[str]]  # {case: [path per channel]}
+
+
+@dataclass
+class Converted:
+    """What a conversion did; `str` tells it to a person."""
+
+    folder: str
+    num_labeled: int
+    num_unlabeled: int
+    skipped: dict[str, str]  # unlabelled case -> what is wrong with it
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {self.num_labeled} labelled and {self.num_unlabeled} unlabelled cases", *self.notes]
+        if self.skipped:
+            lines += [
+                f"skipped {len(self.skipped)} unlabelled case(s):",
+                *(f"  {why}" for why in self.skipped.values()),
+            ]
+        return "\n".join(lines)
+
+
+def convert(
+    dataset_id: int,
+    name: str,
+    labeled: Labeled,
+    unlabeled: Unlabeled,
+    description: dict,
+    source: list[str],
+    copy: bool = False,
+    num_threads: int = 1,
+) -> Converted:
+    """Checks all cases and writes nnUNet_raw/DatasetXXX_Name/dataset.json with the tables `dataset` and `unlabeled`.
+
+    Labelled cases are read whole; of unlabelled ones, which may be thousands, the headers only: an unusable one is
+    skipped here, or by the preprocessing that reads it.
+
+    Args:
+        dataset_id: 1 to 999.
+        name: What follows DatasetXXX_.
+        labeled: {case: ([path per channel], label path)}.
+        unlabeled: {case: [path per channel]}.
+        description: The rest of dataset.json: `channel_names`, `labels`, `file_ending`, ...
+        source: The folders that the cases came from: only a conversion of the same source may replace a data set.
+        copy: Copy the files into imagesTr, labelsTr and imagesUn; otherwise the tables refer to them where they are.
+        num_threads: For the checks.
+
+    Raises:
+        UserError: If there is no labelled case or an unusable one, or the data set exists already.
+        OSError: If something cannot be written; an earlier dataset.json is then what it was.
+    """
+    folder = dataset_folder(dataset_id, name)
+    source = [os.path.abspath(path) for path in source]
+    refuse_other_conversion(os.path.join(folder, "dataset.json"), source)
+    refuse_unusable(labeled, unlabeled, label_values(description), num_threads)
+    tasks = {case: (check_channels, images, read_geometry) for case, images in unlabeled.items()}
+    skipped = problems_of(tasks, "unlabelled headers", num_threads)
+    dataset = {case: {"images": images, "label": label} for case, (images, label) in labeled.items()}
+    pool = {case: {"images": images} for case, images in unlabeled.items() if case not in skipped}
+    os.makedirs(folder, exist_ok=True)
+    if copy:
+        copy_into(folder, dataset, pool, description["file_ending"])
+    origin = {"converted_by": "nnunet_diffusion convert", "converted_from": source}
+    tables = {"numTraining": len(dataset), "dataset": dataset, "unlabeled": pool}
+    write_json(os.path.join(folder, "dataset.json"), {"name": name, **description, **origin, **tables})
+    return Converted(folder, len(dataset), len(pool), skipped)
+
+
+def dataset_folder(dataset_id: int, name: str) -> str:
+    """Where nnU-Net looks for the raw data set.
+
+    Raises:
+        UserError: If nnUNet_raw is not set, id or name cannot be used, or the id has another name already.
+    """
+    raw = os.environ.get("nnUNet_raw")
+    if not raw:
+        raise UserError("nnUNet_raw is not set: `export nnUNet_raw=FOLDER`, where the raw data sets shall be")
+    if not 1 <= dataset_id <= 999:
+        raise UserError(f"-d {dataset_id}: the id of a data set is a number from 1 to 999")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise UserError(f"-n {name!r}: the name of a data set is of letters, digits, '_', '-' and '.'")
+    folder = f"Dataset{dataset_id:03d}_{name}"
+    if others := [str(other) for other in find_candidate_datasets(dataset_id) if other != folder]:
+        raise UserError(f"-d {dataset_id}: nnU-Net's folders hold {others} under this id: take another id or that name")
+    return os.path.join(os.path.abspath(raw), folder)
+
+
+def label_values(description: Mapping) -> set[int]:
+    """The values that may occur in a label file, of the `labels` of a dataset.json as nnU-Net defines them.
+
+    Raises:
+        UserError: If nnU-Net could not train with these labels.
+    """
+    labels = description["labels"]
+    lists = {name: value if isinstance(value, (list, tuple)) else [value] for name, value in labels.items()}
+    flat = [value for entry in lists.values() for value in entry]
+    if not all(type(value) is int for value in flat):
+        raise UserError(f"labels must be whole numbers or lists of them, not {labels}")
+    values = set(flat)
+    if labels.get("background") != 0 or len(values) < 2 or sorted(values) != list(range(len(values))):
+        raise UserError(f"labels must be 0 for 'background', then 1, 2, ... without a gap, not {labels}")
+    if labels.get("ignore", max(values)) != max(values):
+        raise UserError(f"the label 'ignore' must have the highest value, {max(values)}, not {labels['ignore']}")
+    num_regions = len(labels.keys() - {"background", "ignore"})
+    if any(len(entry) > 1 for entry in lists.values()):
+        if len(description.get("regions_class_order", [])) != num_regions:
+            raise UserError(f"labels that are lists need 'regions_class_order', {num_regions} values, beside 'labels'")
+    elif len(flat) > len(values):
+        raise UserError(f"two labels have the same value in {labels}")
+    return values
+
+
+def refuse_other_conversion(path: str, source: list[str]) -> None:
+    """Raises UserError if `path`, a dataset.json, exists and is not a conversion of the same source."""
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as f:
+        try:
+            earlier = json.load(f)["converted_from"]
+        except (ValueError, KeyError, TypeError):
+            earlier = None
+    if earlier != source:
+        origin = f"was converted from {earlier}, not {source}" if earlier else "was not written by this command"
+        raise UserError(f"{path} exists and {origin}: take another id and name, or remove that folder")
+
+
+def refuse_unusable(labeled: Labeled, unlabeled: Unlabeled, values: set[int], num_threads: int) -> None:
+    """Raises UserError, listing all of them, if labelled cases cannot be used, or if there is none."""
+    if not labeled:
+        raise UserError(
+            "no labelled case was found: nnU-Net needs the image and the label of one, or more, for its plan"
+        )
+    refuse([f"{case}: is both labelled and unlabelled: remove one" for case in labeled if case in unlabeled])
+    paths = [path for images, label in labeled.values() for path in (*images, label)]
+    paths += [path for images in unlabeled.values() for path in images]
+    refuse([f"{path}: nnU-Net would expand the '$': rename it" for path in paths if os.path.expandvars(path) != path])
+    tasks = {case: (check_labeled_case, images, label, values) for case, (images, label) in labeled.items()}
+    refuse(list(problems_of(tasks, "labelled cases", num_threads).values()))
+
+
+def refuse(problems: list[str]) -> None:
+    """Raises one UserError that lists all problems, if there are any."""
+    if problems:
+        raise UserError("\n  ".join([f"{len(problems)} problem(s), so nothing was converted:", *problems]))
+
+
+def problems_of(tasks: Mapping[str, tuple[Callable, ...]], title: str, num_threads: int) -> dict[str, str]:
+    """Runs every case's (check, *arguments); returns {case: message} of those that are refused, in order.
+
+    Threads will do: SimpleITK, zlib and numpy release the interpreter's lock.
+    """
+
+    def problem(task: tuple[Callable, ...]) -> str | None:
+        try:
+            task[0](*task[1:])
+        except UserError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        bar = tqdm(pool.map(problem, tasks.values()), f"checking {title}", len(tasks), disable=not tasks)
+        return {case: message for case, message in zip(tasks, bar, strict=True) if message}
+
+
+def copy_into(folder: str, dataset: dict[str, dict], pool: dict[str, dict], file_ending: str) -> None:
+    """Copies the files of both tables, as nnU-Net names them, into imagesTr, labelsTr and imagesUn; the tables follow.
+
+    What an interrupted run has copied is not copied again.
+
+    Raises:
+        UserError: If there is another file of that name.
+        OSError: If a file cannot be copied; the files that are there are whole.
+    """
+    for subfolder, table in (("imagesTr", dataset), ("imagesUn", pool)):
+        for case, entry in tqdm(table.items(), f"copying {subfolder}", disable=not table):
+            names = [f"{subfolder}/{case}_{channel:04d}{file_ending}" for channel in range(len(entry["images"]))]
+            entry["images"] = [_copy(path, folder, name) for path, name in zip(entry["images"], names, strict=True)]
+            if "label" in entry:
+                entry["label"] = _copy(entry["label"], folder, f"labelsTr/{case}{file_ending}")
+
+
+def _copy(original: str, folder: str, name: str) -> str:
+    target = os.path.join(folder, name)
+    os.makedirs(os.path.dirname(target), exist_ok=True)
+    if not os.path.exists(target):
+        with atomic(target) as temporary:
+            shutil.copy2(original, temporary)  # with its time, by which filecmp recognises a copy
+    elif not filecmp.cmp(original, target):
+        raise UserError(f"{target} exists and is not a copy of {original}: remove it, or take another id and name")
+    return name
