@@ -22,7 +22,7 @@ from nnunet_diffusion.errors import UserError
 
 DESCRIPTIONS = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 # The numbers in nnU-Net's training log are numpy scalars; otherwise its checkpoints hold tensors and plain values.
-PLAIN_NUMPY = [np.dtype, np.float64(0).__reduce__()[0]]
+PLAIN_NUMPY = [np.dtype, np.ndarray, np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
 PLAIN_NUMPY += [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]
 
 

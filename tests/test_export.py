@@ -52,13 +52,13 @@ class SmootherTrainer(nnUNetTrainer):
 
 def plans() -> dict:
     kwargs = {
-        "n_stages": 2,
-        "features_per_stage": [4, 6],
+        "n_stages": 3,  # two stages in the decoder: with one, the heads of all stages are the head of the last
+        "features_per_stage": [4, 6, 8],
         "conv_op": "torch.nn.modules.conv.Conv2d",
-        "kernel_sizes": [[3, 3], [3, 3]],
-        "strides": [[1, 1], [2, 2]],
-        "n_conv_per_stage": [1, 1],
-        "n_conv_per_stage_decoder": [1],
+        "kernel_sizes": [[3, 3], [3, 3], [3, 3]],
+        "strides": [[1, 1], [2, 2], [2, 2]],
+        "n_conv_per_stage": [1, 1, 1],
+        "n_conv_per_stage_decoder": [1, 1],
         "conv_bias": True,
         "norm_op": "torch.nn.modules.instancenorm.InstanceNorm2d",
         "norm_op_kwargs": {"eps": 1e-05, "affine": True},
@@ -94,13 +94,13 @@ def make_model(results: Path, trainer: str = "SameTrainer", folds: tuple = (0, "
         save_json(plans(), str(folder / "plans.json"))
         save_json(DATASET_JSON, str(folder / "dataset.json"))
         save_json({"spacings": []}, str(folder / "dataset_fingerprint.json"))
-        with stock.trainers_of(os.environ["nnUNet_extTrainer"]):
+        with stock.trainers_of(installation.with_our_trainers(installation.ext_trainer_folders())):
             network = stock.build(str(folder), "2d", recursive_find_trainer_class_by_name(trainer))
         checkpoint = {
             "network_weights": network.state_dict(),
             "optimizer_state": torch.optim.SGD(network.parameters(), 0.01, momentum=0.99).state_dict(),
             "grad_scaler_state": None,
-            "logging": {"mean_fg_dice": [np.float64(0.5), np.float32(0.25)], "lrs": [0.01], "dice": [[np.float64(1)]]},
+            "logging": {"mean_fg_dice": [np.float64(0.5), np.float32(0.25)], "lrs": [0.01], "dice": np.ones((1, 2))},
             "_best_ema": np.float64(0.5),
             "current_epoch": 1,
             "init_args": {"plans": plans(), "configuration": "2d", "fold": fold, "device": torch.device("cuda")},
@@ -140,7 +140,8 @@ def test_checkpoint_keeps_all_but_the_trainers_name(results):
     assert after.pop("exported_from") == before["trainer_name"] == "SameTrainer"
     assert after.pop("trainer_name") == "nnUNetTrainer"
     assert after.keys() == before.keys() - {"trainer_name"}
-    for key in ("logging", "_best_ema", "current_epoch", "init_args", "inference_allowed_mirroring_axes"):
+    assert str(after["logging"]) == str(before["logging"])
+    for key in ("_best_ema", "current_epoch", "init_args", "inference_allowed_mirroring_axes"):
         assert after[key] == before[key]
 
 
@@ -163,6 +164,21 @@ def test_another_network_is_refused_by_name_and_leaves_nothing(results, trainer,
     with pytest.raises(UserError, match=message):
         stock.export_stock(str(source), str(results / "out"), None, "checkpoint_final.pth")
     assert [path.name for path in results.iterdir()] == [source.name]
+
+
+@pytest.mark.parametrize("trainer", ["DenoisingDiffusionTrainer", "DiffusionPretrainedLinearTrainer"])
+def test_our_trainers_of_other_networks_are_refused(results, trainer):
+    source = make_model(results, trainer, folds=(0,))
+    with pytest.raises(UserError, match=f"^{trainer} cannot be exported as stock"):
+        stock.export_stock(str(source), str(results / "out"), None, "checkpoint_final.pth")
+
+
+@pytest.mark.parametrize(
+    "trainer", ["ConfiguredTrainer", "DiffusionPretrainedTrainer", "DiffusionPretrainedDecoderTrainer"]
+)
+def test_our_trainers_of_the_planned_network_are_exported(results, trainer):
+    source = make_model(results, trainer, folds=(0,))
+    assert stock.export_stock(str(source), str(results / "out"), None, "checkpoint_final.pth") == ["0"]
 
 
 def test_weights_of_another_network_under_a_stock_trainer_are_refused(results):
