@@ -63,8 +63,8 @@ def convert_flare22(
     refuse(problems)
     if not labeled:
         raise UserError(
-            f"{source}: has no labelled case, such as FLARE22_Tr_0001_0000.nii.gz and FLARE22_Tr_0001.nii.gz, in or below "
-            "it: give FLARE22's folder, with the labelled part, which nnU-Net's plan is made from"
+            f"{source}: has no labelled case in or below it, such as FLARE22_Tr_0001_0000.nii.gz and its label "
+            "FLARE22_Tr_0001.nii.gz: add the labelled part of FLARE22, nnU-Net's plan is made from it"
         )
     description = {
         "channel_names": {"0": "CT"},

@@ -15,7 +15,8 @@ import SimpleITK as sitk
 from nnunet_diffusion.errors import UserError
 
 # What SimpleITK reads and nnU-Net calls an image with a geometry; other files (png, tif) are only looked at for size 0.
-GEOMETRIC_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+GEOMETRIC_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", ".gipl")
 
 
 class Geometry(NamedTuple):
@@ -59,29 +60,20 @@ def check_image(path: str) -> Geometry | None:
             or all its voxels have the same value.
     """
     if geometry := read_geometry(path):
-        check_values(path, _read(path))
+        check_values(path, _voxels(path))
     return geometry
 
 
 def check_complete(path: str) -> None:
-    """Refuses a NIfTI file that ends early or whose gzip checksum is wrong, reading all of it; other files pass.
+    """Refuses a NIfTI file with what nnU-Net's reader does not see: an early end, a wrong checksum, NaN, infinity.
 
-    SimpleITK reads such a file without a word and makes up what is missing; other formats it refuses by itself.
+    For those who let nnU-Net read the file and look at its voxels with `check_values`; other formats pass.
 
     Raises:
         UserError: As said.
     """
-    if not path.endswith((".nii", ".nii.gz")):
-        return
-    try:
-        header = nibabel.load(path).dataobj
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
-            present = sum(len(block) for block in iter(lambda: f.read(2**20), b""))
-    except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
-        raise UserError(_unreadable(path, error)) from error
-    expected = header.offset + math.prod(header.shape) * header.dtype.itemsize
-    if present < expected:
-        raise UserError(_unreadable(path, f"{present} bytes where its header announces {expected}"))
+    if path.endswith(NIFTI_ENDINGS):
+        check_values(path, _voxels(path))
 
 
 def check_values(path: str, voxels: np.ndarray) -> None:
@@ -111,7 +103,7 @@ def check_label(path: str, label_values: Collection[int]) -> Geometry | None:
     geometry = read_geometry(path)
     if geometry is None:
         return None
-    found = np.sort(pd.unique(_read(path).ravel()))  # hashing: much faster than np.unique on a scan
+    found = np.sort(pd.unique(_voxels(path).ravel()))  # hashing: much faster than np.unique on a scan
     if fractions := [float(value) for value in found if not float(value).is_integer()]:
         raise UserError(f"{path}: label values must be whole numbers, not {_some(fractions)}: is this an image?")
     if unknown := [int(value) for value in found if value not in label_values]:
@@ -192,12 +184,30 @@ def _require_content(path: str) -> None:
         raise UserError(f"{path}: is an empty file: copy or download it again")
 
 
-def _read(path: str) -> np.ndarray:
-    check_complete(path)
+def _voxels(path: str) -> np.ndarray:
+    """All values of an image file, in any order and shape.
+
+    NIfTI files are read here because SimpleITK, without a word, makes up what is missing of a truncated one and turns
+    NaN and infinity into 0; other formats it refuses, or reads as they are.
+    """
     try:
+        if path.endswith(NIFTI_ENDINGS):
+            return _nifti_voxels(path)
         return sitk.GetArrayFromImage(sitk.ReadImage(path))
-    except RuntimeError as error:
+    except (RuntimeError, OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         raise UserError(_unreadable(path, error)) from error
+
+
+def _nifti_voxels(path: str) -> np.ndarray:
+    header = nibabel.load(path).dataobj
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
+        content = f.read()  # to the end, where gzip compares the checksum
+    count = math.prod(header.shape)
+    expected = header.offset + count * header.dtype.itemsize
+    if len(content) < expected:
+        raise EOFError(f"{len(content)} bytes where its header announces {expected}")
+    voxels = np.frombuffer(content, header.dtype, count, header.offset)
+    return voxels if (header.slope, header.inter) == (1, 0) else voxels * header.slope + header.inter
 
 
 def _unreadable(path: str, error: Exception | str) -> str:
