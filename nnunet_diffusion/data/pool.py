@@ -23,7 +23,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
-from nnunet_diffusion.data.checks import check_complete, check_same_geometry, check_values, read_geometry
+from nnunet_diffusion.data.checks import check_channels
 from nnunet_diffusion.data.unlabeled import unlabeled_cases
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
@@ -180,7 +180,7 @@ def preprocess_case(
 
 
 def read_scan(reader, images: list[str]) -> tuple[np.ndarray, dict]:
-    """Reads a scan's channels with nnU-Net's reader, once.
+    """Checks a scan's channels, then reads them with nnU-Net's reader.
 
     Returns:
         (C, Z, Y, X) array and nnU-Net's properties.
@@ -188,17 +188,11 @@ def read_scan(reader, images: list[str]) -> tuple[np.ndarray, dict]:
     Raises:
         UserError: If a file cannot be read, is not 3-D, is not aligned with the first, holds NaN or is constant.
     """
-    geometries = [read_geometry(path) for path in images]
-    for path, geometry in zip(images, geometries, strict=True):
-        check_same_geometry(path, geometry, images[0], geometries[0])
-        check_complete(path)
+    check_channels(images)
     try:
-        data, properties = reader.read_images(images)
+        return reader.read_images(images)
     except Exception as error:  # each of nnU-Net's readers has errors of its own
-        raise UserError(f"{', '.join(images)}: cannot be read: {error}") from error
-    for path, channel in zip(images, data, strict=True):
-        check_values(path, channel)
-    return data, properties
+        raise UserError(f"{', '.join(images)}: nnU-Net cannot read this: {error}") from error
 
 
 def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, description: str) -> Iterator[tuple]:
@@ -220,8 +214,8 @@ def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, descript
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                f"{description}: a worker process was killed, most likely for want of memory: run the same command "
-                "again with fewer processes (-np); it continues where it stopped"
+                f"{description}: a worker process died. If it said nothing above, it was killed, most likely for want "
+                "of memory: run the same command again with fewer processes (-np); it continues where it stopped"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
