@@ -1,0 +1,395 @@
+"""`nnunet_diffusion convert`: nnU-Net reads what comes out; bad input is refused before anything is written."""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_diffusion.cli import main
+from nnunet_diffusion.data.conversion import label_values
+from nnunet_diffusion.data.unlabeled import unlabeled_cases
+from nnunet_diffusion.dataset_conversion.Dataset022_FLARE22 import convert_flare22
+from nnunet_diffusion.errors import UserError
+
+FLARE22_TRAINING = "Training/FLARE22_LabeledCase50"
+
+
+def scan(path: Path, size=(8, 8, 6), spacing=(1.0, 1.0, 2.0), fill=None) -> Path:
+    """A tiny noisy scan with the size and spacing in SimpleITK's order."""
+    array = np.random.default_rng(0).normal(0, 100, size[::-1]).astype(np.float32)
+    return write(path, array if fill is None else np.full_like(array, fill), spacing)
+
+
+def label(path: Path, size=(8, 8, 6), spacing=(1.0, 1.0, 2.0), values=(0, 1, 2)) -> Path:
+    return write(path, np.resize(np.array(values, np.uint8), size[::-1]), spacing)
+
+
+def write(path, array, spacing):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array, isVector=False)
+    image.SetSpacing(spacing)
+    sitk.WriteImage(image, str(path))
+    return path
+
+
+def cut(path: Path) -> Path:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    return path
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Two labelled scans and one unlabelled one, in three folders."""
+    folder = tmp_path / "source"
+    for case in ("a", "b"):
+        scan(folder / "images" / f"{case}_0000.nii.gz")
+        label(folder / "labels" / f"{case}.nii.gz")
+    scan(folder / "pool" / "c_0000.nii.gz")
+    return folder
+
+
+@pytest.fixture
+def raw(nnunet_folders):
+    return nnunet_folders / "nnUNet_raw"
+
+
+def convert(source: Path, *options: str, labels=("one", "two"), pools=("pool",)) -> int:
+    unlabeled = ["--unlabeled", *(str(source / pool) for pool in pools)] if pools else []
+    folders = [str(source / "images"), str(source / "labels")]
+    return main(["convert", "folder", *folders, *unlabeled, "-d", "5", "-n", "Tiny", "--labels", *labels, *options])
+
+
+def refused(capsys, raw: Path, code: int) -> str:
+    """The error of a conversion that failed cleanly: exit code 1, one message, nothing written."""
+    captured = capsys.readouterr()
+    assert code == 1
+    assert captured.out == ""
+    assert list(raw.iterdir()) == []
+    assert captured.err.count("nnunet_diffusion: error: ") == 1
+    return captured.err[captured.err.index("nnunet_diffusion: error: ") :]
+
+
+def as_nnunet_reads(folder: Path) -> tuple[dict, dict, dict]:
+    """dataset.json, and the labelled and unlabelled files, all of which exist."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    content = json.loads((folder / "dataset.json").read_text())
+    unlabeled = unlabeled_cases(str(folder), content)
+    labeled = get_filenames_of_train_images_and_targets(str(folder))
+    paths = [path for entry in labeled.values() for path in (*entry["images"], entry["label"])]
+    assert all(os.path.isfile(path) for path in [*paths, *(path for images in unlabeled.values() for path in images)])
+    return content, labeled, unlabeled
+
+
+def test_folder_refers_to_the_files_where_they_are(source, raw, capsys):
+    assert convert(source) == 0
+    assert "2 labelled and 1 unlabelled" in capsys.readouterr().out
+    content, labeled, unlabeled = as_nnunet_reads(raw / "Dataset005_Tiny")
+    assert os.listdir(raw / "Dataset005_Tiny") == ["dataset.json"]
+    assert content["labels"] == {"background": 0, "one": 1, "two": 2}
+    assert content["channel_names"] == {"0": "CT"}
+    assert (content["numTraining"], content["file_ending"]) == (2, ".nii.gz")
+    assert labeled == {
+        case: {
+            "images": [str(source / "images" / f"{case}_0000.nii.gz")],
+            "label": str(source / "labels" / f"{case}.nii.gz"),
+        }
+        for case in ("a", "b")
+    }
+    assert unlabeled == {"c": [str(source / "pool" / "c_0000.nii.gz")]}
+
+
+def test_nnunet_verifies_the_result(source, raw):
+    from nnunetv2.experiment_planning.verify_dataset_integrity import check_cases, verify_labels
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    assert convert(source) == 0
+    _, labeled, _ = as_nnunet_reads(raw / "Dataset005_Tiny")
+    for entry in labeled.values():
+        assert verify_labels(entry["label"], SimpleITKIO, [0, 1, 2])
+        assert check_cases(entry["images"], entry["label"], 1, SimpleITKIO)
+
+
+def test_copy_is_self_contained_and_moves(source, raw):
+    assert convert(source, "--copy") == 0
+    moved = raw / "Dataset006_Moved"
+    (raw / "Dataset005_Tiny").rename(moved)
+    original = (source / "labels" / "a.nii.gz").read_bytes()
+    for path in source.rglob("*.nii.gz"):
+        path.unlink()
+    _, labeled, unlabeled = as_nnunet_reads(moved)
+    assert labeled["a"]["images"] == [str(moved / "imagesTr" / "a_0000.nii.gz")]
+    assert unlabeled == {"c": [str(moved / "imagesUn" / "c_0000.nii.gz")]}
+    assert Path(labeled["a"]["label"]).read_bytes() == original
+
+
+def test_interrupted_copy_is_continued(source, raw, monkeypatch, capsys):
+    copied = []
+
+    def copy_two(original, target):
+        if len(copied) == 2:
+            raise OSError(28, "No space left on device", target)
+        copied.append(original)
+        return copy(original, target)
+
+    copy = shutil.copy2
+    monkeypatch.setattr(shutil, "copy2", copy_two)
+    assert convert(source, "--copy") == 1
+    assert "No space left on device" in capsys.readouterr().err
+    folder = raw / "Dataset005_Tiny"
+    files = sorted(path.name for path in folder.rglob("*") if path.is_file())
+    assert files == ["a.nii.gz", "a_0000.nii.gz"]  # whole, no temporary file, no dataset.json
+    monkeypatch.setattr(shutil, "copy2", lambda *args: copied.append(args[0]) or copy(*args))
+    assert convert(source, "--copy") == 0
+    assert len(copied) == 5 == len(set(copied))  # nothing twice
+    as_nnunet_reads(folder)
+
+
+def test_copy_does_not_replace_a_foreign_file(source, raw, capsys):
+    other = scan(raw / "Dataset005_Tiny" / "imagesTr" / "b_0000.nii.gz", size=(4, 4, 4))
+    before = other.read_bytes()
+    assert convert(source, "--copy") == 1
+    assert "b_0000.nii.gz exists and is not a copy of" in capsys.readouterr().err
+    assert other.read_bytes() == before
+
+
+def test_several_channels_other_format_and_symlinks(tmp_path, raw):
+    source = tmp_path / "mr"
+    for case in ("a", "b"):
+        for channel in range(2):
+            scan(source / "images" / f"{case}_000{channel}.nrrd")
+        label(source / "elsewhere" / f"{case}.nrrd")
+    (source / "labels").symlink_to(source / "elsewhere")
+    assert convert(source, "--channel_names", "T1", "T2", pools=()) == 0
+    content, labeled, unlabeled = as_nnunet_reads(raw / "Dataset005_Tiny")
+    assert content["channel_names"] == {"0": "T1", "1": "T2"} and content["file_ending"] == ".nrrd"
+    assert [Path(path).name for path in labeled["b"]["images"]] == ["b_0000.nrrd", "b_0001.nrrd"]
+    assert unlabeled == {}
+
+
+def test_names_without_channel_and_hidden_files(source, raw):
+    (source / "images" / "a_0000.nii.gz").rename(source / "images" / "a.nii.gz")
+    (source / "images" / "._a.nii.gz").write_bytes(b"macOS")
+    (source / "images" / "notes.txt").write_text("not an image")
+    assert convert(source) == 0
+    assert as_nnunet_reads(raw / "Dataset005_Tiny")[1]["a"]["images"] == [str(source / "images" / "a.nii.gz")]
+
+
+def test_labels_from_json(source, raw, tmp_path):
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps({"liver": 1, "spleen": 2}))
+    assert convert(source, labels=[str(path)]) == 0
+    assert as_nnunet_reads(raw / "Dataset005_Tiny")[0]["labels"] == {"background": 0, "liver": 1, "spleen": 2}
+    path.write_text(json.dumps({"labels": {"both": [1, 2], "second": 2}, "regions_class_order": [1, 2]}))
+    assert convert(source, labels=[str(path)]) == 0
+    content = as_nnunet_reads(raw / "Dataset005_Tiny")[0]
+    assert content["labels"] == {"background": 0, "both": [1, 2], "second": 2}
+    assert content["regions_class_order"] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ({"background": 0}, "0 for 'background', then 1, 2"),
+        ({"background": 0, "one": 1, "three": 3}, "without a gap"),
+        ({"background": 1, "one": 0}, "0 for 'background'"),
+        ({"one": 1}, "0 for 'background'"),
+        ({"background": 0, "one": "1"}, "whole numbers"),
+        ({"background": 0, "one": 1, "same": 1}, "same value"),
+        ({"background": 0, "ignore": 1, "two": 2}, "'ignore' must have the highest value, 2"),
+        ({"background": 0, "both": [1, 2], "two": 2}, "'regions_class_order', 2 values"),
+    ],
+)
+def test_labels_that_nnunet_could_not_train_with(labels, message):
+    with pytest.raises(UserError, match=message):
+        label_values({"labels": labels})
+
+
+def test_label_values_by_hand():
+    assert label_values({"labels": {"background": 0, "a": 1, "ignore": 2}}) == {0, 1, 2}
+    regions = {"labels": {"background": 0, "all": [1, 2, 3], "core": [2, 3], "x": 3}, "regions_class_order": [1, 2, 3]}
+    assert label_values(regions) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: cut(s / "images" / "a_0000.nii.gz"), "a_0000.nii.gz: cannot be read, truncated"),
+        (lambda s: cut(s / "labels" / "a.nii.gz"), "labels/a.nii.gz: cannot be read, truncated"),
+        (lambda s: (s / "images" / "a_0000.nii.gz").write_bytes(b""), "a_0000.nii.gz: is an empty file"),
+        (lambda s: scan(s / "images" / "a_0000.nii.gz", fill=np.nan), "a_0000.nii.gz: 384 of 384 voxels are NaN"),
+        (lambda s: scan(s / "images" / "a_0000.nii.gz", fill=7), "a_0000.nii.gz: every voxel is 7"),
+        (lambda s: scan(s / "images" / "a_0000.nii.gz", (8, 8, 6, 2), (1, 1, 2, 1)), "a_0000.nii.gz: is 4-D"),
+        (lambda s: label(s / "labels" / "a.nii.gz", spacing=(1, 1, 3)), "spacing .* against"),
+        (lambda s: label(s / "labels" / "a.nii.gz", size=(8, 8, 7)), "size .* against"),
+        (lambda s: label(s / "labels" / "a.nii.gz", values=(0, 3, 9)), r"label values \[3, 9\] are not among"),
+        (lambda s: (s / "images" / "a_0000.nii.gz").unlink(), "labels/a.nii.gz has no image"),
+        (lambda s: (s / "labels" / "a.nii.gz").unlink(), "a_0000.nii.gz has no label"),
+        (lambda s: scan(s / "pool" / "a_0000.nii.gz"), "a: is both labelled and unlabelled"),
+        (lambda s: scan(s / "images" / "a.nii.gz"), "a: is there twice"),
+        (lambda s: scan(s / "images" / "a.nii"), "several types.*--file_ending"),
+        (
+            lambda s: scan(s / "images" / "$HOME_0000.nii.gz") and label(s / "labels" / "$HOME.nii.gz"),
+            "expand the '\\$'",
+        ),
+    ],
+)
+def test_bad_labelled_input_is_refused(source, raw, capsys, spoil, message):
+    spoil(source)
+    error = refused(capsys, raw, convert(source))
+    assert re.search(message, error), error
+
+
+def test_all_bad_cases_are_listed(source, raw, capsys):
+    cut(source / "images" / "a_0000.nii.gz")
+    label(source / "labels" / "b.nii.gz", values=(0, 9))
+    error = refused(capsys, raw, convert(source))
+    assert "2 problem(s), so nothing was converted" in error
+    assert "a_0000.nii.gz: cannot be read" in error and "[9]" in error
+
+
+def test_same_case_in_two_pools(source, raw, capsys):
+    scan(source / "more" / "c_0000.nii.gz")
+    error = refused(capsys, raw, convert(source, pools=("pool", "more")))
+    assert "c: is there twice, as" in error and "more/c_0000" in error and "pool/c_0000" in error
+
+
+def test_channel_missing_or_not_named(tmp_path, raw, capsys):
+    source = tmp_path / "mr"
+    for name in ("a_0000", "b_0000", "b_0001", "d"):
+        scan(source / "images" / f"{name}.nii.gz")
+    for case in ("a", "b", "d"):
+        label(source / "labels" / f"{case}.nii.gz")
+    error = refused(capsys, raw, convert(source, "--channel_names", "T1", "T2", pools=()))
+    assert "a: lacks channel(s) [1] of 2" in error and "d.nii.gz: its name must end with one of 2 channels" in error
+
+
+def test_channels_of_different_geometry(tmp_path, raw, capsys):
+    source = tmp_path / "mr"
+    scan(source / "images" / "a_0000.nii.gz")
+    scan(source / "images" / "a_0001.nii.gz", spacing=(1, 1, 4))
+    label(source / "labels" / "a.nii.gz")
+    error = refused(capsys, raw, convert(source, "--channel_names", "T1", "T2", pools=()))
+    assert "a_0001.nii.gz does not lie on the voxels of" in error and "spacing (1.0, 1.0, 4.0)" in error
+
+
+def test_bad_pool_scans_are_skipped_and_listed(source, raw, capsys):
+    scan(source / "pool" / "d_0000.nii.gz", (8, 8, 6, 2), (1, 1, 2, 1))
+    (source / "pool" / "e_0000.nii.gz").write_bytes(b"")
+    (source / "pool" / "f_0000.nii.gz").symlink_to(source / "gone.nii.gz")
+    assert convert(source) == 1
+    error = capsys.readouterr().err
+    assert "2 labelled and 1 unlabelled" in error and "skipped 3 unlabelled" in error
+    assert all(
+        text in error for text in ("d_0000.nii.gz: is 4-D", "e_0000.nii.gz: is an empty", "f_0000.nii.gz: cannot")
+    )
+    assert list(as_nnunet_reads(raw / "Dataset005_Tiny")[2]) == ["c"]
+
+
+def test_folders_that_cannot_be_read(source, raw, capsys):
+    error = refused(capsys, raw, convert(source, pools=("nowhere",)))
+    assert "nowhere: cannot be listed (No such file or directory)" in error
+    (source / "empty").mkdir()
+    assert "empty: has no .nii.gz" in refused(capsys, raw, convert(source, pools=("empty",)))
+    assert "is not a folder" in refused(capsys, raw, main(["convert", "flare22", str(source / "nowhere")]))
+
+
+def test_nnunet_raw_not_set(source, monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_raw")
+    assert convert(source) == 1
+    assert "nnUNet_raw is not set: `export nnUNet_raw=" in capsys.readouterr().err
+
+
+def test_id_or_name_that_cannot_be(source, raw, nnunet_folders, capsys):
+    assert "number from 1 to 999" in refused(capsys, raw, convert(source, "-d", "1000"))
+    assert "of letters, digits" in refused(capsys, raw, convert(source, "-n", "../Tiny"))
+    (nnunet_folders / "nnUNet_preprocessed" / "Dataset005_Other").mkdir()
+    assert "hold ['Dataset005_Other'] under this id" in refused(capsys, raw, convert(source))
+
+
+def test_label_names(source, raw, tmp_path, capsys):
+    assert "name each label once" in refused(capsys, raw, convert(source, labels=("one", "one")))
+    assert "background is always 0" in refused(capsys, raw, convert(source, labels=("background", "one")))
+    (tmp_path / "labels.json").write_text("{")
+    assert "labels.json: is no JSON" in refused(capsys, raw, convert(source, labels=[str(tmp_path / "labels.json")]))
+    (tmp_path / "labels.json").write_text("[1]")
+    assert "must hold an object" in refused(capsys, raw, convert(source, labels=[str(tmp_path / "labels.json")]))
+
+
+def test_same_source_again_updates_another_is_refused(source, raw, capsys):
+    assert convert(source) == 0
+    written = raw / "Dataset005_Tiny" / "dataset.json"
+    scan(source / "pool" / "d_0000.nii.gz")
+    assert convert(source) == 0
+    content = written.read_text()
+    assert list(json.loads(content)["unlabeled"]) == ["c", "d"]
+    cut(source / "images" / "a_0000.nii.gz")
+    assert convert(source) == 1  # and the earlier one stays
+    assert written.read_text() == content
+    source.rename(source.parent / "other")
+    assert convert(source.parent / "other") == 1
+    assert "dataset.json exists and was converted from" in capsys.readouterr().err
+    written.write_text("{}")
+    assert convert(source.parent / "other") == 1
+    assert "dataset.json exists and was not written by this command" in capsys.readouterr().err
+    assert written.read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("training", "pools"),
+    [
+        ((FLARE22_TRAINING + "/images", FLARE22_TRAINING + "/labels"), ("Training/FLARE22_UnlabeledCase1-1000",)),
+        (
+            ("FLARE22Train/images", "FLARE22Train/labels"),
+            ("FLARE22_UnlabeledCase1-500", "FLARE22_UnlabeledCase501-1000"),
+        ),
+        (("labeled_image", "labeled_mask"), ("unlabeled_image",)),
+        (("imagesTr", "labelsTr"), ("Unlabeled/part1", "Unlabeled/part2")),
+        ((".", "."), (".",)),
+        ((FLARE22_TRAINING + "/images", FLARE22_TRAINING + "/labels"), ()),
+    ],
+)
+def test_flare22_in_any_folders(tmp_path, raw, training, pools):
+    source = tmp_path / "FLARE22"
+    for number in (1, 50):
+        scan(source / training[0] / f"FLARE22_Tr_{number:04d}_0000.nii.gz")
+        label(source / training[1] / f"FLARE22_Tr_{number:04d}.nii.gz", values=range(14))
+    for number, pool in enumerate(pools):
+        scan(source / pool / f"Case_{number + 1:05d}_0000.nii.gz")
+    for folder in ("Validation", "Testing"):  # the same names in both, as published
+        scan(source / folder / "FLARETs_0001_0000.nii.gz")
+    (source / "__MACOSX").mkdir()
+    (source / "__MACOSX" / "._FLARE22_Tr_0001_0000.nii.gz").write_bytes(b"macOS")
+    converted = convert_flare22(str(source))
+    content, labeled, unlabeled = as_nnunet_reads(raw / "Dataset022_FLARE22")
+    assert list(labeled) == ["FLARE22_Tr_0001", "FLARE22_Tr_0050"]
+    assert labeled["FLARE22_Tr_0050"]["label"].endswith("FLARE22_Tr_0050.nii.gz")
+    assert list(unlabeled) == [f"Case_{number + 1:05d}" for number in range(len(pools))]
+    assert converted.notes == ["left 2 evaluation scan(s) where they are"]
+    assert len(content["labels"]) == 14
+    assert (content["labels"]["right kidney"], content["labels"]["left kidney"]) == (2, 13)
+
+
+def test_flare22_bad_input(tmp_path, raw, capsys):
+    source = tmp_path / "FLARE22"
+    scan(source / "a" / "Case_00001_0000.nii.gz")
+    assert "has no labelled case" in refused(capsys, raw, main(["convert", "flare22", str(source)]))
+    scan(source / "a" / "FLARE22_Tr_0001_0000.nii.gz")
+    label(source / "FLARE22_Tr_0002.nii.gz")
+    scan(source / "b" / "Case_00001_0000.nii.gz")
+    error = refused(capsys, raw, main(["convert", "flare22", str(source)]))
+    assert "FLARE22_Tr_0001_0000.nii.gz has no label" in error and "FLARE22_Tr_0002.nii.gz has no image" in error
+    assert "Case_00001: is there twice" in error
+
+
+def test_flare22_example(raw, shared_data, capsys):
+    assert main(["convert", "flare22", str(shared_data / "flare_example"), "-d", "23", "-n", "Example", "--copy"]) == 0
+    assert "no training case: took its 3 labelled evaluation case(s)" in capsys.readouterr().out
+    _, labeled, _ = as_nnunet_reads(raw / "Dataset023_Example")
+    assert list(labeled) == ["FLARE22_Ts_0001", "FLARE22_Ts_0002", "FLARE22_Ts_0003"]
