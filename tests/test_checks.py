@@ -53,6 +53,16 @@ def test_int16_with_slope_is_not_taken_for_truncated(tmp_path):
     check_image(str(tmp_path / "scan.nii"))
 
 
+def test_other_byte_order(tmp_path):
+    array = np.zeros(SHAPE, np.int16)
+    array[0, 0, 0] = 2
+    image = nibabel.Nifti1Image(array, np.eye(4), nibabel.Nifti1Header(endianness=">"))
+    nibabel.save(image, tmp_path / "label.nii.gz")
+    check_image(str(tmp_path / "label.nii.gz"))
+    with pytest.raises(UserError, match=r"values \[2\] are not"):  # 512 if its bytes were taken in the wrong order
+        check_label(str(tmp_path / "label.nii.gz"), {0, 1})
+
+
 def test_compressed_after_truncation(tmp_path):
     path = write(tmp_path / "scan.nii.gz", noise())
     with open(path, "rb") as f:

@@ -207,6 +207,7 @@ def _nifti_voxels(path: str) -> np.ndarray:
     if len(content) < expected:
         raise EOFError(f"{len(content)} bytes where its header announces {expected}")
     voxels = np.frombuffer(content, header.dtype, count, header.offset)
+    voxels = voxels.astype(header.dtype.newbyteorder("="), copy=False)  # pandas refuses the other byte order
     return voxels if (header.slope, header.inter) == (1, 0) else voxels * header.slope + header.inter
 
 
