@@ -1,6 +1,5 @@
 """Transfer of a denoiser's weights into the planned segmentation network, with a report that hides nothing."""
 
-import argparse
 import os
 import sys
 from dataclasses import asdict, dataclass, field
@@ -160,6 +159,10 @@ def pretrained_weights_argument() -> str | None:
     It reads that file itself, with pickle, after the trainer is initialised; a trainer that knows the name can check
     it before, and choose t* afterwards.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-pretrained_weights")
-    return parser.parse_known_args(sys.argv[1:])[0].pretrained_weights
+    flag = "-pretrained_weights"  # argparse would take `-p PLANS` for an abbreviation of it
+    for argument, following in zip(sys.argv, [*sys.argv[1:], None], strict=True):
+        if argument == flag:
+            return following
+        if argument.startswith(flag + "="):
+            return argument.removeprefix(flag + "=")
+    return None
