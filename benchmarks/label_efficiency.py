@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from itertools import product
 from pathlib import Path
 
 from regimes import draw, group_by_patient, hold_out
@@ -137,40 +138,45 @@ def find_denoiser(args: argparse.Namespace, base: Path, test: list[str]) -> Path
     return file
 
 
-def describe_runs(args: argparse.Namespace, out: Path) -> list[dict]:
-    """One job description per arm, budget and seed; writes the split and stops there with --make_split."""
-    base = dataset_folder(args, "nnUNet_preprocessed")
+def split_patients(args: argparse.Namespace, base: Path, out: Path) -> tuple[list[str], dict[str, list[str]]]:
+    """The test cases, and the patients that are left to train on with their cases."""
     patient_of = json.loads(Path(args.patients).read_text()) if args.patients else None
     patients = group_by_patient(preprocessed_cases(args, base), patient_of)
     test = choose_test_cases(args, patients, out / "test_cases.json")
-    rest = {patient: cases for patient, cases in patients.items() if not set(cases) & set(test)}
-    if args.make_split:
-        write_split(base, sorted(case for cases in rest.values() for case in cases), test)
-        return []
-    training = {"num_epochs": args.num_epochs, "num_iterations_per_epoch": args.num_iterations_per_epoch,
-                "num_val_iterations_per_epoch": VALIDATION_ITERATIONS}
+    return test, {patient: cases for patient, cases in patients.items() if not set(cases) & set(test)}
+
+
+def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]) -> dict:
+    """What all runs of an arm have in common; its `protocol` decides whether an earlier result may be kept."""
+    trainer, settings = read_arm(arm, args.setting)
+    settings = {
+        "num_epochs": args.num_epochs,
+        "num_iterations_per_epoch": args.num_iterations_per_epoch,
+        "num_val_iterations_per_epoch": VALIDATION_ITERATIONS,
+        **settings,
+    }
+    protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, "settings": dict(settings)}
+    if trainer != "nnUNetTrainer" and not settings.get("scratch"):
+        settings["denoiser"] = str(find_denoiser(args, base, test))
+        protocol["denoiser_sha256"] = hashlib.sha256(Path(settings["denoiser"]).read_bytes()).hexdigest()
+    return {"arm": arm, "trainer": trainer, "settings": settings, "protocol": protocol, "test_cases": test,
+            "preprocessed": str(base), "configuration": args.c, "plans": args.p, "device": args.device}
+
+
+def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]:
+    """One job description per arm, budget and seed, seeds outermost: an interrupted benchmark has whole seeds."""
+    test, rest = split_patients(args, base, out)
     unused = [s for s in args.setting if s.split(".")[0] not in {read_arm(arm, [])[0] for arm in args.arms}]
     if unused:
         raise UserError(f"--setting {' '.join(unused)} belongs to no trainer of the chosen arms")
+    arms = [describe_arm(args, arm, base, test) for arm in args.arms]
+    raw = {budget: str(dataset_folder(args, "nnUNet_raw")) for budget in args.budgets if budget.endswith("slices")}
     jobs = []
-    for arm in args.arms:
-        trainer, settings = read_arm(arm, args.setting)
-        settings = training | settings
-        protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, "settings": dict(settings)}
-        if trainer != "nnUNetTrainer" and not settings.get("scratch"):
-            settings["denoiser"] = str(find_denoiser(args, base, test))
-            protocol["denoiser_sha256"] = hashlib.sha256(Path(settings["denoiser"]).read_bytes()).hexdigest()
-        for budget in args.budgets:
-            raw = str(dataset_folder(args, "nnUNet_raw")) if budget.endswith("slices") else None
-            for seed in args.seeds:
-                name = f"{budget.replace('%', 'percent')}_{arm}_seed{seed}"
-                jobs.append({
-                    "name": name, "arm": arm, "budget": budget, "seed": seed, "trainer": trainer, "settings": settings,
-                    "cases": draw(budget, rest, seed), "test_cases": test, "preprocessed": str(base), "raw": raw,
-                    "configuration": args.c, "plans": args.p, "device": args.device, "protocol": protocol,
-                    "result": str(out / "runs" / f"{name}.json"),
-                })
-    return sorted(jobs, key=lambda job: (args.seeds.index(job["seed"]), args.budgets.index(job["budget"])))
+    for seed, budget, arm in product(args.seeds, args.budgets, arms):
+        name = f"{budget.replace('%', 'percent')}_{arm['arm']}_seed{seed}"
+        jobs.append({**arm, "name": name, "budget": budget, "seed": seed, "cases": draw(budget, rest, seed),
+                     "raw": raw.get(budget), "result": str(out / "runs" / f"{name}.json")})
+    return jobs
 
 
 def is_finished(job: dict) -> bool:
@@ -260,11 +266,13 @@ def main() -> int:
     default = Path(os.environ.get("nnUNet_results", "."), base.name, f"label_efficiency__{args.p}__{args.c}")
     out = Path(args.o or default).resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    jobs = describe_runs(args, out)
     if args.make_split:
+        test, rest = split_patients(args, base, out)
+        write_split(base, sorted(case for cases in rest.values() for case in cases), test)
         print(f"the test patients are the validation cases of fold 0 now; next:\n"
               f"nnUNetv2_train {args.d} {args.c} 0 -tr DenoisingDiffusionTrainer -p {args.p}")
         return 0
+    jobs = describe_runs(args, base, out)
     failed = run_all(jobs, out, args.jobs)
     runs = [json.loads(Path(job["result"]).read_text()) for job in jobs if job not in failed]
     if runs:

@@ -103,8 +103,8 @@ def preprocessors(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
     return pool, stock
 
 
-def interleave(ours: Callable, stock: Callable, rounds: int, device: str, warm_up: int = 1) -> dict[str, float]:
-    """Times two functions in turn; returns the medians in seconds and their ratio."""
+def interleave(ours: Callable, stock: Callable, rounds: int, device: str, warm_up: int = 1) -> dict:
+    """Times two functions in turn; returns the medians in seconds, and median and quartiles of the pairs' ratios."""
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = {"ours": [], "stock": []}
     for number in range(warm_up + rounds):
@@ -116,7 +116,9 @@ def interleave(ours: Callable, stock: Callable, rounds: int, device: str, warm_u
             if number >= warm_up:
                 times[name].append(time.perf_counter() - start)
     medians = {f"{name}_seconds": statistics.median(values) for name, values in times.items()}
-    return {**medians, "ratio": medians["ours_seconds"] / medians["stock_seconds"], "rounds": rounds}
+    ratios = [a / b for a, b in zip(times["ours"], times["stock"], strict=True)]  # a busy moment slows both of a pair
+    quartiles = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {**medians, "ratio": quartiles[1], "ratio_quartiles": [quartiles[0], quartiles[2]], "rounds": rounds}
 
 
 def peak_memory(name: str, args: argparse.Namespace) -> dict[str, float]:

@@ -17,6 +17,9 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 import torch
+from nnunetv2.evaluation.evaluate_predictions import compute_metrics
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor, comp_blosc2_params
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -70,12 +73,6 @@ def label_slices(job: dict, plans: PlansManager, dataset_json: dict, target: Pat
     return chosen
 
 
-def write_split(job: dict, validation_cases: list[str]) -> None:
-    """Writes the run's only fold."""
-    base = Path(os.environ["nnUNet_preprocessed"], Path(job["preprocessed"]).name)
-    write_json(base / "splits_final.json", [{"train": sorted(job["cases"]), "val": validation_cases}])
-
-
 def prepare(job: dict) -> dict[str, list[int]]:
     """Lays out the run's own nnUNet_preprocessed folder; returns the annotated slices, if the budget is in slices."""
     source = Path(job["preprocessed"])
@@ -89,16 +86,15 @@ def prepare(job: dict) -> dict[str, list[int]]:
     manager = PlansManager(plans)
     data = manager.get_configuration(job["configuration"]).data_identifier
     whole = (".b2nd", "_seg.b2nd", ".pkl")
-    link_cases(source / data, base / data, job["test_cases"], whole)
     in_slices = any(job["cases"].values())
     link_cases(source / data, base / data, list(job["cases"]), whole[:1] if in_slices else whole)
     if in_slices:
         dataset_json["labels"].setdefault("ignore", int(max(manager.get_label_manager(dataset_json).all_labels)) + 1)
     write_json(base / f"{job['plans']}.json", plans)
     write_json(base / "dataset.json", dataset_json)
-    write_split(job, sorted(job["cases"]))  # the test cases are not looked at before the final weights are there
-    for name in ("dataset_fingerprint.json", "gt_segmentations"):
-        (base / name).symlink_to(source / name)
+    cases = sorted(job["cases"])  # the test cases are not even in the folder
+    write_json(base / "splits_final.json", [{"train": cases, "val": cases}])
+    (base / "dataset_fingerprint.json").symlink_to(source / "dataset_fingerprint.json")
     return label_slices(job, manager, dataset_json, base / data) if in_slices else {}
 
 
@@ -130,16 +126,35 @@ def build_trainer(job: dict):
     return trainer
 
 
-def read_dice(summary: dict, labels: dict, file_ending: str) -> dict[str, dict[str, float | None]]:
-    """Turns nnU-Net's summary.json into case -> organ -> Dice; None where neither mask has the organ."""
-    organ = {str(tuple(value) if isinstance(value, list) else value): name for name, value in labels.items()}
-    return {
-        Path(case["prediction_file"]).name.removesuffix(file_ending): {
-            organ[label]: None if np.isnan(metrics["Dice"]) else metrics["Dice"]
-            for label, metrics in case["metrics"].items()
-        }
-        for case in summary["metric_per_case"]
-    }
+def test(trainer, job: dict) -> dict[str, dict[str, float | None]]:
+    """Predicts and scores the test cases as nnU-Net's validation does, with the weights as they are, in this process.
+
+    Returns:
+        case -> organ -> Dice; None where neither mask has the organ.
+    """
+    trainer.set_deep_supervision_enabled(False)
+    trainer.network.eval()
+    plans, configuration, dataset_json = trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json
+    predictor = nnUNetPredictor(device=trainer.device, allow_tqdm=False,
+                                perform_everything_on_device=trainer.device.type == "cuda")
+    predictor.manual_initialization(trainer.network, plans, configuration, None, dataset_json, job["trainer"],
+                                    trainer.inference_allowed_mirroring_axes)
+    source, ending = Path(job["preprocessed"]), dataset_json["file_ending"]
+    dataset = trainer.dataset_class(str(source / configuration.data_identifier), list(job["test_cases"]))
+    organs = {tuple(v) if isinstance(v, list) else v: n for n, v in dataset_json["labels"].items()
+              if v != 0 and n != "ignore"}
+    dice = {}
+    for case in dataset.identifiers:
+        data, _, _, properties = dataset.load_case(case)
+        logits = predictor.predict_sliding_window_return_logits(torch.from_numpy(data[:])).cpu()
+        prediction = os.path.join(trainer.output_folder, case)
+        export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, prediction)
+        reference = str(source / "gt_segmentations" / (case + ending))
+        scores = compute_metrics(reference, prediction + ending, plans.image_reader_writer_class(), list(organs),
+                                 trainer.label_manager.ignore_label)
+        values = {organs[label]: float(score["Dice"]) for label, score in scores["metrics"].items()}
+        dice[case] = {organ: None if np.isnan(value) else value for organ, value in values.items()}
+    return dice
 
 
 def describe_machine(device: str) -> dict[str, str]:
@@ -157,16 +172,13 @@ def run(job: dict) -> None:
     trainer = build_trainer(job)
     trainer.run_training()
     times.append(time.time())
-    write_split(job, job["test_cases"])
-    trainer.perform_actual_validation()
+    dice = test(trainer, job)
     times.append(time.time())
-    summary = json.loads(Path(trainer.output_folder, "validation", "summary.json").read_text())
-    labels, ending = trainer.dataset_json["labels"], trainer.dataset_json["file_ending"]
     seconds = dict(zip(("prepare", "train", "test"), np.diff(times).round(1).tolist(), strict=True))
     write_json(job["result"], {
-        **{key: job[key] for key in ("arm", "budget", "seed", "trainer", "protocol")},
-        "training_cases": sorted(job["cases"]), "slices": slices, "test_cases": job["test_cases"],
-        "dice": read_dice(summary, labels, ending), "seconds": seconds, "machine": describe_machine(job["device"]),
+        **{key: job[key] for key in ("arm", "budget", "seed", "trainer", "protocol", "test_cases")},
+        "training_cases": sorted(job["cases"]), "slices": slices, "dice": dice, "seconds": seconds,
+        "machine": describe_machine(job["device"]),
     })
 
 
