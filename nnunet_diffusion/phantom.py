@@ -9,6 +9,7 @@ to try software with, not a model of anybody's anatomy.
 Axes: +x is the patient's left, +y posterior, +z superior (LPS, as in DICOM); arrays are (z, y, x) as in SimpleITK.
 """
 
+import argparse
 import functools
 import os
 
@@ -416,3 +417,16 @@ def write_phantom_dataset(
         write_image(os.path.join(folder, f"labels{kind}", f"{case}.nii.gz"), labels, spacing)
     description = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": labelled, "file_ending": ".nii.gz"}
     write_json(os.path.join(folder, "dataset.json"), description | {"unlabeled": unlabelled_table})
+
+
+def main() -> None:
+    """`python -m nnunet_diffusion.phantom FOLDER`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("folder", help="DatasetXXX_Name")
+    for name, default in (("labelled", 4), ("unlabelled", 32), ("test", 6), ("seed", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    write_phantom_dataset(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

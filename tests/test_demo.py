@@ -1,0 +1,175 @@
+"""Steps are run once, continued and reported; the demo goes all the way on the real nnU-Net."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+
+from nnunet_diffusion.cli import main
+from nnunet_diffusion.cli.demo import verdict
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.steps import Step, Steps, command_environment, link
+
+APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text((p.read_text() if p.exists() else '') + 'x')"
+
+
+@pytest.fixture
+def steps_of(tmp_path):
+    return lambda **environment: Steps(str(tmp_path / "run"), command_environment(None, "cpu") | environment, 2)
+
+
+def python(title, code, output, *arguments, **options):
+    command = [os.path.basename(sys.executable), "-c", code, str(output), *arguments]
+    return Step(title, command, str(output), **options)
+
+
+def test_finished_step_is_skipped_next_time(steps_of, tmp_path, capsys):
+    step = python("one", APPEND, tmp_path / "a")
+    steps_of().run(step)
+    assert "[1/2] one\n  $ python" in capsys.readouterr().out
+    steps_of().run(step)
+    assert (tmp_path / "a").read_text() == "x"
+    assert "[1/2] one: done before" in capsys.readouterr().out
+
+
+def test_step_runs_again_when_its_output_is_gone_or_what_it_depends_on_changed(steps_of, tmp_path):
+    steps_of().run(python("one", APPEND, tmp_path / "a", depends_on={"epochs": 1}))
+    steps_of().run(python("one", APPEND, tmp_path / "a", depends_on={"epochs": 2}))
+    assert (tmp_path / "a").read_text() == "xx"
+    (tmp_path / "a").unlink()
+    steps_of().run(python("one", APPEND, tmp_path / "a", depends_on={"epochs": 2}))
+    assert (tmp_path / "a").read_text() == "x"
+
+
+def test_what_follows_a_step_that_ran_runs_too(steps_of, tmp_path):
+    first, second = python("one", APPEND, tmp_path / "a"), python("two", APPEND, tmp_path / "b")
+    for _ in range(2):
+        steps = steps_of()
+        steps.run(first)
+        steps.run(second)
+    assert (tmp_path / "b").read_text() == "x"
+    (tmp_path / "a").unlink()
+    steps = steps_of()
+    steps.run(first)
+    steps.run(second)
+    assert (tmp_path / "b").read_text() == "xx"
+
+
+def test_incremental_step_always_runs_but_does_not_make_later_ones_run(steps_of, tmp_path):
+    first, second = python("one", APPEND, tmp_path / "a", is_incremental=True), python("two", APPEND, tmp_path / "b")
+    for _ in range(2):
+        steps = steps_of()
+        steps.run(first)
+        steps.run(second)
+    assert (tmp_path / "a").read_text() == "xx" and (tmp_path / "b").read_text() == "x"
+
+
+def test_failing_step_tells_the_end_of_its_log_and_is_continued(steps_of, tmp_path):
+    """The first time it dies half-way; the second time it gets --c and finds what the first one left."""
+    model = tmp_path / "model"
+    code = (
+        "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.parent.mkdir(exist_ok=True)\n"
+        "if '--c' not in sys.argv: (p.parent / 'half').touch(); sys.exit('no memory left')\n"
+        "(p.parent / 'half').rename(p)"
+    )
+    step = python("train it", code, model / "done", resume_with=["--c"], replaces=str(model))
+    with pytest.raises(
+        UserError, match=r"step 1, train it, failed \(exit code 1\)\n  \| no memory left\n.*train_it\.txt"
+    ):
+        steps_of().run(step)
+    assert "no memory left" in (tmp_path / "run" / "logs" / "train_it.txt").read_text()
+    steps_of().run(step)
+    assert os.listdir(model) == ["done"]
+
+
+def test_step_started_anew_does_not_continue_an_older_one(steps_of, tmp_path):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "checkpoint of other settings").touch()
+    code = (
+        "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.parent.mkdir(); p.touch(); assert '--c' not in sys.argv"
+    )
+    steps_of().run(python("train", code, model / "done", resume_with=["--c"], replaces=str(model)))
+    assert os.listdir(model) == ["done"]
+
+
+def test_step_without_its_output_failed(steps_of, tmp_path):
+    with pytest.raises(UserError, match=r"it ended without .*nothing"):
+        steps_of().run(python("one", "", tmp_path / "nothing"))
+
+
+def test_command_that_is_not_installed_is_named(steps_of, tmp_path):
+    with pytest.raises(UserError, match="nnUNetv2_nothing is not installed"):
+        steps_of().run(Step("one", ["nnUNetv2_nothing"], str(tmp_path / "a")))
+
+
+def test_environment_is_for_the_commands_only_and_keeps_what_is_set(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("nnUNet_extTrainer", "/somebody/elses")
+    before = dict(os.environ)
+    environment = command_environment(str(tmp_path), "cpu")
+    assert dict(os.environ) == before
+    assert environment["OMP_NUM_THREADS"] == "3" and environment["nnUNet_raw"] == str(tmp_path / "nnUNet_raw")
+    assert environment["nnUNet_extTrainer"].split(os.pathsep)[-1] == "/somebody/elses"
+    assert "OMP_NUM_THREADS" not in command_environment(None, "cuda")
+
+
+def test_link_replaces_an_older_one(tmp_path):
+    for content in ("a", "b"):
+        (tmp_path / content).write_text(content)
+        link(str(tmp_path / content), str(tmp_path / "link"))
+    assert (tmp_path / "link").read_text() == "b" and (tmp_path / "a").read_text() == "a"
+
+
+def test_verdict_says_who_is_ahead():
+    low, high = {"a": {"liver": 0.5}, "b": {"liver": 0.7}}, {"a": {"liver": 0.8}, "b": {"liver": 0.6}}
+    assert "Pre-trained is ahead of its from-scratch control by 0.100 Dice, and better in 1 of 2" in verdict(low, high)
+    assert "Pre-trained is behind its from-scratch control by 0.100 Dice, and better in 1 of 2" in verdict(high, low)
+
+
+def test_unset_folders_are_named_with_data(monkeypatch, capsys):
+    monkeypatch.delenv("nnUNet_raw", raising=False)
+    assert main(["demo", "--data", "1"]) == 1
+    assert "nnUNet_raw" in capsys.readouterr().err
+
+
+def test_synthetic_data_needs_something_to_test_on(capsys):
+    assert main(["demo", "--test", "0"]) == 1
+    assert "--test: at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_demo_end_to_end_and_again(tmp_path, capsys):
+    """Every step on the real nnU-Net with tiny budgets; the second call finds all of it done."""
+    small = "--labelled 2 --unlabelled 2 --test 2 --epochs 1 --pretraining_epochs 1".split()
+    assert main(["demo", "-o", str(tmp_path), *small]) == 0
+    out = capsys.readouterr().out
+    assert "from scratch  pre-trained  difference" in out and "[7/7]" in out
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["arms"]) == {"from scratch", "pre-trained"} and len(results["seconds"]) == 7
+    assert all(len(arm["cases"]) == 2 and 0 <= arm["mean"] <= 1 for arm in results["arms"].values())
+    assert len(list((tmp_path / "overlays").glob("*.png"))) == 2
+    assert main(["demo", "-o", str(tmp_path), *small]) == 0
+    assert capsys.readouterr().out.count("done before") == 7
+
+
+@pytest.mark.slow
+def test_demo_on_a_users_data_set_holds_fold_0_out(tmp_path, monkeypatch, capsys):
+    from nnunet_diffusion.phantom import write_phantom_dataset
+
+    for kind in ("raw", "preprocessed", "results"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setenv(f"nnUNet_{kind}", str(tmp_path / kind))
+    raw = tmp_path / "raw" / "Dataset007_Mine"
+    write_phantom_dataset(raw, 5, 1, 0, shape=(16, 36, 48), spacing_mm=(20, 8, 8))
+    arguments = ["demo", "--data", "7", "-o", str(tmp_path / "out"), "--epochs", "1", "--pretraining_epochs", "1"]
+    assert main(arguments) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    held_out = json.loads((tmp_path / "preprocessed" / "Dataset007_Mine" / "splits_final.json").read_text())[0]["val"]
+    assert set(results["arms"]["pre-trained"]["cases"]) == set(held_out) and len(held_out) == 1
+    assert np.isfinite(results["arms"]["pre-trained"]["mean"])
+    plan = json.loads((tmp_path / "preprocessed" / "Dataset007_Mine" / "nnUNetCompactPlans.json").read_text())
+    assert plan["plans_name"] == "nnUNetCompactPlans"  # the user's own plan is as it was planned
+    assert "scratch" not in json.dumps(plan)
