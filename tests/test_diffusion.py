@@ -168,5 +168,7 @@ def test_agrees_with_diffusers():
 def test_pictures_are_written(tmp_path):
     pictures.loss_curves(str(tmp_path / "progress.png"), [1.0, 0.5], [0.9, 0.6], [1e-3, 5e-4])
     for shape in ((5, 1, 8, 9), (2, 2, 4, 8, 9)):
-        pictures.sample_sheet(str(tmp_path / "sheet.png"), np.random.rand(*shape), np.random.rand(3, *shape[1:]), "name")
+        pictures.sample_sheet(
+            str(tmp_path / "sheet.png"), np.random.rand(*shape), np.random.rand(3, *shape[1:]), "name"
+        )
     assert sorted(p.name for p in tmp_path.iterdir()) == ["progress.png", "sheet.png"]

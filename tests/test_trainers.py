@@ -1,0 +1,442 @@
+"""Pre-training and fine-tuning through nnU-Net's own training loop, on a tiny data set."""
+
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.nn import functional as F
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.networks.conditioning import fold
+from nnunet_diffusion.networks.denoiser_file import load_denoiser, rebuild
+from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
+from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
+from nnunet_diffusion.trainers.DiffusionPretrainedDecoderTrainer import DiffusionPretrainedDecoderTrainer
+from nnunet_diffusion.trainers.DiffusionPretrainedLinearTrainer import DiffusionPretrainedLinearTrainer
+from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
+
+pytestmark = pytest.mark.slow  # each trains in nnU-Net's own loop, which takes seconds
+PRETRAINED = [DiffusionPretrainedTrainer, DiffusionPretrainedDecoderTrainer, DiffusionPretrainedLinearTrainer]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The tiny data set, and a denoiser of fold `all` for each configuration."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            folder = tmp_path_factory.mktemp(name)
+            patch.setenv(name, str(folder))
+        folder = tiny.prepare()
+        for configuration in ("2d", "3d_fullres"):
+            tiny.trainer(DenoisingDiffusionTrainer, configuration, "all").run_training()
+        yield folder
+
+
+@pytest.fixture
+def plans(world):
+    """Writes a plan of the tiny data set with other settings and returns its name."""
+
+    def write(name, source=tiny.PLANS, change=lambda plans: plans, **block):
+        content = json.loads((world / f"{source}.json").read_text())
+        tiny.write_plans(change(content), name, **block)
+        return name
+
+    return write
+
+
+def denoiser_path(configuration="2d", fold="all", plans=tiny.PLANS):
+    folder = f"DenoisingDiffusionTrainer__{plans}__{configuration}"
+    return Path(os.environ["nnUNet_results"]) / tiny.NAME / folder / f"fold_{fold}" / "denoiser.pth"
+
+
+def copied(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+# ---------------------------------------------------------------- pre-training
+
+
+def test_denoiser_holds_what_the_contract_says(world):
+    content = torch.load(denoiser_path(), weights_only=True)
+    assert content["timestep"] == 300 and content["process"]["schedule"] == "linear"
+    assert content["plan"]["plans_name"] == tiny.PLANS and content["plan"]["spacing"] == [2.0, 2.0]
+    assert content["plan"]["normalization_schemes"] == ["CTNormalization"]
+    assert content["training"]["images"] == 7 and content["training"]["held_out"] == 1, "5 labelled, 3 of the pool"
+    stock = tiny.trainer(nnUNetTrainer)
+    stock.initialize()
+    keys = {k for k in stock.network.state_dict() if "seg_layers" not in k}
+    assert keys == {k for k in content["network_weights"] if "seg_layers" not in k}
+    assert content["nnssl_adaptation_plan"]["key_to_encoder"] == "encoder.stages"
+
+
+def test_folds_leave_their_validation_images_out(world):
+    trainer = tiny.trainer(DenoisingDiffusionTrainer, fold=0)
+    train, held_out = trainer.get_tr_and_val_datasets()
+    names = {os.path.basename(i) for i in train.identifiers}
+    assert names == {"tiny_000", "tiny_001", "tiny_002", "tiny_100", "tiny_101", "tiny_102"}
+    assert {os.path.basename(i) for i in held_out.identifiers} == {"tiny_003", "tiny_004"}
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+def test_resumed_pretraining_is_the_uninterrupted_one(plans, configuration):
+    """Four epochs at once, and two, a checkpoint, and two more in a new trainer: the same weights, bit by bit."""
+    name = plans("Resume", DenoisingDiffusionTrainer={"num_epochs": 4, "save_every": 2})
+    whole = tiny.trainer(DenoisingDiffusionTrainer, configuration, plans=name)
+    whole.run_training()
+    weights, average = copied(whole.network.state_dict()), copied(whole.ema.state_dict())
+
+    class Interrupted(DenoisingDiffusionTrainer):
+        def on_epoch_start(self):
+            if self.current_epoch == 2 and not self.is_resumed:
+                raise KeyboardInterrupt
+            super().on_epoch_start()
+
+    Interrupted.__name__ = "DenoisingDiffusionTrainer"
+    first = tiny.trainer(Interrupted, configuration, plans=name)
+    with pytest.raises(KeyboardInterrupt):
+        first.run_training()
+    second = tiny.trainer(DenoisingDiffusionTrainer, configuration, plans=name, resume=True)
+    second.load_checkpoint(os.path.join(second.output_folder, "checkpoint_latest.pth"))
+    assert second.current_epoch == 2
+    second.run_training()
+    assert all(torch.equal(weights[k], v) for k, v in second.network.state_dict().items())
+    assert all(torch.equal(average[k], v) for k, v in second.ema.state_dict().items())
+    assert len(load_denoiser(denoiser_path(configuration, 0, name))["training"]["held_out_loss"]) == 4
+
+
+@pytest.mark.parametrize(
+    "settings", [{"prediction": "v", "weighting": "min_snr", "schedule": "cosine"}, {"augment": False}]
+)
+def test_other_processes_train_and_sample(plans, settings):
+    name = plans("Other", DenoisingDiffusionTrainer=settings)
+    trainer = tiny.trainer(DenoisingDiffusionTrainer, plans=name)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    assert {"denoiser.pth", "samples.png", "progress.png"} <= set(os.listdir(trainer.output_folder))
+
+
+def test_pretraining_lowers_the_loss(plans):
+    settings = {"num_epochs": 8, "num_iterations_per_epoch": 12, "initial_lr": 1e-2, "warmup_epochs": 0}
+    trainer = tiny.trainer(DenoisingDiffusionTrainer, plans=plans("Longer", DenoisingDiffusionTrainer=settings))
+    trainer.run_training()
+    losses = trainer.logger.get_value("val_losses", step=None)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_unused_heads_do_not_stop_distributed_training(world):
+    from torch import distributed
+
+    network = tiny.trainer(DenoisingDiffusionTrainer)
+    network.initialize()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29531")
+    distributed.init_process_group("gloo", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(network.network)
+        for _ in range(2):  # the second step fails when the first left parameters without gradient
+            parallel(torch.randn(2, 1, 16, 16), torch.tensor([3, 4])).mean().backward()
+    finally:
+        distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- fine-tuning
+
+
+@pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
+@pytest.mark.parametrize("cls", PRETRAINED)
+def test_training_starts_from_the_folded_denoiser_and_frozen_means_frozen(world, cls, configuration):
+    trainer = tiny.trainer(cls, configuration)
+    trainer.initialize()
+    initial = copied(trainer.network.state_dict())
+    content = load_denoiser(denoiser_path(configuration))
+    planned = nnUNetTrainer.build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 1, 1, False
+    )
+    folded = fold(rebuild(content, planned), trainer.timestep).state_dict()
+    started = {}
+
+    class Watched(cls):
+        def on_train_epoch_start(self):
+            super().on_train_epoch_start()
+            started.setdefault("state", copied(self.network.state_dict()))
+
+    Watched.__name__ = cls.__name__
+    trainer = tiny.trainer(Watched, configuration)
+    trainer.seed = 0
+    trainer.run_training()
+    for name, tensor in started["state"].items():
+        assert "seg_layers" in name or torch.equal(tensor, folded[name]), name
+    assert {k for k in initial} == set(started["state"])
+    moved = {k for k, v in trainer.network.state_dict().items() if not torch.equal(v, started["state"][k])}
+    frozen = {
+        DiffusionPretrainedTrainer: lambda k: False,
+        DiffusionPretrainedDecoderTrainer: lambda k: k.startswith(("encoder.", "decoder.encoder.")),
+        DiffusionPretrainedLinearTrainer: lambda k: "seg_layers" not in k,
+    }[cls]
+    assert not {k for k in moved if frozen(k)}
+    lowest_head = "decoder.seg_layers.0."  # nnU-Net's loss gives it no weight under deep supervision
+    trains = {k for k in started["state"] if not frozen(k) and not k.startswith(lowest_head)}
+    without_effect = {k for k in trains if k.endswith(("conv.bias", "all_modules.0.bias"))}  # a norm follows
+    assert trains - without_effect <= moved
+    report = json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())
+    assert report["adapted"] == [] and report["warnings"] == [] and len(report["missing"]) == 4
+    assert report["timestep"] == trainer.timestep and report["source"] == str(denoiser_path(configuration))
+
+
+def test_frozen_statistics_do_not_move(plans):
+    name = plans("Batch", change=lambda p: tiny.shrunk(p, "ResidualEncoderUNet", "BatchNorm"))
+    tiny.trainer(DenoisingDiffusionTrainer, fold="all", plans=name).run_training()
+    for cls in (DiffusionPretrainedDecoderTrainer, DiffusionPretrainedLinearTrainer):
+        trainer = tiny.trainer(cls, plans=name)
+        trainer.run_training()
+        content = load_denoiser(denoiser_path(plans=name))
+        planned = nnUNetTrainer.build_network_architecture(
+            trainer.plans_manager, trainer.configuration_manager, 1, 1, False
+        )
+        folded = fold(rebuild(content, planned), trainer.timestep).state_dict()
+        state = trainer.network.state_dict()
+        statistics = [k for k in state if k.startswith("encoder.") and "running" in k]
+        assert statistics and all(torch.equal(state[k], folded[k]) for k in statistics)
+
+
+def test_heads_are_initialised_as_nnunet_does(plans):
+    """The setting `seed` makes stock and ours draw the same weights; ours keeps the heads."""
+    settings = {"seed": 5, "denoiser": str(denoiser_path())}
+    name = plans("Seeded", DiffusionPretrainedTrainer=settings, ConfiguredTrainer={"seed": 5})
+    ours, control = tiny.trainer(DiffusionPretrainedTrainer, plans=name), tiny.trainer(ConfiguredTrainer, plans=name)
+    ours.initialize(), control.initialize()
+    ours.transfer_denoiser()
+    heads = {k: v for k, v in control.network.state_dict().items() if "seg_layers" in k}
+    assert heads and all(torch.equal(ours.network.state_dict()[k], v) for k, v in heads.items())
+
+
+def test_linear_classifier_is_linear_in_the_concatenated_features(world):
+    """Second route: upsample all decoder features, concatenate, one 1x1 convolution with the stacked head weights."""
+    trainer = tiny.trainer(DiffusionPretrainedLinearTrainer)
+    trainer.initialize()
+    network = trainer.network.eval()
+    features = []
+    hooks = [s.register_forward_hook(lambda m, i, o: features.append(o)) for s in network.decoder.stages]
+    with torch.no_grad():
+        logits = network(torch.randn(2, 1, 16, 16))
+        upsampled = [F.interpolate(f, (16, 16), mode="bilinear", align_corners=False) for f in features]
+        weight = torch.cat([h.weight for h in network.decoder.seg_layers], 1)
+        bias = sum(h.bias for h in network.decoder.seg_layers)
+        expected = F.conv2d(torch.cat(upsampled, 1), weight, bias)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_scratch_needs_no_denoiser_and_is_the_same_training(plans):
+    name = plans("Scratch", DiffusionPretrainedTrainer={"scratch": True})
+    trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
+    trainer.run_training()
+    assert not os.path.exists(os.path.join(trainer.output_folder, "transfer_report.json"))
+
+
+def test_resumed_fine_tuning_does_not_transfer_again(world):
+    trainer = tiny.trainer(DiffusionPretrainedTrainer)
+    trainer.run_training()
+    learned = copied(trainer.network.state_dict())
+    again = tiny.trainer(DiffusionPretrainedTrainer, resume=True)
+    again.load_checkpoint(os.path.join(again.output_folder, "checkpoint_final.pth"))
+    again.on_train_start()
+    assert all(torch.equal(learned[k], v) for k, v in again.network.state_dict().items())
+
+
+def test_own_fold_comes_before_fold_all(world):
+    trainer = tiny.trainer(DiffusionPretrainedTrainer)
+    assert trainer.find_denoiser() == str(denoiser_path(fold="all"))
+    own = denoiser_path(fold=0)
+    own.parent.mkdir(exist_ok=True)
+    own.write_bytes(denoiser_path(fold="all").read_bytes())
+    assert trainer.find_denoiser() == str(own)
+    own.unlink()
+
+
+def test_more_channels_share_the_first_convolution(plans, monkeypatch):
+    """The response to an image whose channels are equal is the denoiser's to one channel."""
+    trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=plans("Channels"))
+    Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
+    trainer.dataset_json = {**trainer.dataset_json, "channel_names": {"0": "CT", "1": "CT"}}
+    trainer.denoiser = str(denoiser_path())
+    trainer.initialize()
+    trainer.transfer_denoiser()
+    report = json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())
+    assert len(report["adapted"]) == 1 and "1 to 2 of 2 input channels" in report["adapted"][0]
+    single = tiny.trainer(DiffusionPretrainedTrainer)
+    single.initialize()
+    single.transfer_denoiser()
+    image = torch.randn(1, 1, 16, 16)
+    with torch.no_grad():
+        two, one = (t.network.encoder(i) for t, i in ((trainer, image.expand(-1, 2, -1, -1)), (single, image)))
+    for a, b in zip(two, one, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert "channel_names differs" in report["warnings"][0]
+
+
+def test_other_normalisation_and_spacing_warn_loudly(plans):
+    def other(plans):
+        plans["configurations"]["2d"]["spacing"] = [1.0, 1.0]
+        plans["foreground_intensity_properties_per_channel"]["0"]["mean"] += 500
+        return plans
+
+    name = plans("OtherSpacing", change=other, DiffusionPretrainedTrainer={"denoiser": str(denoiser_path())})
+    trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
+    trainer.initialize()
+    trainer.transfer_denoiser()
+    log = Path(trainer.log_file).read_text()
+    assert "WARNING: spacing differs: pre-trained with [2.0, 2.0], now [1.0, 1.0]" in log
+    assert "WARNING: CT normalisation of channel 0 differs in its mean" in log
+
+
+# ---------------------------------------------------------------- the command line's weights
+
+
+@pytest.mark.parametrize("cls", PRETRAINED)
+def test_pretrained_weights_of_the_command_line(world, monkeypatch, cls):
+    """nnU-Net's own loader takes the file, before ours folds it at the chosen timestep."""
+    monkeypatch.setattr(
+        sys, "argv", ["nnUNetv2_train", "990", "2d", "0", "-p", "X", "-pretrained_weights", str(denoiser_path())]
+    )
+    trainer = tiny.trainer(cls)
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(denoiser_path()))
+    trainer.timestep = 700
+    assert trainer.find_denoiser() == str(denoiser_path())
+    trainer.transfer_denoiser()
+    report = json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())
+    assert report["timestep"] == 700
+
+
+def test_stock_nnunet_starts_from_the_file(world):
+    trainer = tiny.trainer(nnUNetTrainer)
+    trainer.initialize()
+    load_pretrained_weights(trainer.network, str(denoiser_path()))
+    weights = torch.load(denoiser_path(), weights_only=True)["network_weights"]
+    state = trainer.network.state_dict()
+    assert all(torch.equal(state[k], weights[k]) for k in state if "seg_layers" not in k)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+@pytest.mark.parametrize("how", ["command line", "setting"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path, good: path.write_bytes(good[: len(good) // 2]), "truncated or no PyTorch file"),
+        (lambda path, good: path.write_bytes(b""), "truncated or no PyTorch file"),
+        (lambda path, good: torch.save({"network_weights": Bomb()}, path), "more than tensors and plain values"),
+        (lambda path, good: path.write_bytes(pickle.dumps(Bomb())), "more than tensors and plain values"),
+        (lambda path, good: torch.save({"network_weights": {}}, path), "is no denoiser of nnunet_diffusion"),
+        (lambda path, good: None, "no denoiser"),
+    ],
+)
+def test_files_that_are_no_denoiser_are_refused_before_anything_in_them_runs(
+    world, tmp_path, monkeypatch, make, message, how, plans
+):
+    monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
+    path = tmp_path / "given.pth"
+    make(path, denoiser_path().read_bytes())
+    if how == "command line":
+        monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", str(path)])
+        trainer = tiny.trainer(DiffusionPretrainedTrainer)
+        run = trainer.initialize  # nnU-Net loads the file right after
+    else:
+        name = plans("Given", DiffusionPretrainedTrainer={"denoiser": str(path)})
+        trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
+        run = trainer.on_train_start
+    with pytest.raises((UserError, FileNotFoundError), match=message) as error:
+        run()
+    assert str(path) in str(error.value)
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_a_stock_checkpoint_is_refused(world, monkeypatch):
+    trainer = tiny.trainer(ConfiguredTrainer)
+    trainer.run_training()
+    checkpoint = os.path.join(trainer.output_folder, "checkpoint_final.pth")
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", f"-pretrained_weights={checkpoint}"])
+    with pytest.raises(UserError, match="checkpoint_final.pth"):
+        tiny.trainer(DiffusionPretrainedTrainer).initialize()
+
+
+def test_another_version_is_refused(world, tmp_path):
+    content = {**torch.load(denoiser_path(), weights_only=True), "format_version": 99}
+    torch.save(content, tmp_path / "later.pth")
+    with pytest.raises(UserError, match="later.pth has format version 99"):
+        load_denoiser(str(tmp_path / "later.pth"))
+
+
+def test_another_topology_is_an_error_with_a_table(plans):
+    def wider(plans):
+        plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 6, 10]
+        return plans
+
+    name = plans("Wider", change=wider, DiffusionPretrainedTrainer={"denoiser": str(denoiser_path())})
+    with pytest.raises(
+        UserError, match=r"(?s)another topology \(Dataset990_Tiny, .*stages.2.*denoiser \(8.*network \(10"
+    ):
+        tiny.trainer(DiffusionPretrainedTrainer, plans=name).on_train_start()
+
+
+def test_without_a_denoiser_it_refuses_and_says_which_command_makes_one(plans):
+    name = plans("Nothing")
+    with pytest.raises(
+        UserError, match=r"(?s)no denoiser.*nnUNetv2_train 990 2d all -tr DenoisingDiffusionTrainer -p Nothing"
+    ):
+        tiny.trainer(DiffusionPretrainedTrainer, plans=name).on_train_start()
+
+
+def test_scratch_and_pretrained_weights_contradict_each_other(plans, monkeypatch):
+    name = plans("Both", DiffusionPretrainedTrainer={"scratch": True})
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", str(denoiser_path())])
+    with pytest.raises(UserError, match="contradicts the setting scratch"):
+        tiny.trainer(DiffusionPretrainedTrainer, plans=name).initialize()
+
+
+# ---------------------------------------------------------------- the base
+
+
+@pytest.mark.parametrize(("configuration", "axes"), [("2d", (0,)), ("3d_fullres", (0, 1))])
+@pytest.mark.parametrize("cls", [ConfiguredTrainer, *PRETRAINED])
+def test_left_and_right_are_never_mirrored(world, cls, configuration, axes):
+    trainer = tiny.trainer(cls, configuration)
+    trainer.run_training()
+    assert trainer.inference_allowed_mirroring_axes == axes
+    checkpoint = torch.load(os.path.join(trainer.output_folder, "checkpoint_final.pth"), weights_only=False)
+    assert checkpoint["inference_allowed_mirroring_axes"] == axes
+    assert checkpoint["trainer_name"] == cls.__name__
+
+
+def test_unknown_settings_stop_the_trainer(plans):
+    name = plans("Unknown", ConfiguredTrainer={"epochs": 3})
+    with pytest.raises(UserError, match="ConfiguredTrainer.epochs is not a setting"):
+        tiny.trainer(ConfiguredTrainer, plans=name)
+
+
+def test_checkpoints_are_written_whole_or_not_at_all(world, monkeypatch):
+    trainer = tiny.trainer(ConfiguredTrainer)
+    trainer.initialize()
+    path = Path(trainer.output_folder) / "checkpoint_latest.pth"
+    path.write_text("the earlier one")
+
+    def full_disk(*args, **kwargs):
+        Path(args[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save_checkpoint(str(path))
+    assert path.read_text() == "the earlier one"
+    assert not [name for name in os.listdir(trainer.output_folder) if name.startswith(".tmp")]
