@@ -67,13 +67,13 @@ def test_a_perfect_prediction_gives_back_image_and_noise(prediction):
 
 
 def test_v_by_hand():
-    """a = 0.64: v = 0.8 eps - 0.6 x_0 = 0.8 * 2 - 0.6 * 5 = -1.4."""
+    """With a = 0.64, v = 0.8 eps - 0.6 x_0 = 0.8 * 2 - 0.6 * 5 = -1.4."""
     v = process.prediction_target("v", torch.full((1, 1), 5.0), torch.full((1, 1), 2.0), torch.tensor([0.64]))
     assert v.item() == pytest.approx(-1.4)
 
 
 def test_min_snr_weights_by_hand():
-    """a = 0.5: SNR 1, not capped: 1 / 1 and 1 / 2. a = 0.95: SNR 19, capped at 5: 5 / 19 and 5 / 20."""
+    """With a = 0.5, SNR 1, not capped: 1 / 1 and 1 / 2. a = 0.95: SNR 19, capped at 5: 5 / 19 and 5 / 20."""
     a = torch.tensor([0.5, 0.95])
     torch.testing.assert_close(process.loss_weight("min_snr", "epsilon", a), torch.tensor([1.0, 5 / 19]))
     torch.testing.assert_close(process.loss_weight("min_snr", "v", a), torch.tensor([0.5, 0.25]))
