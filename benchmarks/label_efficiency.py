@@ -88,14 +88,16 @@ def preprocessed_cases(args: argparse.Namespace, base: Path) -> list[str]:
     return cases
 
 
-def choose_test_cases(args: argparse.Namespace, patients: dict[str, list[str]], stored: Path) -> list[str]:
-    """The held-out cases: from the stored file of an earlier start, a given file, or drawn; then stored."""
+def choose_test_cases(args: argparse.Namespace, patients: dict[str, list[str]], stored: Path, split: Path) -> list[str]:
+    """The held-out cases: given, stored by an earlier start, fold 0's validation cases, or drawn; then stored."""
     cases = {case for group in patients.values() for case in group}
     wanted = args.test_cases or str(max(1, len(patients) // 5))
     if Path(wanted).is_file():
         test = sorted(Path(wanted).read_text().split())
     elif not args.test_cases and stored.is_file():
         test = json.loads(stored.read_text())
+    elif not args.test_cases and split.is_file():
+        test = sorted(json.loads(split.read_text())[0]["val"])
     elif wanted.isdigit():
         test = hold_out(patients, int(wanted), args.split_seed)
     else:
@@ -142,7 +144,7 @@ def split_patients(args: argparse.Namespace, base: Path, out: Path) -> tuple[lis
     """The test cases, and the patients that are left to train on with their cases."""
     patient_of = json.loads(Path(args.patients).read_text()) if args.patients else None
     patients = group_by_patient(preprocessed_cases(args, base), patient_of)
-    test = choose_test_cases(args, patients, out / "test_cases.json")
+    test = choose_test_cases(args, patients, out / "test_cases.json", base / "splits_final.json")
     return test, {patient: cases for patient, cases in patients.items() if not set(cases) & set(test)}
 
 
@@ -246,7 +248,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--setting", nargs="+", default=[], metavar="TRAINER.KEY=VALUE",
                         help="for every arm of that trainer")
     parser.add_argument("--test_cases", help="how many patients to hold out, or a file with one case a line "
-                        "(default: what the folder holds, else a fifth)")
+                        "(default: as before, else fold 0's validation cases, else a fifth)")
     parser.add_argument("--split_seed", type=int, default=0, help="draws the test patients (default: %(default)s)")
     parser.add_argument("--patients", help="JSON with case -> patient (default: every case is a patient)")
     parser.add_argument("--make_split", action="store_true", help="only hold out the test patients, and write fold 0")

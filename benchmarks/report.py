@@ -16,9 +16,14 @@ def mean_per_organ(dice: dict[str, dict[str, float | None]]) -> dict[str, float 
     return {organ: float(np.mean(found)) if found else None for organ, found in values.items()}
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation, 0 for a single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation, None for a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def write_spread(mean: float, spread: float | None, sign: str = "") -> str:
+    """Mean and spread for a reader."""
+    return f"{mean:{sign}.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
 def compare(seeds: dict[int, float], control: dict[int, float]) -> list[float]:
@@ -50,15 +55,16 @@ def summarize(runs: list[dict]) -> tuple[str, dict]:
     groups = []
     for (budget, arm), seeds in scores.items():
         mean, spread = mean_and_spread(list(seeds.values()))
-        group = {"budget": budget, "arm": arm, "seeds": sorted(seeds), "mean": round(mean, 4), "sd": round(spread, 4)}
+        group = {"budget": budget, "arm": arm, "seeds": sorted(seeds), "mean": round(mean, 4),
+                 "sd": None if spread is None else round(spread, 4)}
         paired = compare(seeds, scores.get((budget, CONTROL), {})) if arm != CONTROL else []
         gain, better = "", ""
         if paired:
             group["minus_control"] = [round(d, 4) for d in paired]
-            gain = "{:+.3f} ± {:.3f}".format(*mean_and_spread(paired))
+            gain = write_spread(*mean_and_spread(paired), "+")
             better = f"{sum(d > 0 for d in paired)} of {len(paired)}"
         groups.append(group)
-        lines.append(f"| {budget} | {arm} | {len(seeds)} | {mean:.3f} ± {spread:.3f} | {gain} | {better} |")
+        lines.append(f"| {budget} | {arm} | {len(seeds)} | {write_spread(mean, spread)} | {gain} | {better} |")
     arms = {run["arm"]: run["protocol"] | {"trainer": run["trainer"]} for run in runs}
     content = {"arms": arms, "test_cases": runs[0]["test_cases"], "machine": runs[0]["machine"], "summary": groups,
                "runs": shorts}
@@ -79,7 +85,8 @@ def write_figure(content: dict, path: Path) -> None:
         shift = (i - (len(arms) - 1) / 2) * 0.6 / len(arms)
         groups = [group for group in content["summary"] if group["arm"] == arm]
         x = [budgets.index(group["budget"]) + shift for group in groups]
-        line = axes.errorbar(x, [g["mean"] for g in groups], [g["sd"] for g in groups], fmt="o-", capsize=3, label=arm)
+        mean, spread = [group["mean"] for group in groups], [group["sd"] or 0 for group in groups]
+        line = axes.errorbar(x, mean, spread, fmt="o-", capsize=3, label=arm)
         dots = [(budgets.index(run["budget"]) + shift, run["dice"]) for run in content["runs"] if run["arm"] == arm]
         axes.plot(*zip(*dots, strict=True), ".", color=line[0].get_color(), alpha=0.4)
     protocol = next(iter(content["arms"].values()))
