@@ -128,7 +128,7 @@ def plan(name: str, planner_class: type, replan: bool) -> str:
     mark = plans_file + ".unfinished"
     if replan or not os.path.isfile(plans_file) or os.path.isfile(mark):
         open(mark, "w").close()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), at_least_one_thread():
             planner.plan_experiment()
         os.remove(mark)
         print(f"planned: {plans_file}")
@@ -139,6 +139,19 @@ def plan(name: str, planner_class: type, replan: bool) -> str:
     with atomic(os.path.join(folder, "dataset.json")) as temporary:
         shutil.copyfile(os.path.join(nnUNet_raw, name, "dataset.json"), temporary)
     return plans_file
+
+
+@contextlib.contextmanager
+def at_least_one_thread():
+    """Lifts nnUNet_n_proc_DA=0 (augment in the main process), which nnU-Net 2.8.1 takes for torch's thread count."""
+    if os.environ.get("nnUNet_n_proc_DA") != "0":
+        yield
+        return
+    os.environ["nnUNet_n_proc_DA"] = "1"
+    try:
+        yield
+    finally:
+        os.environ["nnUNet_n_proc_DA"] = "0"
 
 
 def is_outdated(plans: dict, planner) -> bool:

@@ -69,17 +69,17 @@ def fingerprint_unlabeled(dataset_name: str, num_processes: int = default_num_pr
     dataset_json = load_json(join(dataset_folder, "dataset.json"))
     cases = unlabeled_cases(dataset_folder, dataset_json)
     file = join(nnUNet_preprocessed, dataset_name, UNLABELED_FILE)
-    known, stamps = _load(file) or {}, {case: _stamps(images) for case, images in cases.items()}
-    known = {case: entry for case, entry in known.items() if entry["files"] == stamps.get(case)}
+    saved, stamps = _load(file) or {}, {case: _stamps(images) for case, images in cases.items()}
+    known = {case: entry for case, entry in saved.items() if entry["files"] == stamps.get(case)}
     reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
     tasks = {case: (reader, images) for case, images in cases.items() if case not in known}
-    saved = time.monotonic()
+    last = time.monotonic()
     for case, measures in run_in_processes(measure, tasks, num_processes, "Measuring unlabelled scans"):
         known[case] = {"files": stamps[case]} | measures
-        if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+        if time.monotonic() - last > SECONDS_BETWEEN_SAVES:
             write_json(file, known)
-            saved = time.monotonic()
-    if cases:
+            last = time.monotonic()
+    if known != saved:
         write_json(file, {case: known[case] for case in cases})
     return {case: known[case]["problem"] for case in cases if "problem" in known[case]}
 

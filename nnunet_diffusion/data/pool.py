@@ -196,7 +196,7 @@ def read_scan(reader, images: list[str]) -> tuple[np.ndarray, dict]:
 
 
 def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, description: str) -> Iterator[tuple]:
-    """Calls `work(*arguments)` for each case of `tasks` in other processes, with a progress bar.
+    """Calls `work(*arguments)` for each case of `tasks`, in other processes if there is to be more than one.
 
     Yields:
         The case and what `work` returned for it, in the order in which they end.
@@ -205,6 +205,9 @@ def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, descript
         UserError: If a process died; what is finished stays.
     """
     if not tasks:
+        return
+    if num_processes == 1:
+        yield from ((case, work(*arguments)) for case, arguments in tqdm(tasks.items(), description))
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(num_processes, len(tasks)), context, initializer=_end_with_parent) as pool:

@@ -1,0 +1,166 @@
+"""`nnunet_diffusion plan_and_preprocess` from raw scans, end to end, and its refusals."""
+
+import json
+import os
+import shutil
+
+import blosc2
+import numpy as np
+import pytest
+import tiny_dataset
+
+from nnunet_diffusion.cli import main
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def raw(nnunet_folders):
+    return tiny_dataset.make(nnunet_folders / "nnUNet_raw", labeled=3, unlabeled=2)
+
+
+@pytest.fixture
+def preprocessed(nnunet_folders):
+    return nnunet_folders / "nnUNet_preprocessed" / tiny_dataset.NAME
+
+
+def run(*arguments: str) -> int:
+    return main(["plan_and_preprocess", "-d", "9", "-np", "1", *arguments])
+
+
+def snapshot(folder) -> dict:
+    """Every file below -> its modification time; dataset.json is copied anew each time."""
+    found = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
+    return {
+        path: os.stat(path).st_mtime_ns
+        for path in found
+        if os.path.basename(path) not in ("dataset.json", "identity.json")
+    }
+
+
+def test_first_run_again_and_after_edits(raw, preprocessed, capsys):
+    assert run("-c", "2d", "2d_256") == 0
+    plans_file = preprocessed / "nnUNetDiffusionPlans.json"
+    for configuration in ("2d", "2d_256"):
+        data = preprocessed / f"nnUNetDiffusionPlans_{configuration}"
+        assert sorted(p.name for p in data.glob("*_seg.b2nd")) == [f"l{i}_seg.b2nd" for i in range(3)]
+        assert sorted(p.name for p in (preprocessed / f"{data.name}_unlabeled").glob("*.b2nd")) == [
+            "u0.b2nd",
+            "u1.b2nd",
+        ]
+        np.testing.assert_array_equal(
+            blosc2.open(str(data / "l0.b2nd"))[:],
+            blosc2.open(str(preprocessed / f"{data.name}_unlabeled" / "u0.b2nd"))[:],
+        )
+    assert blosc2.open(str(preprocessed / "nnUNetDiffusionPlans_2d_256" / "l0.b2nd")).shape == (1, 24, 256, 256)
+    assert sorted(p.name for p in (preprocessed / "gt_segmentations").iterdir()) == [f"l{i}.nii.gz" for i in range(3)]
+
+    before, plan = snapshot(preprocessed), plans_file.read_bytes()
+    assert run("-c", "2d", "2d_256") == 0  # nothing to do
+    assert snapshot(preprocessed) == before
+
+    edited = json.loads(plan)
+    edited["nnunet_diffusion"]["DenoisingDiffusionTrainer"]["num_epochs"] = 7
+    plans_file.write_text(json.dumps(edited))
+    plans_file.with_suffix(".json.unfinished").touch()  # planning was killed: its file is not to be trusted
+    assert run("-c", "2d") == 0
+    assert plans_file.read_bytes() == plan
+    plans_file.write_text(json.dumps(edited))
+    capsys.readouterr()
+    assert run("-c", "2d") == 0
+    assert json.loads(plans_file.read_text()) == edited and "kept\n" in capsys.readouterr().out
+
+    description = json.loads((raw / "dataset.json").read_text())
+    image = tiny_dataset.write(raw / "scans" / "u2.nii.gz", tiny_dataset.scan(7)[0], (2.6, 1, 1))
+    description["unlabeled"] |= {f"u{i}": {"images": [image]} for i in range(2, 8)}
+    (raw / "dataset.json").write_text(json.dumps(description))
+    assert run("-c", "2d") == 0
+    assert "the data have changed since it was made: --replan" in capsys.readouterr().out
+    assert json.loads(plans_file.read_text()) == edited
+    assert len(list((preprocessed / "nnUNetDiffusionPlans_2d_unlabeled").glob("*.b2nd"))) == 8
+    assert run("-c", "2d", "--replan") == 0
+    replanned = json.loads(plans_file.read_text())
+    assert replanned["configurations"]["2d"]["spacing"] == [1, 1]  # six of eleven scans
+    assert "made with other spacing: done anew" in capsys.readouterr().out
+
+
+def test_bad_scan_in_the_pool_costs_only_itself(raw, preprocessed, capsys):
+    (raw / "scans" / "u1.nii.gz").write_bytes(b"")
+    assert run("-c", "2d", "-pl", "CompactPlanner") == 1
+    error = capsys.readouterr().err
+    assert (
+        "skipped u1: " in error
+        and "u1.nii.gz: is an empty file" in error
+        and "1 unlabelled scans were skipped" in error
+    )
+    assert [p.name for p in (preprocessed / "nnUNetCompactPlans_2d_unlabeled").glob("*.b2nd")] == ["u0.b2nd"]
+    assert len(list((preprocessed / "nnUNetCompactPlans_2d").glob("*_seg.b2nd"))) == 3
+
+
+def test_stock_planner_without_the_pool(preprocessed, raw):
+    assert run("-c", "3d_fullres", "-pl", "ExperimentPlanner", "--no_pool") == 0
+    assert (preprocessed / "nnUNetPlans.json").is_file()
+    assert sorted(p.name for p in preprocessed.iterdir() if p.is_dir()) == [
+        "gt_segmentations",
+        "nnUNetPlans_3d_fullres",
+    ]
+
+
+def test_bad_labeled_cases_are_all_named_and_nothing_is_touched(raw, preprocessed, capsys):
+    assert run("-c", "2d", "-pl", "CompactPlanner") == 0
+    before = snapshot(preprocessed)
+    image, label = tiny_dataset.scan(0)
+    tiny_dataset.write(raw / "labels" / "l0.nii.gz", np.where(label, 9, 0).astype(np.uint8), (3, 2, 2))
+    tiny_dataset.write(raw / "labels" / "l1.nii.gz", label[1:], (3, 2, 2))
+    (raw / "scans" / "l2.nii.gz").unlink()
+    capsys.readouterr()
+    assert run("-c", "2d", "-pl", "CompactPlanner") == 1
+    error = capsys.readouterr().err
+    assert "3 of 3 labelled cases cannot be used" in error
+    for found in (r"l0: ", "label values [9]", "l1: ", "does not lie on the voxels", "l2: ", "l2.nii.gz"):
+        assert found in error
+    assert snapshot(preprocessed) == before
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["-d", "77"], "-d 77: Could not find a dataset"),
+        (["-d", "9", "-pl", "Nobody"], "-pl Nobody: no such planner"),
+        (["-d", "9", "-pl", "CompactPlanner", "-c", "4d"], "-c 4d: the plan has 2d, 3d_fullres"),
+    ],
+)
+def test_wrong_arguments(raw, capsys, arguments, message):
+    assert main(["plan_and_preprocess", "-np", "1", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_unset_folders_and_broken_plans(raw, preprocessed, capsys, monkeypatch):
+    assert run("-c", "2d", "-pl", "CompactPlanner") == 0
+    (preprocessed / "nnUNetCompactPlans.json").write_text("{")
+    assert run("-c", "2d", "-pl", "CompactPlanner") == 1
+    assert "nnUNetCompactPlans.json: not JSON" in capsys.readouterr().err
+    monkeypatch.delenv("nnUNet_preprocessed")
+    assert run() == 1
+    assert "nnUNet_preprocessed" in capsys.readouterr().err
+
+
+def test_label_without_image_in_nnunets_folders(nnunet_folders, raw, capsys):
+    description = json.loads((raw / "dataset.json").read_text())
+    for case, files in description.pop("dataset").items():
+        for target, source in (
+            (f"imagesTr/{case}_0000.nii.gz", files["images"][0]),
+            (f"labelsTr/{case}.nii.gz", files["label"]),
+        ):
+            (raw / target).parent.mkdir(exist_ok=True)
+            shutil.copy(source, raw / target)
+    (raw / "imagesTr" / "l1_0000.nii.gz").unlink()
+    (raw / "dataset.json").write_text(json.dumps(description))
+    assert run() == 1
+    assert "labelsTr: ['l1'] have no image in imagesTr" in capsys.readouterr().err
+
+
+def test_help_has_an_example(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["plan_and_preprocess", "--help"])
+    assert "nnunet_diffusion plan_and_preprocess -d 22" in capsys.readouterr().out

@@ -1,0 +1,289 @@
+"""The unlabelled pool and the labelled cases: preprocessed as nnU-Net does, once, whole or not at all."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from os.path import join
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import tiny_dataset
+from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, label_values, measure
+from nnunet_diffusion.data.pool import (
+    pool_folder,
+    pool_identifiers,
+    preprocess_labeled,
+    preprocess_pool,
+    run_in_processes,
+)
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import write_json
+
+INTENSITIES = {"mean": 200.0, "std": 30.0, "percentile_00_5": 120.0, "percentile_99_5": 280.0}
+
+
+@pytest.fixture
+def dataset(nnunet_folders):
+    """The raw tiny data set and a plan for it that resamples; returns (raw, preprocessed, plans manager)."""
+    raw = tiny_dataset.make(nnunet_folders / "nnUNet_raw", labeled=2)
+    preprocessed = nnunet_folders / "nnUNet_preprocessed" / tiny_dataset.NAME
+    preprocessed.mkdir()
+    write_json(preprocessed / "Plans.json", plans())
+    (preprocessed / "dataset.json").write_text((raw / "dataset.json").read_text())
+    return raw, str(preprocessed), PlansManager(plans())
+
+
+def plans() -> dict:
+    """The part of a plan that preprocessing reads."""
+    resampling = {"order": 3, "order_z": 0, "force_separate_z": None}
+    return {
+        "dataset_name": tiny_dataset.NAME,
+        "plans_name": "Plans",
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [1, 0, 2],
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": dict(INTENSITIES)},
+        "configurations": {
+            "3d_fullres": {
+                "data_identifier": "Plans_3d_fullres",
+                "preprocessor_name": "DefaultPreprocessor",
+                "patch_size": [16, 16, 16],
+                "spacing": [2.4, 2.0, 2.0],
+                "normalization_schemes": ["CTNormalization"],
+                "use_mask_for_norm": [False],
+                "resampling_fn_data": "resample_data_or_seg_to_shape",
+                "resampling_fn_data_kwargs": {"is_seg": False, **resampling},
+                "resampling_fn_seg": "resample_data_or_seg_to_shape",
+                "resampling_fn_seg_kwargs": {"is_seg": True, **resampling, "order": 1},
+                "architecture": {},
+            }
+        },
+    }
+
+
+def preprocess(plans_manager, num_processes=1) -> tuple[str, dict]:
+    """Makes the pool; returns its folder and the failures."""
+    failures = preprocess_pool(tiny_dataset.NAME, plans_manager, "3d_fullres", num_processes)
+    base = join(os.environ["nnUNet_preprocessed"], tiny_dataset.NAME)
+    return pool_folder(base, "Plans_3d_fullres"), failures
+
+
+def voxels(folder, name) -> np.ndarray:
+    return blosc2.open(join(folder, name + ".b2nd"))[:]
+
+
+def files(folder) -> list[str]:
+    return sorted(name for name in os.listdir(folder) if os.path.isfile(join(folder, name)))
+
+
+def assert_same(folder, other) -> None:
+    """The same files with the same arrays and properties; threads order the blocks in a file, so bytes may differ."""
+    assert files(folder) == files(other)
+    for name in files(folder):
+        if name.endswith(".b2nd"):
+            found, expected = (blosc2.open(join(f, name)) for f in (folder, other))
+            assert found.dtype == expected.dtype and found.chunks == expected.chunks and found.blocks == expected.blocks
+            np.testing.assert_array_equal(found[:], expected[:])
+        else:
+            assert open(join(folder, name), "rb").read() == open(join(other, name), "rb").read()
+
+
+def times(folder) -> dict[str, int]:
+    return {name: os.stat(join(folder, name)).st_mtime_ns for name in files(folder)}
+
+
+def test_pool_holds_what_the_plans_preprocessor_makes(dataset):
+    raw, _, plans_manager = dataset
+    folder, failures = preprocess(plans_manager)
+    assert failures == {}
+    assert pool_identifiers(folder) == ["u0", "u1", "u2", "u3"]
+    configuration = plans_manager.get_configuration("3d_fullres")
+    for case in pool_identifiers(folder):
+        expected, _, properties = configuration.preprocessor_class(verbose=False).run_case(
+            [str(raw / "scans" / f"{case}.nii.gz")], None, plans_manager, configuration, {}
+        )
+        np.testing.assert_array_equal(voxels(folder, case), expected)
+        with open(join(folder, case + ".pkl"), "rb") as f:
+            assert pickle.load(f)["spacing"] == properties["spacing"]
+    assert sorted(os.listdir(folder)) == sorted(
+        [".nnunet_diffusion", *(f"u{i}{ending}" for i in range(4) for ending in (".b2nd", ".pkl"))]
+    )
+
+
+@pytest.mark.slow
+def test_labeled_cases_are_nnunets_own(dataset, nnunet_folders, monkeypatch):
+    _, preprocessed, plans_manager = dataset
+    preprocess_labeled(tiny_dataset.NAME, plans_manager, "3d_fullres", 1)
+    stock_folder = nnunet_folders / "stock" / tiny_dataset.NAME
+    os.makedirs(stock_folder)
+    for name in ("Plans.json", "dataset.json"):
+        (stock_folder / name).write_bytes(open(join(preprocessed, name), "rb").read())
+    monkeypatch.setenv("nnUNet_preprocessed", str(nnunet_folders / "stock"))
+    preprocess_dataset(9, "Plans", ("3d_fullres",), (1,))
+    assert len(files(stock_folder / "Plans_3d_fullres")) == 6
+    assert_same(join(preprocessed, "Plans_3d_fullres"), stock_folder / "Plans_3d_fullres")
+    folder, _ = preprocess(plans_manager)  # u0 shows what l0 shows
+    np.testing.assert_array_equal(voxels(folder, "u0"), voxels(stock_folder / "Plans_3d_fullres", "l0"))
+    assert (
+        blosc2.open(join(folder, "u0.b2nd")).chunks == blosc2.open(stock_folder / "Plans_3d_fullres" / "l0.b2nd").chunks
+    )
+
+
+def test_only_missing_changed_and_unfinished_cases_are_done(dataset):
+    raw, _, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    complete, before = shutil.copytree(folder, folder + "_complete"), times(folder)
+    assert preprocess(plans_manager)[1] == {} and times(folder) == before
+    os.remove(join(folder, "u0.pkl"))
+    os.remove(join(folder, "u1.b2nd"))  # what a kill between the two moves leaves
+    os.makedirs(join(folder, ".nnunet_diffusion", "u1"))
+    open(join(folder, ".nnunet_diffusion", "u1", "u1.b2nd"), "w").close()  # a stale temporary
+    later = time.time() + 1
+    os.utime(raw / "scans" / "u2.nii.gz", (later, later))
+    assert pool_identifiers(folder) == ["u2", "u3"]
+    preprocess(plans_manager)
+    assert_same(folder, complete)
+    after = times(folder)
+    assert {name[:2] for name in after if after[name] != before[name]} == {"u0", "u1", "u2"}
+    assert os.listdir(join(folder, ".nnunet_diffusion")) == ["identity.json"]
+
+
+def test_case_that_left_the_data_set_leaves_the_pool(dataset):
+    raw, _, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    description = json.loads((raw / "dataset.json").read_text())
+    del description["unlabeled"]["u3"]
+    (raw / "dataset.json").write_text(json.dumps(description))
+    preprocess(plans_manager)
+    assert {name[:2] for name in files(folder)} == {"u0", "u1", "u2"}
+
+
+def test_pool_of_another_plan_is_done_anew(dataset, capsys):
+    _, _, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    before = times(folder)
+    other = plans()
+    other["foreground_intensity_properties_per_channel"]["0"]["mean"] = 100.0
+    preprocess(PlansManager(other))
+    assert "made with other intensities: done anew" in capsys.readouterr().out
+    assert not set(times(folder).values()) & set(before.values())
+    # (x - 100) / 30 instead of (x - 200) / 30
+    first = voxels(folder, "u0")
+    preprocess(plans_manager)
+    np.testing.assert_allclose(first - voxels(folder, "u0"), 100 / 30, atol=1e-4)
+
+
+def spoil(raw, case: str, how: str) -> None:
+    path = raw / "scans" / f"{case}.nii.gz"
+    image = tiny_dataset.scan(0)[0].astype(np.float32)
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[:2000])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "missing":
+        path.unlink()
+    elif how == "4-D":
+        sitk.WriteImage(sitk.JoinSeries([sitk.GetImageFromArray(image)] * 2), str(path))
+    else:
+        image[...] = 0 if how == "constant" else image
+        image[3, 3, 3] = np.nan if how == "NaN" else image[3, 3, 3]
+        tiny_dataset.write(path, image, (3, 2, 2))
+
+
+@pytest.mark.parametrize("how", ["truncated", "empty", "missing", "4-D", "constant", "NaN"])
+def test_bad_scan_is_skipped_and_named(dataset, how):
+    raw, preprocessed, plans_manager = dataset
+    spoil(raw, "u1", how)
+    folder, failures = preprocess(plans_manager)
+    assert list(failures) == ["u1"] and "u1.nii.gz: " in failures["u1"]
+    assert pool_identifiers(folder) == ["u0", "u2", "u3"]
+    assert {name[:2] for name in files(folder)} == {"u0", "u2", "u3"}
+    measured = fingerprint_unlabeled(tiny_dataset.NAME, 1)
+    assert measured == failures
+    assert json.load(open(join(preprocessed, "unlabeled_fingerprint.json")))["u1"]["problem"] == failures["u1"]
+
+
+def test_scans_are_measured_once(dataset, monkeypatch):
+    raw, preprocessed, _ = dataset
+    assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {}
+    found = json.load(open(join(preprocessed, "unlabeled_fingerprint.json")))
+    assert found["u1"]["spacing"] == [2.5, 2, 2] and found["u1"]["shape_after_crop"] == [24, 32, 32]
+    spoil(raw, "u2", "NaN")
+    measured = []
+    monkeypatch.setattr(
+        "nnunet_diffusion.data.fingerprint.measure", lambda *args: measured.append(args[1]) or measure(*args)
+    )
+    assert list(fingerprint_unlabeled(tiny_dataset.NAME, 1)) == ["u2"]
+    assert measured == [[str(raw / "scans" / "u2.nii.gz")]]
+
+
+def test_measures_are_nnunets(tmp_path):
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    image, label = tiny_dataset.scan(0)
+    image[:3] = image[:, :, 30:] = 0  # cropped away
+    image_file = tiny_dataset.write(tmp_path / "i.nii.gz", image, (3, 2, 1))
+    label_file = tiny_dataset.write(tmp_path / "l.nii.gz", label, (3, 2, 1))
+    shape, spacing, *_ = DatasetFingerprintExtractor.analyze_case([image_file], label_file, SimpleITKIO)
+    assert measure(SimpleITKIO, [image_file]) == {"spacing": spacing, "shape_after_crop": list(shape)}
+    assert shape == (21, 32, 30)
+
+
+def test_regions_and_ignore_label_declare_all_their_values():
+    assert label_values({"background": 0, "organ": [1, 2], "lesion": [2], "ignore": 3}) == [0, 1, 2, 3]
+
+
+@pytest.mark.slow
+def test_worker_that_dies_is_an_error_not_a_hang():
+    with pytest.raises(UserError, match="a worker process died.*fewer processes"):
+        list(run_in_processes(os._exit, {"a": (9,), "b": (9,)}, 2, "Dying"))
+
+
+@pytest.mark.slow
+def test_killed_and_continued_is_as_if_never_killed(dataset):
+    raw, preprocessed, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    uninterrupted = folder + "_uninterrupted"
+    os.rename(folder, uninterrupted)
+    script = (
+        "import sys\n"
+        "if __name__ == '__main__':\n"
+        "    from nnunet_diffusion.data.pool import preprocess_pool\n"
+        "    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager\n"
+        "    plans_manager = PlansManager(sys.argv[1])\n"
+        f"    preprocess_pool({tiny_dataset.NAME!r}, plans_manager, '3d_fullres', 2)\n"
+    )
+    script_file = raw / "make_pool.py"
+    script_file.write_text(script)
+    command = [sys.executable, str(script_file), join(preprocessed, "Plans.json")]
+    done = -1
+    for _ in range(3):  # kills when the next file appears; what is there then stays
+        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        while process.poll() is None and len(pool_files(folder)) <= done + 1:
+            time.sleep(0.0005)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        done = len(pool_files(folder))
+        for case in pool_identifiers(folder):
+            np.testing.assert_array_equal(voxels(folder, case), voxels(uninterrupted, case))
+    assert done > 0, "never killed in the middle"
+    subprocess.run(command, check=True)
+    assert_same(folder, uninterrupted)
+    assert os.listdir(join(folder, ".nnunet_diffusion")) == ["identity.json"]
+
+
+def pool_files(folder) -> list[str]:
+    return [name for name in os.listdir(folder) if name[0] == "u"] if os.path.isdir(folder) else []
