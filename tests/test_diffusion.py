@@ -84,9 +84,23 @@ def test_the_mean_of_v_is_restored_where_it_can_be_known():
     """A constant patch of value 2 under little noise: v's mean is -sqrt(1 - a) * 2."""
     a = torch.tensor([0.9])
     x_0, noise = torch.full((1, 1, 64, 64), 2.0), torch.randn(1, 1, 64, 64)
-    mean = process.patch_mean_of_v(process.add_noise(x_0, noise, a), a)
+    mean = process.patch_mean("v", process.add_noise(x_0, noise, a), a)
     assert mean.shape == (1, 1, 1, 1)
     assert mean.item() == pytest.approx(-math.sqrt(0.1) * 2, abs=0.02)
+
+
+@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+def test_the_mean_is_the_best_linear_estimate(prediction):
+    """Second route: a least-squares fit of the true means to those of many noised patches of 16 voxels."""
+    a = torch.full((20000,), 0.03)
+    x_0 = torch.randn(20000, 1, 1, 1).expand(-1, 1, 4, 4)
+    noise = torch.randn(20000, 1, 4, 4)
+    x_t = process.add_noise(x_0, noise, a)
+    true = process.prediction_target(prediction, x_0, noise, a).mean((1, 2, 3))
+    seen = x_t.mean((1, 2, 3))
+    slope = (true * seen).sum() / seen.square().sum()
+    ours = process.patch_mean(prediction, x_t, a).flatten()
+    torch.testing.assert_close(ours, slope * seen, atol=0.05 * ours.std().item(), rtol=0.05)
 
 
 def test_antithetic_timesteps_come_in_pairs():
@@ -121,11 +135,13 @@ def test_loss_equals_a_loop_over_samples(prediction, weighting):
         a = diffusion.alpha_bar[timestep[i]].item()
         x_t = math.sqrt(a) * x_0[i] + math.sqrt(1 - a) * noise[i]
         output = 0.3 * x_t + timestep[i] / 100
-        target = noise[i]
-        if prediction == "v":
+        target, mean = noise[i], x_t.mean((1, 2), keepdim=True)
+        mean_of_noise = math.sqrt(1 - a) / 36 / (a + (1 - a) / 36) * mean
+        if prediction == "epsilon":
+            output = output + mean_of_noise
+        else:
             target = math.sqrt(a) * noise[i] - math.sqrt(1 - a) * x_0[i]
-            mean = x_t.mean((1, 2), keepdim=True)
-            output = output - math.sqrt(1 - a) * math.sqrt(a) / (a + (1 - a) / 36) * mean
+            output = output + (mean_of_noise - math.sqrt(1 - a) * mean) / math.sqrt(a)
         snr = a / (1 - a)
         weight = {"uniform": 1, "min_snr": min(snr, 5) / (snr if prediction == "epsilon" else snr + 1)}[weighting]
         total += weight * ((output - target) ** 2).mean().item() / 3

@@ -35,10 +35,7 @@ class Diffusion:
 
     def predict(self, network: Network, x_t: Tensor, timestep: Tensor) -> Tensor:
         """The network's prediction in float32, with the mean that its instance norms cannot know."""
-        output = network(x_t, timestep).float()
-        if self.prediction == "v":
-            output = output + process.patch_mean_of_v(x_t, self.alpha_bar[timestep])
-        return output
+        return network(x_t, timestep).float() + process.patch_mean(self.prediction, x_t, self.alpha_bar[timestep])
 
     def loss(self, network: Network, x_0: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
         """The weighted mean squared error of the prediction.

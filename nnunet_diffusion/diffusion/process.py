@@ -67,14 +67,16 @@ def prediction_target(prediction: str, x_0: Tensor, noise: Tensor, alpha_bar: Te
     raise ValueError(f"prediction is {prediction!r}: it must be one of {PREDICTIONS}")
 
 
-def patch_mean_of_v(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
-    """The patch mean of v, estimated from the noised image; our reconstruction.
+def patch_mean(prediction: str, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+    """The patch mean of what is predicted, estimated from that of the noised image; our reconstruction.
 
-    Instance normalisation removes the mean of a patch, so a normalised network cannot predict that of v, which is
-    -sqrt(1 - a) mean(x_0) when the noise averages out over N voxels. mean(x_t) = sqrt(a) mean(x_0) plus noise of
-    variance (1 - a) / N; its Wiener estimate with a prior variance of one never divides by zero.
+    Instance normalisation removes the mean of a patch, so a normalised network can neither see nor predict it; samples
+    would keep the brightness of the noise that they started from. mean(x_t) = sqrt(a) mean(x_0) + sqrt(1 - a)
+    mean(eps), where mean(eps) has variance 1 / N over N voxels and mean(x_0) is taken to have variance 1: the Wiener
+    estimate of mean(eps) follows, and with it that of v = (eps - sqrt(1 - a) x_t) / sqrt(a).
 
     Args:
+        prediction: "epsilon" or "v".
         x_t: (B, C, X, Y[, Z]) noised images.
         alpha_bar: (B,).
 
@@ -83,8 +85,11 @@ def patch_mean_of_v(x_t: Tensor, alpha_bar: Tensor) -> Tensor:
     """
     a = per_sample(alpha_bar, x_t)
     mean = x_t.mean(dim=tuple(range(2, x_t.ndim)), keepdim=True)
-    voxels = x_t[0, 0].numel()
-    return -(1 - a).sqrt() * a.sqrt() / (a + (1 - a) / voxels) * mean
+    noise_variance = (1 - a) / x_t[0, 0].numel()
+    mean_of_noise = noise_variance / (a + noise_variance) * mean / (1 - a).sqrt()
+    if prediction == "epsilon":
+        return mean_of_noise
+    return (mean_of_noise - (1 - a).sqrt() * mean) / a.sqrt()
 
 
 def estimate(prediction: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
