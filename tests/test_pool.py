@@ -213,6 +213,21 @@ def test_bad_scan_is_skipped_and_named(dataset, how):
     assert json.load(open(join(preprocessed, "unlabeled_fingerprint.json")))["u1"]["problem"] == failures["u1"]
 
 
+def test_full_disk_names_the_case_and_leaves_nothing_half_done(dataset, monkeypatch):
+    _, _, plans_manager = dataset
+
+    def save_case(data, seg, properties, path, **_):
+        open(path + ".b2nd", "w").close()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_diffusion.data.pool.nnUNetDatasetBlosc2.save_case", save_case)
+        with pytest.raises(OSError, match="u0 was not written to .*MB are free: .*No space left"):
+            preprocess(plans_manager)
+    folder, failures = preprocess(plans_manager)
+    assert failures == {} and len(pool_identifiers(folder)) == 4
+
+
 def test_scans_are_measured_once(dataset, monkeypatch):
     raw, preprocessed, _ = dataset
     assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {}

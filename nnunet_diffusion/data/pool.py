@@ -155,28 +155,43 @@ def preprocess_case(
 
     Returns:
         None, or what is wrong with the scan; nothing is written then.
+
+    Raises:
+        OSError: If the files cannot be written.
     """
     preprocessor = configuration_manager.preprocessor_class(verbose=False)
     temporary = join(folder, WORK, case)
     os.makedirs(temporary)
+    plan = plans_manager, configuration_manager, dataset_json
     try:
-        if label is not None:
-            arguments = (images, label, plans_manager, configuration_manager, dataset_json)
-            preprocessor.run_case_save(join(temporary, case), *arguments)
+        if label is None:
+            _save(*_run_unlabeled(preprocessor, images, *plan), join(temporary, case), configuration_manager.patch_size)
         else:
-            data, properties = read_scan(plans_manager.image_reader_writer_class(), images)
-            data, seg, properties = preprocessor.run_case_npy(
-                data, None, properties, plans_manager, configuration_manager, dataset_json
-            )
-            blocks, chunks = comp_blosc2_params(data.shape, tuple(configuration_manager.patch_size), data.itemsize)
-            nnUNetDatasetBlosc2.save_case(data, seg, properties, join(temporary, case), chunks=chunks, blocks=blocks)
+            preprocessor.run_case_save(join(temporary, case), images, label, *plan)
         for ending in endings:
             os.replace(join(temporary, case + ending), join(folder, case + ending))
     except UserError as problem:
         return str(problem)
+    except (RuntimeError, OSError) as error:  # of a full disk blosc2 says no more than that it failed
+        free = shutil.disk_usage(folder).free / 1e6
+        raise OSError(f"{case} was not written to {folder}, where {free:.0f} MB are free: {error}") from error
     finally:
         shutil.rmtree(temporary)
     return None
+
+
+def _run_unlabeled(preprocessor, images, *plan) -> tuple:
+    data, properties = read_scan(plan[0].image_reader_writer_class(), images)
+    try:
+        return preprocessor.run_case_npy(data, None, properties, *plan)
+    except Exception as error:  # whatever a strange scan provokes must not cost the others
+        raise UserError(f"{images[0]}: nnU-Net cannot preprocess this: {error!r}") from error
+
+
+def _save(data, seg, properties, path, patch_size) -> None:
+    """Saves a case as nnU-Net's `run_case_save` does; the segmentation only marks what is zero."""
+    blocks, chunks = comp_blosc2_params(data.shape, tuple(patch_size), data.itemsize)
+    nnUNetDatasetBlosc2.save_case(data, seg, properties, path, chunks=chunks, blocks=blocks)
 
 
 def read_scan(reader, images: list[str]) -> tuple[np.ndarray, dict]:
