@@ -5,6 +5,8 @@ from copy import deepcopy
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
 SHORT_TRAINING = {"num_epochs": 60, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 8}
+# In so few steps nnU-Net's SGD leaves small organs empty (docs/label_efficiency.md).
+FINE_TUNING = {**SHORT_TRAINING, "optimizer_name": "AdamW", "initial_lr": 1e-3, "warmup_epochs": 1}
 
 
 class CompactPlanner(ExperimentPlanner):
@@ -18,10 +20,10 @@ class CompactPlanner(ExperimentPlanner):
     max_batch_size = {2: 8, 3: 2}
     settings = {
         "ConfiguredTrainer": SHORT_TRAINING,
-        "DenoisingDiffusionTrainer": SHORT_TRAINING,
-        "DiffusionPretrainedTrainer": SHORT_TRAINING,
-        "DiffusionPretrainedDecoderTrainer": SHORT_TRAINING,
-        "DiffusionPretrainedLinearTrainer": SHORT_TRAINING,
+        "DenoisingDiffusionTrainer": {**SHORT_TRAINING, "initial_lr": 1e-3, "warmup_epochs": 2},
+        "DiffusionPretrainedTrainer": FINE_TUNING,
+        "DiffusionPretrainedDecoderTrainer": FINE_TUNING,
+        "DiffusionPretrainedLinearTrainer": {**FINE_TUNING, "initial_lr": 1e-2},
     }
 
     def __init__(

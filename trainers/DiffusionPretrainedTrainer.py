@@ -30,6 +30,7 @@ class DiffusionPretrainedTrainer(ConfiguredTrainer):
     denoiser: str = ""  # path of a denoiser.pth; empty: this data set's own
     timestep: int = 300  # t*
     scratch: bool = False  # True: the fair control, the same training from random weights
+    optimizer_name: str = "SGD"  # nnU-Net's; or AdamW, for trainings of a few thousand steps
     warmup_epochs: int = 0
 
     def initialize(self):
@@ -42,11 +43,16 @@ class DiffusionPretrainedTrainer(ConfiguredTrainer):
         super().initialize()
 
     def configure_optimizers(self):
-        """nnU-Net's, for what trains, with a warm-up."""
+        """The chosen optimiser for what trains, with nnU-Net's decay after a warm-up."""
         trainable = [p for p in self.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.SGD(
-            trainable, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True
-        )
+        if self.optimizer_name == "SGD":
+            optimizer = torch.optim.SGD(
+                trainable, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True
+            )
+        elif self.optimizer_name == "AdamW":
+            optimizer = torch.optim.AdamW(trainable, self.initial_lr, weight_decay=self.weight_decay)
+        else:
+            raise UserError(f"setting optimizer_name is {self.optimizer_name!r}: it must be SGD or AdamW")
         return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
 
     def load_checkpoint(self, filename_or_checkpoint):
