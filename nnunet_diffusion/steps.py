@@ -158,7 +158,9 @@ def command_environment(root: str | None, device: str) -> dict[str, str]:
     if device == "cpu":
         cores = str(number_of_cores())
         limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "nnUNet_def_n_proc", "nnUNet_n_proc_DA"), cores)
-        environment |= {name: os.environ.get(name, value) for name, value in limits.items()} | {"nnUNet_compile": "f"}
+        # threads that spin while they wait make a step several times slower as soon as another program runs
+        limits |= {"OMP_WAIT_POLICY": "passive", "nnUNet_compile": "f"}
+        environment |= {name: os.environ.get(name, value) for name, value in limits.items()}
     return environment
 
 
