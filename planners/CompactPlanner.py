@@ -6,7 +6,13 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 
 SHORT_TRAINING = {"num_epochs": 60, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 8}
 # In so few steps nnU-Net's SGD leaves small organs empty (docs/label_efficiency.md).
-FINE_TUNING = {**SHORT_TRAINING, "optimizer_name": "AdamW", "initial_lr": 1e-3, "warmup_epochs": 1}
+FINE_TUNING = {
+    **SHORT_TRAINING,
+    "optimizer_name": "AdamW",
+    "initial_lr": 1e-3,
+    "head_lr_factor": 10.0,
+    "warmup_epochs": 1,
+}
 
 
 class CompactPlanner(ExperimentPlanner):
@@ -23,7 +29,7 @@ class CompactPlanner(ExperimentPlanner):
         "DenoisingDiffusionTrainer": {**SHORT_TRAINING, "initial_lr": 1e-3, "warmup_epochs": 2},
         "DiffusionPretrainedTrainer": FINE_TUNING,
         "DiffusionPretrainedDecoderTrainer": FINE_TUNING,
-        "DiffusionPretrainedLinearTrainer": {**FINE_TUNING, "initial_lr": 1e-2},
+        "DiffusionPretrainedLinearTrainer": FINE_TUNING,
     }
 
     def __init__(

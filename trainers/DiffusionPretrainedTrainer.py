@@ -10,6 +10,7 @@ from nnunet_diffusion.files import write_json
 from nnunet_diffusion.networks.conditioning import fold
 from nnunet_diffusion.networks.denoiser_file import load_denoiser, plan_identity, rebuild
 from nnunet_diffusion.networks.transfer import (
+    HEADS,
     first_existing,
     plan_differences,
     pretrained_weights_argument,
@@ -32,6 +33,8 @@ class DiffusionPretrainedTrainer(ConfiguredTrainer):
     scratch: bool = False  # True: the fair control, the same training from random weights
     optimizer_name: str = "SGD"  # nnU-Net's; or AdamW, for trainings of a few thousand steps
     warmup_epochs: int = 0
+    head_lr_factor: float = 1.0  # learning rate of the new output heads, relative to initial_lr
+    heads_first: int = 1  # epochs in which only the heads learn, lest random ones spoil what was transferred
 
     def initialize(self):
         """Checks the file of `-pretrained_weights` before nnU-Net unpickles it."""
@@ -43,14 +46,18 @@ class DiffusionPretrainedTrainer(ConfiguredTrainer):
         super().initialize()
 
     def configure_optimizers(self):
-        """The chosen optimiser for what trains, with nnU-Net's decay after a warm-up."""
-        trainable = [p for p in self.network.parameters() if p.requires_grad]
+        """The chosen optimiser for what trains: new heads fast and first, what was transferred after them."""
+        named = [(name, p) for name, p in unwrap(self.network).named_parameters() if p.requires_grad]
+        heads = {"params": [p for name, p in named if name.startswith(HEADS)]}
+        heads["lr"] = self.initial_lr * self.head_lr_factor
+        rest = {"params": [p for name, p in named if not name.startswith(HEADS)]}
+        rest["first_epoch"] = 0 if self.scratch else self.heads_first
+        groups = [group for group in (rest, heads) if group["params"]]
         if self.optimizer_name == "SGD":
-            optimizer = torch.optim.SGD(
-                trainable, self.initial_lr, weight_decay=self.weight_decay, momentum=0.99, nesterov=True
-            )
+            kwargs = {"momentum": 0.99, "nesterov": True}
+            optimizer = torch.optim.SGD(groups, self.initial_lr, weight_decay=self.weight_decay, **kwargs)
         elif self.optimizer_name == "AdamW":
-            optimizer = torch.optim.AdamW(trainable, self.initial_lr, weight_decay=self.weight_decay)
+            optimizer = torch.optim.AdamW(groups, self.initial_lr, weight_decay=self.weight_decay)
         else:
             raise UserError(f"setting optimizer_name is {self.optimizer_name!r}: it must be SGD or AdamW")
         return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
