@@ -40,7 +40,15 @@ PRETRAINING = {
     "sample_steps": 20,
     "save_every": 6,
 }
-FINETUNING = {"num_epochs": 12, "num_iterations_per_epoch": 25, "num_val_iterations_per_epoch": 2, "save_every": 4}
+FINETUNING = {
+    "num_epochs": 12,
+    "num_iterations_per_epoch": 25,
+    "num_val_iterations_per_epoch": 2,
+    "warmup_epochs": 1,
+    "optimizer_name": "AdamW",  # nnU-Net's SGD learns nothing in so few steps, from either start
+    "initial_lr": 2e-3,
+    "save_every": 4,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -177,7 +185,7 @@ class Demo:
             os.path.join(model, output),
             counts=r": Epoch \d+\s*$",
             total=epochs,
-            depends_on=[self.dataset_json, load_json(os.path.join(self.preprocessed, plans + ".json"))],
+            depends_on=[self.dataset_json, only_for(trainer, load_json(f"{self.preprocessed}/{plans}.json"))],
             resume_with=["--c"],
             replaces=model,
             # on a CPU augmentation in the training process itself is faster, and repeats exactly
@@ -278,6 +286,11 @@ def verdict(scratch: dict, pretrained: dict) -> str:
         f"Pre-trained is {who} its from-scratch control by {abs(gain):.3f} Dice, and better in {ahead} of "
         f"{len(scratch)} cases.\nIt is one run with few cases: for evidence, repeat it with several seeds and patients."
     )
+
+
+def only_for(trainer: str, plans: dict) -> dict:
+    """The plans with the settings of one trainer."""
+    return plans | {"nnunet_diffusion": plans["nnunet_diffusion"][trainer]}
 
 
 def load_json(path: str) -> dict:
