@@ -127,6 +127,7 @@ def test_verdict_says_who_is_ahead():
     low, high = {"a": {"liver": 0.5}, "b": {"liver": 0.7}}, {"a": {"liver": 0.8}, "b": {"liver": 0.6}}
     assert "Pre-trained is ahead of its from-scratch control by 0.100 Dice, and better in 1 of 2" in verdict(low, high)
     assert "Pre-trained is behind its from-scratch control by 0.100 Dice, and better in 1 of 2" in verdict(high, low)
+    assert "level with its from-scratch control by 0.000 Dice, and better in 0 of 2" in verdict(low, low)
 
 
 def test_unset_folders_are_named_with_data(monkeypatch, capsys):

@@ -281,7 +281,7 @@ def verdict(scratch: dict, pretrained: dict) -> str:
 
     gain = mean_dice(pretrained) - mean_dice(scratch)
     ahead = sum(case_mean(pretrained, case) > case_mean(scratch, case) for case in scratch)
-    who = "ahead of" if gain > 0 else "behind"
+    who = "ahead of" if gain > 0 else "behind" if gain < 0 else "level with"
     return (
         f"Pre-trained is {who} its from-scratch control by {abs(gain):.3f} Dice, and better in {ahead} of "
         f"{len(scratch)} cases.\nIt is one run with few cases: for evidence, repeat it with several seeds and patients."
