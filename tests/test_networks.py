@@ -114,6 +114,19 @@ def test_conditional_norm_gradients():
     assert torch.autograd.gradcheck(run, (x, embedding))
 
 
+def test_one_adam_step_moves_the_condition_no_further_than_the_norm():
+    denoiser = condition(planned_network(), 1)
+    norm = next(m for m in denoiser.modules() if isinstance(m, ConditionalNorm))
+    timestep, rate = torch.tensor([0, 300, 999]), 1e-3
+    before = [t.detach().clone() for t in norm.scale_shift(denoiser.time_embedding(timestep)).chunk(2, 1)]
+    optimizer = torch.optim.Adam(norm.scale_shift.parameters(), rate)
+    denoiser(torch.randn(3, 1, 16, 16), timestep).square().mean().backward()
+    optimizer.step()
+    for old, new in zip(before, norm.scale_shift(denoiser.time_embedding(timestep)).chunk(2, 1), strict=True):
+        # the weights move a(t) by at most the rate, the bias of the layer by the rate once more
+        assert 0 < (new - old).abs().max() <= 2 * rate * 1.001
+
+
 def test_samples_do_not_see_each_others_time():
     denoiser = trained(condition(planned_network(), 1)).double()
     images = torch.randn(2, 1, 16, 16, dtype=torch.float64)
