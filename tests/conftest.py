@@ -14,6 +14,8 @@ FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 # Read when torch or nnU-Net is imported, so set before any test module is. Two processes with more threads than
 # cores are several times slower than with one thread each.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", MPLBACKEND="agg")
+# nnU-Net's commands take all cores on a CPU whatever OMP_NUM_THREADS says; then threads must not spin while they wait.
+os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ.update(nnUNet_n_proc_DA="0", nnUNet_def_n_proc="1", nnUNet_compile="f", nnUNet_wandb_enabled="0")
 # nnU-Net looks its folders up at each use: a test that forgets to set them must fail, not touch the user's data.
 for variable in (*FOLDERS, "nnUNet_extTrainer"):
