@@ -11,8 +11,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 class WarmupPolyLR(LRScheduler):
     """nnU-Net's polynomial decay after a linear warm-up, for every parameter group from its own initial rate.
 
-    A group with a key `first_epoch` stands still until then, and warms up from there. With no warm-up and one group
-    this is nnU-Net's `PolyLRScheduler`, which would give all groups the same rate.
+    With no warm-up and one group this is nnU-Net's `PolyLRScheduler`, which would give all groups the same rate.
     """
 
     def __init__(self, optimizer: Optimizer, epochs: int, warmup_epochs: int = 0, exponent: float = 0.9):
@@ -20,18 +19,17 @@ class WarmupPolyLR(LRScheduler):
         self.epochs, self.warmup_epochs, self.exponent = epochs, warmup_epochs, exponent
         super().__init__(optimizer)
 
-    def factor(self, epoch: int, first_epoch: int = 0) -> float:
+    def factor(self, epoch: int) -> float:
         """The share of the initial rate at an epoch."""
-        if epoch < first_epoch:
-            return 0.0
-        warm_up = min(1.0, (epoch - first_epoch + 1) / (self.warmup_epochs + 1))
-        start = self.warmup_epochs
-        return warm_up * (1 - max(0, epoch - start) / max(1, self.epochs - start)) ** self.exponent
+        if epoch < self.warmup_epochs:
+            return (epoch + 1) / (self.warmup_epochs + 1)
+        progress = (epoch - self.warmup_epochs) / max(1, self.epochs - self.warmup_epochs)
+        return (1 - progress) ** self.exponent
 
     def step(self, current_step: int | None = None) -> None:
         """Sets the rates for an epoch; as nnU-Net calls its own scheduler."""
         for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
-            group["lr"] = rate * self.factor(current_step or 0, group.get("first_epoch", 0))
+            group["lr"] = rate * self.factor(current_step or 0)
 
 
 def warming_ema(decay: float) -> Callable:

@@ -123,13 +123,6 @@ def test_schedule_is_nnunets_without_warm_up_and_keeps_ratios_between_groups():
         for schedule in schedules:
             schedule.step(epoch)
         assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
-    late = torch.optim.SGD([{"params": [parameter], "first_epoch": 2}], 0.01)
-    schedule = WarmupPolyLR(late, 10, warmup_epochs=1)
-    rates = []
-    for epoch in range(4):
-        schedule.step(epoch)
-        rates.append(late.param_groups[0]["lr"])
-    assert rates == pytest.approx([0, 0, 0.005 * (8 / 9) ** 0.9, 0.01 * (7 / 9) ** 0.9])
     two = torch.optim.SGD([{"params": [parameter], "lr": 0.1}, {"params": [nn.Parameter(torch.zeros(1))]}], 0.01)
     schedule = WarmupPolyLR(two, 10, warmup_epochs=3)
     rates = []

@@ -34,7 +34,6 @@ class DiffusionPretrainedTrainer(ConfiguredTrainer):
     optimizer_name: str = "SGD"  # nnU-Net's; or AdamW, for trainings of a few thousand steps
     warmup_epochs: int = 0
     head_lr_factor: float = 1.0  # learning rate of the new output heads, relative to initial_lr
-    heads_first: int = 1  # epochs in which only the heads learn, lest random ones spoil what was transferred
 
     def initialize(self):
         """Checks the file of `-pretrained_weights` before nnU-Net unpickles it."""
@@ -46,12 +45,11 @@ class DiffusionPretrainedTrainer(ConfiguredTrainer):
         super().initialize()
 
     def configure_optimizers(self):
-        """The chosen optimiser for what trains: new heads fast and first, what was transferred after them."""
+        """The chosen optimiser for what trains, with a rate of their own for the new heads."""
         named = [(name, p) for name, p in unwrap(self.network).named_parameters() if p.requires_grad]
+        rest = {"params": [p for name, p in named if not name.startswith(HEADS)]}
         heads = {"params": [p for name, p in named if name.startswith(HEADS)]}
         heads["lr"] = self.initial_lr * self.head_lr_factor
-        rest = {"params": [p for name, p in named if not name.startswith(HEADS)]}
-        rest["first_epoch"] = 0 if self.scratch else self.heads_first
         groups = [group for group in (rest, heads) if group["params"]]
         if self.optimizer_name == "SGD":
             kwargs = {"momentum": 0.99, "nesterov": True}
