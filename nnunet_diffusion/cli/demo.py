@@ -32,7 +32,7 @@ ARMS = {"from scratch": "_demo_scratch", "pre-trained": "_demo"}  # -> what is a
 CASES = {"labelled": 3, "unlabelled": 32, "test": 6}
 # budgets of the synthetic data: minutes on two CPU cores
 PRETRAINING = {
-    "num_epochs": 36,
+    "num_epochs": 28,
     "num_iterations_per_epoch": 25,
     "num_val_iterations_per_epoch": 2,
     "warmup_epochs": 2,
