@@ -1,10 +1,10 @@
 """Settings of trainers: class attributes with defaults, overridden by the block `nnunet_diffusion` of plans.json."""
 
-import os
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.installation import ext_trainer_folders, trainer_names
 
 BLOCK = "nnunet_diffusion"
 
@@ -72,8 +72,5 @@ def apply(trainer: Any) -> None:
 
 
 def _known_trainers(trainer_class: type) -> set[str]:
-    ours = Path(__file__).parent.parent / "trainers"  # an editable install; a wheel has them beside this file
-    folders = [ours, Path(__file__).parent / "trainers"]
-    folders += [Path(p) for p in os.environ.get("nnUNet_extTrainer", "").split(os.pathsep) if p]
-    files = {file.stem for folder in folders for file in folder.glob("*Trainer.py")}
-    return files | {trainer_class.__name__}
+    others = {file.stem for folder in ext_trainer_folders() for file in Path(folder).glob("*Trainer.py")}
+    return {*trainer_names(), *others, trainer_class.__name__}
