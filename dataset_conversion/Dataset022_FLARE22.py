@@ -1,12 +1,12 @@
 """FLARE22, abdominal CT with 13 organs: 50 labelled and 2000 unlabelled scans (https://flare22.grand-challenge.org)."""
 
-import argparse
 import os
 import re
 import sys
 
 from nnunet_diffusion.data.conversion import Converted, convert, refuse
-from nnunet_diffusion.data.scans import grouped, matched, single
+from nnunet_diffusion.data.layouts import command_line
+from nnunet_diffusion.data.scans import files_below, grouped, matched, single
 from nnunet_diffusion.errors import UserError
 
 FILE_ENDING = ".nii.gz"
@@ -50,7 +50,7 @@ def convert_flare22(
         UserError: If the folder cannot be read, a case is not whole or there twice, or is not usable.
         OSError: If the data set cannot be written.
     """
-    files = _files_below(source)
+    files = files_below(source)
     problems: list[str] = []
     notes = []
     labeled = matched(*_found(files, TRAINING, problems), problems)
@@ -77,17 +77,6 @@ def convert_flare22(
     return converted
 
 
-def _files_below(source: str) -> list[str]:
-    if not os.path.isdir(source):
-        raise UserError(f"{source}: is not a folder: give the one that FLARE22 was unpacked into")
-
-    def unreadable(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}): correct its permissions") from error
-
-    walk = os.walk(os.path.abspath(source), onerror=unreadable, followlinks=True)
-    return sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
-
-
 def _named(files: list[str], stem: str) -> list[str]:
     return [path for path in files if re.fullmatch(stem + re.escape(FILE_ENDING), os.path.basename(path))]
 
@@ -97,17 +86,5 @@ def _found(files: list[str], case: str, problems: list[str]) -> tuple[dict[str, 
     return images, single(_named(files, case), FILE_ENDING, problems)
 
 
-def main() -> int:
-    """Runs the conversion from the command line; `nnunet_diffusion convert flare22` does the same."""
-    parser = argparse.ArgumentParser(description="Converts FLARE22 to an nnU-Net data set in nnUNet_raw.")
-    parser.add_argument("source", help="the folder that FLARE22 was unpacked into")
-    parser.add_argument("-d", type=int, default=22, help="data set id (default: 22)")
-    parser.add_argument("--copy", action="store_true", help="copy the files; otherwise they are referred to")
-    args = parser.parse_args()
-    converted = convert_flare22(args.source, args.d, copy=args.copy)
-    print(converted)
-    return int(bool(converted.skipped))
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command_line(convert_flare22, __doc__))

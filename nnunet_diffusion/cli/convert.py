@@ -2,25 +2,31 @@
 
 import argparse
 import json
+import os
 import sys
 from typing import Any
 
 from nnunet_diffusion.errors import UserError
 
-HELP = "Make an nnU-Net data set of labelled and unlabelled scans: FLARE22, or folders of your own."
+HELP = "Make an nnU-Net data set of labelled and unlabelled scans: FLARE22, folders of your own, or several data sets."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the two ways to convert."""
+    """Declares the ways to convert."""
     parser.epilog = (
         "examples:\n"
         "  nnunet_diffusion convert flare22 ~/FLARE22 -d 22\n"
         "  nnunet_diffusion convert folder ct labels --unlabeled more_ct -d 501 -n Neck --labels Brainstem Mandible\n"
-        "`nnunet_diffusion convert flare22 --help` and `... folder --help` tell more."
+        "  nnunet_diffusion convert partial abdomen -d 600 -n Abdomen --only FLARE22 KiTS BTCV\n"
+        "`nnunet_diffusion convert flare22 --help`, `... folder --help` and `... partial --help` tell more.\n"
+        "Other public sets have a script each, python -m nnunet_diffusion.dataset_conversion.Dataset040_KiTS --help:\n"
+        "Dataset003_Liver, Dataset007_Pancreas, Dataset009_Spleen (Medical Segmentation Decathlon), Dataset017_BTCV,\n"
+        "Dataset029_LiTS, Dataset040_KiTS, Dataset218_AMOS22."
     )
-    layouts = parser.add_subparsers(dest="layout", required=True, metavar="flare22|folder")
+    layouts = parser.add_subparsers(dest="layout", required=True, metavar="flare22|folder|partial")
     _add_flare22(layouts)
     _add_folder(layouts)
+    _add_partial(layouts)
 
 
 def _add_flare22(layouts: Any) -> None:
@@ -62,6 +68,55 @@ def _add_folder(layouts: Any) -> None:
     )
 
 
+PARTIAL_HELP = """\
+MAPPING.json:
+  {"labels": ["liver", "liver tumor", "left kidney", "right kidney"],       the common table, values 1, 2, ...
+   "sources": [
+     {"name": "LiTS",                                   prefix of its cases: LiTS_0
+      "dataset": "Dataset029_LiTS",                     in nnUNet_raw, or the folder of a raw data set
+      "mapping": {"liver": "liver", "tumor": "liver tumor"},
+      "inside": {"tumor": "liver"}},
+     {"name": "KiTS",
+      "images": "kits/images", "labels": "kits/labels", folders instead, below MAPPING.json's if relative;
+      "label_names": {"kidney": 1, "tumor": 2},         with channels, "channel_names": ["CT"] unless it says so
+      "mapping": {"kidney": ["left kidney", "right kidney"], "tumor": ["left kidney", "right kidney"]},
+      "unlabeled": ["kits/more"]},                      folders of images without labels, for any source
+     {"name": "FLARE22", "dataset": "Dataset022_FLARE22",
+      "mapping": {"liver": ["liver", "liver tumor"], "left kidney": "left kidney", "right kidney": "right kidney"}}]}
+
+mapping   "name" is that common label; several labels may become one ("liver": "liver", "tumor": "liver").
+          A list is a union: each of these voxels is one of them, nobody said which. It constrains their sum only, no
+          side is guessed. In a source a label is annotated or in one union, never both.
+          null, or no mention, leaves a label out: background. Without "mapping", labels of the same name are taken.
+          "ignore" may be the last common label; voxels that become it are not learned from.
+inside    {"tumor": "liver"}: in this source tumours are holes in the liver. A label that is left out then becomes what
+          it lies in. One with a common label of its own asks every other source that annotates the liver without
+          tumours what its liver is: with tumours, a union, "liver": ["liver", "liver tumor"]; or without,
+excludes  "excludes": ["liver tumor"]: no voxel of this source's labels is that (holes for tumours, or no tumours).
+about     your comment, anywhere.
+
+Images stay where they are (--copy copies them), label maps are written anew. dataset.json gets annotated_labels and
+union_labels, which PartialLabelTrainer reads. Scans of different orientation, as these sets have, are turned to one by
+nnU-Net's reader. Test scans are left where they are, for nnUNetv2_predict.
+
+`abdomen` is a ready mapping of FLARE22, AMOS22, BTCV, KiTS, LiTS and the Decathlon's Pancreas and Spleen onto FLARE22's
+13 organs; --only takes those that you have.
+
+example:
+  nnunet_diffusion convert partial abdomen -d 600 -n Abdomen --only FLARE22 KiTS BTCV"""
+
+
+def _add_partial(layouts: Any) -> None:
+    partial = _add_layout(layouts, "partial", "Several data sets that each annotate some labels, joined into one.")
+    partial.add_argument(
+        "mapping", metavar="MAPPING.json", help="what each source's labels are called in the joined set"
+    )
+    partial.add_argument("-d", dest="dataset_id", type=int, required=True, metavar="ID", help="data set id, 1 to 999")
+    partial.add_argument("-n", dest="name", required=True, metavar="NAME", help="name of the data set")
+    partial.add_argument("--only", nargs="+", default=[], metavar="SOURCE", help="join these sources (default: all)")
+    partial.epilog = PARTIAL_HELP
+
+
 def _add_layout(layouts: Any, name: str, description: str) -> argparse.ArgumentParser:
     parser = layouts.add_parser(
         name, help=description, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -75,8 +130,11 @@ def _add_layout(layouts: Any, name: str, description: str) -> argparse.ArgumentP
 
 def run(args: argparse.Namespace) -> int:
     """Converts; returns 1 if unlabelled scans had to be left out."""
-    converted = _convert_flare22(args) if args.layout == "flare22" else _convert_folder(args)
+    ways = {"flare22": _convert_flare22, "folder": _convert_folder, "partial": _convert_partial}
+    converted = ways[args.layout](args)
     print(converted, file=sys.stderr if converted.skipped else sys.stdout)
+    for warning in converted.warnings:
+        print(f"WARNING: {warning}", file=sys.stderr)
     return int(bool(converted.skipped))
 
 
@@ -101,6 +159,16 @@ def _convert_folder(args: argparse.Namespace) -> Any:
         copy=args.copy,
         num_threads=args.num_threads,
     )
+
+
+def _convert_partial(args: argparse.Namespace) -> Any:
+    from nnunet_diffusion import dataset_conversion
+    from nnunet_diffusion.data.partial import convert_partial
+
+    mapping = args.mapping
+    if mapping == "abdomen" and not os.path.exists(mapping):
+        mapping = os.path.join(os.path.dirname(dataset_conversion.__file__), "abdomen.json")
+    return convert_partial(mapping, args.dataset_id, args.name, args.only, args.copy, args.num_threads)
 
 
 def read_labels(labels: list[str]) -> dict[str, Any]:

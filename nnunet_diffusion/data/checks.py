@@ -52,6 +52,11 @@ def read_geometry(path: str) -> Geometry | None:
     return Geometry(size, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 
+def orientation(geometry: Geometry) -> str:
+    """Where the voxel axes run to, such as `LPS`; the nearest directions of an oblique scan."""
+    return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(geometry.direction)
+
+
 def check_image(path: str) -> Geometry | None:
     """Reads a whole image once and refuses what nnU-Net cannot learn from; returns its geometry.
 
@@ -158,19 +163,25 @@ def check_channels(images: Sequence[str], read: Callable[[str], Geometry | None]
     return geometry
 
 
-def check_labeled_case(images: Sequence[str], label: str, label_values: Collection[int]) -> None:
+def check_labeled_case(
+    images: Sequence[str], label: str, label_values: Collection[int], trust_voxels: bool = False
+) -> None:
     """Refuses a labelled case with an unusable channel or label, or of which not all lie on the same voxels.
 
     Args:
         images: One path per channel.
         label: The label file.
         label_values: The integers that may occur in it, background and ignore label included.
+        trust_voxels: The label lies on the image's voxels whatever its header says: only their sizes must agree.
 
     Raises:
         UserError: Naming the first file that is wrong, and how.
     """
     geometry = check_channels(images)
-    check_same_geometry(label, check_label(label, label_values), images[0], geometry)
+    label_geometry = check_label(label, label_values)
+    if trust_voxels and geometry and label_geometry:
+        label_geometry = geometry._replace(size=label_geometry.size)
+    check_same_geometry(label, label_geometry, images[0], geometry)
 
 
 def _require_content(path: str) -> None:

@@ -1,23 +1,27 @@
 """From cases, and where their files lie, to a raw data set of nnU-Net; nothing is written before all is well."""
 
 import filecmp
+import gzip
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from tqdm import tqdm
 
 from nnunet_diffusion.data.checks import check_channels, check_labeled_case, read_geometry
+from nnunet_diffusion.data.relabeling import relabel
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, write_json
 
 Labeled = Mapping[str, tuple[list[str], str]]  # {case: ([path per channel], label path)}
 Unlabeled = Mapping[str, list[str]]  # {case: [path per channel]}
+Relabeling = Mapping[str, Mapping[int, int]]  # {case: {value in its label file: value in the data set}}
 
 
 @dataclass
@@ -29,6 +33,7 @@ class Converted:
     num_unlabeled: int
     skipped: dict[str, str]  # unlabelled case -> what is wrong with it
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # what makes it a worse data set, though it can be trained on
 
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.num_labeled} labelled and {self.num_unlabeled} unlabelled cases", *self.notes]
@@ -49,6 +54,8 @@ def convert(
     source: list[str],
     copy: bool = False,
     num_threads: int = 1,
+    relabeling: Relabeling | None = None,
+    trust_voxels: bool = False,
 ) -> Converted:
     """Checks all cases and writes nnUNet_raw/DatasetXXX_Name/dataset.json with the tables `dataset` and `unlabeled`.
 
@@ -64,20 +71,29 @@ def convert(
         source: The folders that the cases came from: only a conversion of the same source may replace a data set.
         copy: Copy the files into imagesTr, labelsTr and imagesUn; otherwise the tables refer to them where they are.
         num_threads: For the checks.
+        relabeling: Write the label maps anew into labelsTr, on the image's geometry, with these values; a label file
+            may hold the keys alone.
+        trust_voxels: Label maps lie on the images' voxels whatever their headers say; only with `relabeling`.
 
     Raises:
         UserError: If there is no labelled case or an unusable one, or the data set exists already.
         OSError: If something cannot be written; an earlier dataset.json is then what it was.
     """
+    assert relabeling is not None or not trust_voxels
     folder = dataset_folder(dataset_id, name)
     source = [os.path.abspath(path) for path in source]
     refuse_other_conversion(os.path.join(folder, "dataset.json"), source)
-    refuse_unusable(labeled, unlabeled, label_values(description), num_threads)
+    values = label_values(description)
+    allowed = {case: values if relabeling is None else relabeling[case].keys() for case in labeled}
+    refuse_unusable(labeled, unlabeled, allowed, num_threads, trust_voxels)
     tasks = {case: (check_channels, images, read_geometry) for case, images in unlabeled.items()}
     skipped = problems_of(tasks, "unlabelled headers", num_threads)
     dataset = {case: {"images": images, "label": label} for case, (images, label) in labeled.items()}
     pool = {case: {"images": images} for case, images in unlabeled.items() if case not in skipped}
     os.makedirs(folder, exist_ok=True)
+    if relabeling is not None:
+        for case, label in relabel_into(folder, labeled, relabeling, description["file_ending"], num_threads).items():
+            dataset[case]["label"] = label
     if copy:
         copy_into(folder, dataset, pool, description["file_ending"])
     origin = {"converted_by": "nnunet_diffusion convert", "converted_from": source}
@@ -144,8 +160,22 @@ def refuse_other_conversion(path: str, source: list[str]) -> None:
         raise UserError(f"{path} exists and {origin}: take another id and name, or remove that folder")
 
 
-def refuse_unusable(labeled: Labeled, unlabeled: Unlabeled, values: set[int], num_threads: int) -> None:
-    """Raises UserError, listing all of them, if labelled cases cannot be used, or if there is none."""
+def refuse_unusable(
+    labeled: Labeled,
+    unlabeled: Unlabeled,
+    values: Mapping[str, Collection[int]],
+    num_threads: int,
+    trust_voxels: bool = False,
+) -> None:
+    """Raises UserError, listing all of them, if labelled cases cannot be used, or if there is none.
+
+    Args:
+        labeled: {case: ([path per channel], label path)}.
+        unlabeled: {case: [path per channel]}; only their names are looked at.
+        values: {case: label values that may occur} of every labelled case.
+        num_threads: Cases at a time.
+        trust_voxels: As `check_labeled_case` has it.
+    """
     if not labeled:
         raise UserError(
             "no labelled case was found: nnU-Net needs the image and the label of one, or more, for its plan"
@@ -154,7 +184,10 @@ def refuse_unusable(labeled: Labeled, unlabeled: Unlabeled, values: set[int], nu
     paths = [path for images, label in labeled.values() for path in (*images, label)]
     paths += [path for images in unlabeled.values() for path in images]
     refuse([f"{path}: nnU-Net would expand the '$': rename it" for path in paths if os.path.expandvars(path) != path])
-    tasks = {case: (check_labeled_case, images, label, values) for case, (images, label) in labeled.items()}
+    tasks = {
+        case: (check_labeled_case, images, label, values[case], trust_voxels)
+        for case, (images, label) in labeled.items()
+    }
     refuse(list(problems_of(tasks, "labelled cases", num_threads).values()))
 
 
@@ -165,27 +198,55 @@ def refuse(problems: list[str]) -> None:
 
 
 def problems_of(tasks: Mapping[str, tuple[Callable, ...]], title: str, num_threads: int) -> dict[str, str]:
-    """Runs every case's (check, *arguments); returns {case: message} of those that are refused, in order.
+    """Runs every case's (check, *arguments); returns {case: message} of those that are refused, in order."""
 
-    Threads will do: SimpleITK, zlib and numpy release the interpreter's lock.
-    """
-
-    def problem(task: tuple[Callable, ...]) -> str | None:
+    def problem(check: Callable, *arguments: Any) -> str | None:
         try:
-            task[0](*task[1:])
+            check(*arguments)
         except UserError as error:
             return str(error)
         return None
 
+    problems = each_case({case: (problem, *task) for case, task in tasks.items()}, f"checking {title}", num_threads)
+    return {case: message for case, message in problems.items() if message}
+
+
+def each_case(tasks: Mapping[str, tuple[Callable, ...]], title: str, num_threads: int) -> dict[str, Any]:
+    """Calls every case's (function, *arguments) under a progress bar; returns {case: result}, in order.
+
+    Threads will do: SimpleITK, zlib and numpy release the interpreter's lock.
+    """
     with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        bar = tqdm(pool.map(problem, tasks.values()), f"checking {title}", len(tasks), disable=not tasks)
-        return {case: message for case, message in zip(tasks, bar, strict=True) if message}
+        results = pool.map(lambda task: task[0](*task[1:]), tasks.values())
+        bar = tqdm(results, title, len(tasks), disable=not tasks)
+        return dict(zip(tasks, bar, strict=True))
+
+
+def relabel_into(
+    folder: str, labeled: Labeled, relabeling: Relabeling, file_ending: str, num_threads: int
+) -> dict[str, str]:
+    """Writes the label maps of all cases into labelsTr with new values; returns {case: path within `folder`}.
+
+    What an interrupted run has written is not written again.
+
+    Raises:
+        UserError: If there is another file of that name.
+        OSError: If a file cannot be written; the files that are there are whole.
+    """
+    os.makedirs(os.path.join(folder, "labelsTr"), exist_ok=True)
+    names = {case: f"labelsTr/{case}{file_ending}" for case in labeled}
+    tasks = {
+        case: (relabel, label, images[0], relabeling[case], os.path.join(folder, names[case]))
+        for case, (images, label) in labeled.items()
+    }
+    each_case(tasks, "writing labelsTr", num_threads)
+    return names
 
 
 def copy_into(folder: str, dataset: dict[str, dict], pool: dict[str, dict], file_ending: str) -> None:
     """Copies the files of both tables, as nnU-Net names them, into imagesTr, labelsTr and imagesUn; the tables follow.
 
-    What an interrupted run has copied is not copied again.
+    What an interrupted run has copied is not copied again. Labels that are in the folder already stay.
 
     Raises:
         UserError: If there is another file of that name.
@@ -195,16 +256,30 @@ def copy_into(folder: str, dataset: dict[str, dict], pool: dict[str, dict], file
         for case, entry in tqdm(table.items(), f"copying {subfolder}", disable=not table):
             names = [f"{subfolder}/{case}_{channel:04d}{file_ending}" for channel in range(len(entry["images"]))]
             entry["images"] = [_copy(path, folder, name) for path, name in zip(entry["images"], names, strict=True)]
-            if "label" in entry:
+            if os.path.isabs(entry.get("label", "")):
                 entry["label"] = _copy(entry["label"], folder, f"labelsTr/{case}{file_ending}")
 
 
 def _copy(original: str, folder: str, name: str) -> str:
     target = os.path.join(folder, name)
     os.makedirs(os.path.dirname(target), exist_ok=True)
+    packed = name.endswith(".gz") and not original.endswith(".gz")
     if not os.path.exists(target):
         with atomic(target) as temporary:
-            shutil.copy2(original, temporary)  # with its time, by which filecmp recognises a copy
-    elif not filecmp.cmp(original, target):
+            if packed:
+                _pack(original, temporary)
+            else:
+                shutil.copy2(original, temporary)  # with its time, by which filecmp recognises a copy
+    elif not (_unpacks_to(target, original) if packed else filecmp.cmp(original, target)):
         raise UserError(f"{target} exists and is not a copy of {original}: remove it, or take another id and name")
     return name
+
+
+def _pack(original: str, target: str) -> None:
+    with open(original, "rb") as f, gzip.open(target, "wb", compresslevel=6) as g:
+        shutil.copyfileobj(f, g)
+
+
+def _unpacks_to(packed: str, original: str) -> bool:
+    with open(original, "rb") as f, gzip.open(packed) as g:
+        return all(chunk == g.read(len(chunk)) for chunk in iter(lambda: f.read(1 << 20), b"")) and not g.read(1)

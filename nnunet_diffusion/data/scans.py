@@ -71,6 +71,22 @@ def image_files(folder: str, file_ending: str | None = None) -> list[str]:
     return paths
 
 
+def files_below(source: str) -> list[str]:
+    """The absolute paths of all files in a folder and below it, sorted; links to folders are followed.
+
+    Raises:
+        UserError: If it is no folder, or one below it cannot be listed.
+    """
+    if not os.path.isdir(source):
+        raise UserError(f"{source}: is not a folder: give the one that the data set was unpacked into")
+
+    def unreadable(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}): correct its permissions") from error
+
+    walk = os.walk(os.path.abspath(source), onerror=unreadable, followlinks=True)
+    return sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
+
+
 def is_image(name: str, endings: str | tuple[str, ...] = GEOMETRIC_ENDINGS) -> bool:
     """Whether a file name looks like an image's, and not like one of those that archives of macOS are littered with."""
     return name.endswith(endings) and not name.startswith(".")

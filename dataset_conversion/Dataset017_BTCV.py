@@ -1,0 +1,43 @@
+"""BTCV, 30 CTs with 13 abdominal organs (https://www.synapse.org/Synapse:syn3193805, Abdomen/RawData.zip).
+
+Read: img0001.nii.gz and label0001.nii.gz, in whichever folders (RawData/Training/img and label); the test scans,
+img0061 to img0080, are left.
+"""
+
+import sys
+
+from nnunet_diffusion.data.conversion import Converted
+from nnunet_diffusion.data.layouts import ENDING, Layout, command_line, convert_layout
+
+BTCV = Layout(
+    labels=(
+        "spleen",
+        "right kidney",
+        "left kidney",
+        "gallbladder",
+        "esophagus",
+        "liver",
+        "stomach",
+        "aorta",
+        "inferior vena cava",
+        "portal vein and splenic vein",
+        "pancreas",
+        "right adrenal gland",
+        "left adrenal gland",
+    ),
+    image=r"img(?P<case>\d{4})" + ENDING,
+    label=r"label(?P<case>\d{4})" + ENDING,
+    left_out=r"img00(6[1-9]|7\d|80)" + ENDING,
+    reference="https://www.synapse.org/Synapse:syn3193805",
+)
+
+
+def convert_btcv(
+    source: str, dataset_id: int = 17, name: str = "BTCV", copy: bool = False, num_threads: int = 1
+) -> Converted:
+    """Writes nnUNet_raw/DatasetXXX_BTCV; arguments and errors are those of `convert_layout`."""
+    return convert_layout(BTCV, source, dataset_id, name, copy, num_threads)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(convert_btcv, __doc__))

@@ -1,0 +1,31 @@
+"""LiTS, 131 CTs with the liver and its tumours (https://competitions.codalab.org/competitions/17094).
+
+Read: volume-0.nii and segmentation-0.nii, in whichever folders ("Training Batch 1", "Training Batch 2"); test scans,
+test-volume-0.nii and so on, are left. Headers of some segmentations are not those of their volumes, though the voxels
+are (https://github.com/MIC-DKFZ/nnUNet/issues/850): they are all written anew with the volume's header.
+"""
+
+import sys
+
+from nnunet_diffusion.data.conversion import Converted
+from nnunet_diffusion.data.layouts import ENDING, Layout, command_line, convert_layout
+
+LITS = Layout(
+    labels=("liver", "tumor"),
+    image=r"volume-(?P<case>\d+)" + ENDING,
+    label=r"segmentation-(?P<case>\d+)" + ENDING,
+    left_out=r"test-volume-\d+" + ENDING,
+    reference="https://competitions.codalab.org/competitions/17094",
+    trust_voxels=True,
+)
+
+
+def convert_lits(
+    source: str, dataset_id: int = 29, name: str = "LiTS", copy: bool = False, num_threads: int = 1
+) -> Converted:
+    """Writes nnUNet_raw/DatasetXXX_LiTS; arguments and errors are those of `convert_layout`."""
+    return convert_layout(LITS, source, dataset_id, name, copy, num_threads)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(convert_lits, __doc__))

@@ -1,0 +1,42 @@
+"""KiTS19, KiTS21 or KiTS23: 210, 300 or 489 CTs with kidneys and their tumours (https://kits-challenge.org).
+
+Read: case_00000/imaging.nii.gz with segmentation.nii.gz (KiTS19, KiTS23) or aggregated_MAJ_seg.nii.gz (KiTS21), in
+whichever folder (data, dataset). KiTS19 has no label for cysts, and no labels at all for case_00210 to case_00299, its
+test scans: they are left. Later years hold the scans of the earlier ones: convert one of them.
+"""
+
+import sys
+
+from nnunet_diffusion.data.conversion import Converted
+from nnunet_diffusion.data.layouts import ENDING, Layout, command_line, convert_layout
+from nnunet_diffusion.errors import UserError
+
+CASE = r"(?P<case>case_\d{5})"
+NOTHING = r"(?!)"
+YEARS = {
+    year: Layout(
+        labels=labels,
+        image=f"{CASE}/imaging{ENDING}",
+        label=f"{CASE}/{label}{ENDING}",
+        left_out=left_out,
+        reference=f"https://github.com/neheller/kits{year}",
+    )
+    for year, labels, label, left_out in (
+        (19, ("kidney", "tumor"), "segmentation", rf"case_002[1-9]\d/imaging{ENDING}"),
+        (21, ("kidney", "tumor", "cyst"), "aggregated_MAJ_seg", NOTHING),
+        (23, ("kidney", "tumor", "cyst"), "segmentation", NOTHING),
+    )
+}
+
+
+def convert_kits(
+    source: str, year: int, dataset_id: int = 40, name: str = "KiTS", copy: bool = False, num_threads: int = 1
+) -> Converted:
+    """Writes nnUNet_raw/DatasetXXX_KiTS; `year` is 19, 21 or 23, the rest and the errors are `convert_layout`'s."""
+    if year not in YEARS:
+        raise UserError(f"year {year}: KiTS was published in {sorted(YEARS)}")
+    return convert_layout(YEARS[year], source, dataset_id, name, copy, num_threads)
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(convert_kits, __doc__, year=tuple(YEARS)))
