@@ -48,6 +48,8 @@ if __name__ == "__main__":
             "matplotlib",
             "numpy",
             "packaging",
+            "scikit-image",
+            "scipy",
             "torch",
             "tqdm",
         ],

@@ -18,16 +18,12 @@ import tiny_dataset
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, label_values, measure
-from nnunet_diffusion.data.pool import (
-    pool_folder,
-    pool_identifiers,
-    preprocess_labeled,
-    preprocess_pool,
-    run_in_processes,
-)
+from nnunet_diffusion.data.checks import label_values
+from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, measure
+from nnunet_diffusion.data.pool import pool_folder, pool_identifiers, preprocess_labeled, preprocess_pool
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.processes import run_in_processes
 
 INTENSITIES = {"mean": 200.0, "std": 30.0, "percentile_00_5": 120.0, "percentile_99_5": 280.0}
 

@@ -184,6 +184,11 @@ def check_labeled_case(
     check_same_geometry(label, label_geometry, images[0], geometry)
 
 
+def label_values(labels: dict[str, int | list[int]]) -> list[int]:
+    """The values that a label map may hold, sorted; `labels` as in dataset.json, where a region is a list of them."""
+    return sorted({0}.union(*([value] if isinstance(value, int) else value for value in labels.values())))
+
+
 def _require_content(path: str) -> None:
     try:
         size = os.stat(path).st_size

@@ -15,11 +15,12 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_diffusion.data.checks import check_labeled_case
-from nnunet_diffusion.data.pool import read_scan, run_in_processes
+from nnunet_diffusion.data.checks import check_labeled_case, label_values
+from nnunet_diffusion.data.pool import read_scan
 from nnunet_diffusion.data.unlabeled import unlabeled_cases
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.processes import run_in_processes
 
 UNLABELED_FILE = "unlabeled_fingerprint.json"
 MEASURED_FILE = "labeled_files.json"  # what dataset_fingerprint.json was measured from
@@ -139,11 +140,6 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
     if wrong := sorted(case for case, files in dataset.items() if len(files["images"]) != channels):
         raise UserError(f"{folder}: {wrong} do not have one image for each of the {channels} channels")
     return dataset_json, dataset
-
-
-def label_values(labels: dict[str, int | list[int]]) -> list[int]:
-    """The values that a label map may hold, sorted; `labels` as in dataset.json, where a region is a list of them."""
-    return sorted({0}.union(*([value] if isinstance(value, int) else value for value in labels.values())))
 
 
 def _problem(*arguments) -> str | None:

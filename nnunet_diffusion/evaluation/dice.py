@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.evaluation.summary import text_table
+from nnunet_diffusion.evaluation.targets import organ_labels
 
 RULE = "an organ that a case has in neither reference nor prediction is left out of the mean, as nnU-Net does"
 
@@ -30,11 +32,7 @@ def dice_scores(prediction_folder: str, references: Mapping[str, str], dataset_j
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-    organs = {
-        name: value if isinstance(value, int) else tuple(value)
-        for name, value in dataset_json["labels"].items()
-        if name not in ("background", "ignore")
-    }
+    organs = organ_labels(dataset_json)
     some_reference = next(iter(references.values()), None)
     reader = determine_reader_writer_from_dataset_json(dataset_json, some_reference, verbose=False)()
     scores = {}
@@ -75,15 +73,7 @@ def dice_table(arms: Mapping[str, Scores]) -> str:
     if len(means) == 2:
         first, second = means.values()
         cells["difference"] = [_cell(second[row] - first[row], "+") for row in rows]
-    columns = {"Dice": rows} | cells
-    widths = {heading: max(map(len, [heading, *column])) for heading, column in columns.items()}
-    padded = [
-        [text.ljust(width) if heading == "Dice" else text.rjust(width) for text in [heading, *columns[heading]]]
-        for heading, width in widths.items()
-    ]
-    lines = ["  ".join(line) for line in zip(*padded, strict=True)]
-    rule = "-" * len(lines[0])
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+    return text_table({"Dice": rows} | cells)
 
 
 def _cell(value: float, sign: str = "") -> str:

@@ -1,0 +1,94 @@
+"""What is compared in which case: the organs that somebody looked for there, and unions that were drawn as one."""
+
+from collections.abc import Mapping
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.evaluation.rules import (
+    FLARE22,
+    FLARE22_CUT,
+    FLARE22_TOLERANCES_MM,
+    NNUNET_TOLERANCE_MM,
+    Rules,
+    Target,
+    flare22_organ,
+)
+
+Targets = dict[str, Target]
+
+
+def organ_labels(dataset_json: Mapping) -> dict[str, tuple[int, ...]]:
+    """Name -> values of each label or region of a dataset.json, without background and ignore label."""
+    return {
+        name: tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        for name, value in dataset_json["labels"].items()
+        if name not in ("background", "ignore")
+    }
+
+
+def organ_targets(dataset_json: Mapping, rules: Rules, tolerance_mm: float | None = None) -> Targets:
+    """The targets of a fully annotated case.
+
+    Args:
+        dataset_json: nnU-Net's description of the data set.
+        rules: FLARE22 or NNUNET.
+        tolerance_mm: For NSD; with FLARE22's rules only of labels that are none of its 13 organs.
+
+    Raises:
+        UserError: If FLARE22 has no tolerance for a label and none is given.
+    """
+    organs = organ_labels(dataset_json)
+    if rules is not FLARE22:
+        tolerance_mm = NNUNET_TOLERANCE_MM if tolerance_mm is None else tolerance_mm
+        return {name: Target(name, labels, tolerance_mm) for name, labels in organs.items()}
+    known = {name: flare22_organ(name) for name in organs}
+    if tolerance_mm is None and (others := [name for name in organs if known[name] is None]):
+        raise UserError(
+            f"FLARE22's rules have no tolerance for {', '.join(others)}: give theirs with --tolerance MM, or take "
+            "--rules nnunet"
+        )
+    return {
+        name: Target(name, labels, FLARE22_TOLERANCES_MM.get(known[name], tolerance_mm), known[name] in FLARE22_CUT)
+        for name, labels in organs.items()
+    }
+
+
+def case_targets(case: str, dataset_json: Mapping, organs: Targets) -> Targets:
+    """The targets of one case by `annotated_labels` and `union_labels` of dataset.json.
+
+    A case that is not in `annotated_labels` is fully annotated. Each group of names in `union_labels` is one target,
+    the union, in reference and prediction, with the smallest tolerance; its members are none.
+
+    Raises:
+        UserError: If a table is not as it should be, or names an unknown label.
+    """
+    annotated = _table(dataset_json, "annotated_labels").get(case, list(organs))
+    _check_names(case, "annotated_labels", annotated, [*organs, "background"])
+    groups = _table(dataset_json, "union_labels").get(case, [])
+    for group in groups:
+        _check_names(case, "union_labels", group, organs)
+    members = {name for group in groups for name in group}
+    targets = {name: target for name, target in organs.items() if name in annotated and name not in members}
+    unions = [_union([organs[name] for name in organs if name in group]) for group in groups]
+    return targets | {union.name: union for union in unions}
+
+
+def _union(members: list[Target]) -> Target:
+    return Target(
+        " + ".join(member.name for member in members),
+        tuple(sorted({label for member in members for label in member.labels})),
+        min(member.tolerance_mm for member in members),
+        all(member.is_cut for member in members),
+    )
+
+
+def _table(dataset_json: Mapping, key: str) -> Mapping:
+    table = dataset_json.get(key, {})
+    if not isinstance(table, Mapping) or not all(isinstance(entry, list) for entry in table.values()):
+        raise UserError(f"{key} in dataset.json must map each case to a list, not {str(table)[:80]}: correct it")
+    return table
+
+
+def _check_names(case: str, key: str, names: object, known: object) -> None:
+    if not isinstance(names, list) or (extra := [name for name in names if name not in known]):
+        found = extra if isinstance(names, list) else repr(names)
+        raise UserError(f"{key} of case {case!r} names {found}, not in dataset.json's labels {list(known)}: correct it")
