@@ -1,0 +1,1 @@
+"""Losses that know tensors, not data sets."""
