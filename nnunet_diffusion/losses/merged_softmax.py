@@ -1,7 +1,7 @@
 """A softmax whose classes are merged per case, reduced to what marginal losses need of it.
 
 Merging adds probabilities. All losses in `partial` are functions of the few numbers below, so the probabilities, which
-are as large as the network's output, are never kept: the backward pass makes them again from two maps of one channel.
+are as large as the network's output, are never kept: the backward pass makes them again.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Values of a temporary tensor: what stays in a CPU's cache, and a quarter of a GB on a GPU.
-SLAB_VALUES = {"cpu": 2**17, "cuda": 2**26}
+# Values of a temporary tensor: what stays in a CPU's cache, and what keeps a GPU busy (64 MiB).
+SLAB_VALUES = {"cpu": 2**17, "cuda": 2**24}
 
 
 class MergedSoftmax(NamedTuple):
@@ -75,47 +75,49 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, target, group, valid):
-        z_like = logits.new_empty(0, dtype=_precision(logits))
-        log_sum, log_sum_group = (z_like.new_empty(target.shape) for _ in range(2))
-        mass, inside = (z_like.new_zeros(group.shape) for _ in range(2))
+        ctx.save_for_backward(logits, target, group, valid)
+        log_target = logits.new_empty(target.shape, dtype=_precision(logits))
+        mass, inside = (log_target.new_zeros(group.shape) for _ in range(2))
         voxels = torch.zeros_like(group)
         for slab in _slabs(logits):
-            z = logits[..., slab].to(z_like.dtype)
-            is_other = target[:, None, slab] != group[:, :, None]
-            log_sum[:, slab] = z.logsumexp(1)
-            log_sum_group[:, slab] = z.masked_fill(is_other, -torch.inf).logsumexp(1)
-            p = (z - log_sum[:, None, slab]).exp_()
+            z, is_member = logits[..., slab].to(log_target.dtype), target[:, None, slab] == group[:, :, None]
+            p, log_sum = _softmax(z)
+            log_target[:, slab] = _softmax(torch.where(is_member, z, -torch.inf))[1] - log_sum
             if valid is not None:
                 p.mul_(valid[:, None, slab])
+                log_target[:, slab] *= valid[:, slab]
+                is_member &= valid[:, None, slab]
             mass += p.sum(2)
-            inside += p.masked_fill_(is_other, 0).sum(2)
-            is_member = ~is_other if valid is None else valid[:, None, slab] & ~is_other
+            inside += p.mul_(is_member).sum(2)
             voxels += is_member.sum(2)
-        ctx.save_for_backward(logits, target, group, valid, log_sum, log_sum_group)
         ctx.mark_non_differentiable(voxels)
-        log_target = log_sum_group - log_sum
-        return log_target if valid is None else log_target * valid, mass, inside, voxels
+        return log_target, mass, inside, voxels
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_log_target, grad_mass, grad_inside, _):
-        logits, target, group, valid, log_sum, log_sum_group = ctx.saved_tensors
+        logits, target, group, valid = ctx.saved_tensors
         if valid is not None:
             grad_log_target = grad_log_target * valid
         grad = torch.empty_like(logits)
         for slab in _slabs(logits):
-            z = logits[..., slab].to(log_sum.dtype)
-            is_other = target[:, None, slab] != group[:, :, None]
-            p = (z - log_sum[:, None, slab]).exp_()
-            r = (z - log_sum_group[:, None, slab]).exp_().masked_fill_(is_other, 0)
+            z, is_member = logits[..., slab].to(grad_mass.dtype), target[:, None, slab] == group[:, :, None]
+            r = torch.where(is_member, z, -torch.inf).softmax(1)
+            p = z.softmax(1)
             # First the difference: it is exactly 0 where all classes are one group.
             grad_z = r.sub_(p).mul_(grad_log_target[:, None, slab])
             if valid is not None:
                 p.mul_(valid[:, None, slab])
-            weighted = torch.where(is_other, grad_mass[..., None], (grad_mass + grad_inside)[..., None]).mul_(p)
+            weighted = torch.where(is_member, (grad_mass + grad_inside)[..., None], grad_mass[..., None]).mul_(p)
             grad_z.add_(weighted).addcmul_(p, weighted.sum(1, keepdim=True), value=-1)
             grad[..., slab] = grad_z
         return grad, None, None, None
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax (B, C, V) and (B, V) the log of its denominator, from the largest probability: at least 1 / C."""
+    p = z.softmax(1)
+    return p, z.amax(1) - p.amax(1).log()
 
 
 def _precision(logits: Tensor) -> torch.dtype:
@@ -125,5 +127,5 @@ def _precision(logits: Tensor) -> torch.dtype:
 def _slabs(logits: Tensor) -> list[slice]:
     """Parts of the voxels, so that temporary tensors grow neither with the patch nor with the classes."""
     batch, classes, voxels = logits.shape
-    size = max(1, SLAB_VALUES.get(logits.device.type, 2**26) // (batch * classes))
+    size = max(1, SLAB_VALUES.get(logits.device.type, 2**24) // (batch * classes))
     return [slice(start, start + size) for start in range(0, voxels, size)]
