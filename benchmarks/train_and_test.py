@@ -83,6 +83,8 @@ def prepare(job: dict) -> dict[str, list[int]]:
     block = plans.setdefault("nnunet_diffusion", {})
     if job["trainer"] != "nnUNetTrainer":
         block[job["trainer"]] = {**block.get(job["trainer"], {}), "seed": -1, **job["settings"]}  # seeded here
+    for key in ("annotated_labels", "union_labels"):  # a case that is not in the folder is an error there
+        dataset_json[key] = {case: names for case, names in dataset_json.get(key, {}).items() if case in job["cases"]}
     manager = PlansManager(plans)
     data = manager.get_configuration(job["configuration"]).data_identifier
     whole = (".b2nd", "_seg.b2nd", ".pkl")

@@ -24,6 +24,7 @@ class DiffusionPlanner(ResEncUNetPlanner):
     feature_voxels_3d = 680000000
     settings = {
         "ConfiguredTrainer": {},
+        "PartialLabelTrainer": {},
         "DenoisingDiffusionTrainer": {},
         "DiffusionPretrainedTrainer": {},
         "DiffusionPretrainedDecoderTrainer": {},

@@ -38,6 +38,20 @@ def snapshot(folder) -> dict:
     }
 
 
+def test_partial_annotation_is_shown_and_checked(raw, preprocessed, capsys):
+    path = raw / "dataset.json"
+    content = json.loads(path.read_text())
+    names = [name for name in content["labels"] if name != "background"]
+    content["annotated_labels"] = {"l0": []}
+    path.write_text(json.dumps(content))
+    assert run("-c", "2d") == 1
+    assert "l0" in capsys.readouterr().err and not (preprocessed / "nnUNetDiffusionPlans_2d").exists()
+    content["annotated_labels"] = {"l0": names}
+    path.write_text(json.dumps(content))
+    assert run("-c", "2d") == 0
+    assert "annotated in" in capsys.readouterr().out
+
+
 def test_first_run_again_and_after_edits(raw, preprocessed, capsys):
     assert run("-c", "2d", "2d_256") == 0
     plans_file = preprocessed / "nnUNetDiffusionPlans.json"

@@ -18,10 +18,10 @@ from nnunet_diffusion.networks.transfer import (
     unwrap,
 )
 from nnunet_diffusion.optimization import WarmupPolyLR
-from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
+from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
 
 
-class DiffusionPretrainedTrainer(ConfiguredTrainer):
+class DiffusionPretrainedTrainer(PartialLabelTrainer):
     """nnU-Net that starts from a denoiser, folded at timestep t* and fed with clean images; everything trains.
 
     The denoiser is the file of `-pretrained_weights`, else the setting `denoiser`, else this data set's own for the

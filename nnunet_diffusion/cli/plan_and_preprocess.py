@@ -60,6 +60,7 @@ def run(args):
     name = find_dataset(args.dataset)
     planner_class = find_planner(args.planner)
     fingerprint_labeled(name, num_processes)
+    check_annotations(name, num_processes)
     failed = {}
     if getattr(planner_class, "uses_unlabeled_geometry", False):
         failed |= fingerprint_unlabeled(name, num_processes)
@@ -92,6 +93,31 @@ def find_dataset(name_or_id: str) -> str:
     if not os.path.isfile(os.path.join(nnUNet_raw, name, "dataset.json")):
         raise UserError(f"{os.path.join(nnUNet_raw, name)}: no dataset.json: make it with `nnunet_diffusion convert`")
     return name
+
+
+def check_annotations(name: str, num_processes: int) -> None:
+    """Shows what each label is annotated in, and compares it with the label files; nothing where all is annotated.
+
+    Raises:
+        UserError: If dataset.json's tables are wrong, or a label file contradicts them.
+    """
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    from nnunet_diffusion.data import annotated_files
+    from nnunet_diffusion.data.annotated import output_channels, read_annotations
+    from nnunet_diffusion.data.fingerprint import labeled_cases
+
+    dataset_json, dataset = labeled_cases(name)
+    if not dataset_json.get("annotated_labels") and not dataset_json.get("union_labels"):
+        return
+    manager = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    channels = output_channels(manager)
+    annotations = read_annotations(dataset_json, dataset, channels)
+    counts = annotated_files.count_labels(
+        dataset_json, {case: files["label"] for case, files in dataset.items()}, num_processes
+    )
+    annotated_files.check_counts(counts, annotations, channels, manager.ignore_label)
+    print(annotated_files.table(annotated_files.summarize(counts, annotations, channels)))
 
 
 def find_planner(name: str) -> type:

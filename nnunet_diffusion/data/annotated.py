@@ -12,6 +12,7 @@ In a region-based data set the names are those of regions, a region that contain
 `union_labels` is refused. A region is annotated if each label in it belongs to a named region that it contains.
 """
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -108,6 +109,21 @@ def group_map(keys: Sequence[str], annotations: Mapping[str, Annotation], channe
         target.update({name: union[0] for union in annotations[case].unions for name in union})
         rows[case] = [index[target[name]] if name in target else 0 for name in channels]
     return torch.tensor([rows[case] for case in keys])
+
+
+def balanced_cases(cases: Sequence[str], annotations: Mapping[str, Annotation]) -> list[str]:
+    """The cases, repeated so that each label is the reason for equally many draws, however few cases annotate it.
+
+    A uniform draw from the result is, but for rounding, a uniform draw of a label and then of a case that annotates it.
+    Our reconstruction. Cases that annotate nothing are left out, unless all are such.
+    """
+    labels = {case: annotations[case].labels - {"background"} for case in cases}
+    count = Counter(label for case in cases for label in labels[case])
+    weight = {case: sum(1 / count[label] for label in labels[case]) for case in cases}
+    if not count:
+        return list(cases)
+    least = min(value for value in weight.values() if value > 0)
+    return [case for case in cases for _ in range(round(10 * weight[case] / least))]
 
 
 def known_values(annotation: Annotation, channels: Channels) -> set[int]:

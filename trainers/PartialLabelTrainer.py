@@ -1,0 +1,103 @@
+"""Trains on cases that were each annotated for only some of the labels."""
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import join
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from torch import autocast
+
+from nnunet_diffusion.data.annotated import (
+    annotated_mask,
+    balanced_cases,
+    group_map,
+    output_channels,
+    read_annotations,
+)
+from nnunet_diffusion.evaluation.annotated_pairs import hard_counts, restrict_summary
+from nnunet_diffusion.losses.partial import PartialLabelLoss, annotated
+from nnunet_diffusion.losses.regions import PartialRegionLoss
+from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
+
+
+class PartialLabelTrainer(ConfiguredTrainer):
+    """nnU-Net that never punishes a prediction where nobody looked.
+
+    dataset.json says what was annotated in which case (`annotated_labels`, `union_labels`). The loss, the online Dice
+    that chooses the best checkpoint, and the final validation count annotated (case, label) pairs only. Where all is
+    annotated, all of them are nnU-Net's own.
+    """
+
+    exclusion_weight: float = 2.0  # Shi et al. 2021
+    balanced: bool = False  # draw cases so that each label is equally often the reason, however few cases annotate it
+
+    def initialize(self):
+        """Reads what was annotated."""
+        folder = self.preprocessed_dataset_folder
+        self.channels = output_channels(self.label_manager)
+        cases = infer_dataset_class(folder).get_identifiers(folder)
+        self.annotations = read_annotations(self.dataset_json, cases, self.channels)
+        super().initialize()
+
+    def _build_loss(self):
+        """nnU-Net's, deep supervision and all, with the partial loss in the place of the complete one."""
+        nnunet = super()._build_loss()
+        batch_dice, ignore_label = self.configuration_manager.batch_dice, self.label_manager.ignore_label
+        if self.label_manager.has_regions:
+            loss = PartialRegionLoss(batch_dice, self.is_ddp, ignore_label is not None)
+        else:
+            loss = PartialLabelLoss(batch_dice, self.is_ddp, ignore_label, self.exclusion_weight)
+        if not isinstance(nnunet, DeepSupervisionWrapper):
+            loss.complete = nnunet
+            return loss
+        loss.complete, nnunet.loss = nnunet.loss, loss
+        return nnunet
+
+    def knowing(self, batch: dict):
+        """Within this context the loss knows what was annotated in the batch."""
+        describe = annotated_mask if self.label_manager.has_regions else group_map
+        return annotated(self.loss, describe(batch["keys"], self.annotations, self.channels))
+
+    def get_tr_and_val_datasets(self):
+        """Repeats training cases of rare labels, if asked to."""
+        train, validation = super().get_tr_and_val_datasets()
+        if self.balanced:
+            train.identifiers = balanced_cases(train.identifiers, self.annotations)
+        return train, validation
+
+    def train_step(self, batch: dict) -> dict:
+        """nnU-Net's, with a loss that knows what was annotated."""
+        with self.knowing(batch):
+            return super().train_step(batch)
+
+    def validation_step(self, batch: dict) -> dict:
+        """Loss and counts of hard predictions over the annotated pairs."""
+        # nnU-Net 2.8.1 validation_step; changed: the counts
+        data = batch["data"].to(self.device, non_blocking=True)
+        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+        targets = [target.to(self.device, non_blocking=True) for target in targets]
+        with autocast(self.device.type, enabled=self.device.type == "cuda"), self.knowing(batch):
+            output = self.network(data)
+            loss = self.loss(output, targets if self.enable_deep_supervision else targets[0])
+        is_annotated = annotated_mask(batch["keys"], self.annotations, self.channels)
+        output = output[0] if self.enable_deep_supervision else output
+        tp, fp, fn = hard_counts(output, targets[0], is_annotated, self.label_manager)
+        return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]):
+        """nnU-Net's; its moving average would never recover from an epoch that met no annotated label."""
+        if not any(output[key].any() for output in val_outputs for key in ("tp_hard", "fp_hard", "fn_hard")):
+            self.print_to_log_file("No validation patch held an annotated label: Dice of this epoch is taken to be 0")
+            val_outputs = [{**output, "fn_hard": output["fn_hard"] + 1} for output in val_outputs]
+        with np.errstate(invalid="ignore"):  # the Dice of a label that no patch held
+            super().on_validation_epoch_end(val_outputs)
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        """nnU-Net's; then summary.json and its means are restricted to annotated pairs."""
+        super().perform_actual_validation(save_probabilities)
+        if self.local_rank == 0 and not annotated_mask(list(self.annotations), self.annotations, self.channels).all():
+            path = join(self.output_folder, "validation", "summary.json")
+            summary = restrict_summary(path, self.dataset_json["file_ending"], self.annotations, self.channels)
+            self.print_to_log_file(
+                f"Only annotated pairs of case and label count: {summary['counted_pairs']}. "
+                f"Mean Validation Dice: {summary['foreground_mean']['Dice']}"
+            )
