@@ -26,7 +26,7 @@ class CompactPlanner(ExperimentPlanner):
     max_batch_size = {2: 8, 3: 2}
     settings = {
         "ConfiguredTrainer": SHORT_TRAINING,
-        "PartialLabelTrainer": SHORT_TRAINING,
+        "PartialLabelTrainer": FINE_TUNING,
         "DenoisingDiffusionTrainer": {**SHORT_TRAINING, "initial_lr": 1e-3, "warmup_epochs": 2},
         "DiffusionPretrainedTrainer": FINE_TUNING,
         "DiffusionPretrainedDecoderTrainer": FINE_TUNING,

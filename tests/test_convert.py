@@ -134,6 +134,26 @@ def test_names_without_channel_and_hidden_files(source, raw):
     assert as_nnunet_reads(raw / "Dataset005_Tiny")[1]["a"]["images"] == [str(source / "images" / "a.nii.gz")]
 
 
+def test_what_was_annotated(source, raw, tmp_path, capsys):
+    path = tmp_path / "annotated.json"
+    label(source / "labels" / "a.nii.gz", values=(0, 1))
+    path.write_text(json.dumps({"a": ["one"]}))
+    assert convert(source, "--annotated", str(path)) == 0
+    folder = raw / "Dataset005_Tiny"
+    assert json.loads((folder / "dataset.json").read_text())["annotated_labels"] == {"a": ["one"]}
+    before = (folder / "dataset.json").read_bytes()
+    for content, message in (
+        ({"z": ["one"]}, "'z'"),  # no such case
+        ({"a": ["three"]}, "three"),  # no such label
+        ({"b": ["one"]}, "b.nii.gz: label values [2]"),  # b's label file holds 2 as well
+        (["a"], "annotated.json: must hold an object"),
+    ):
+        path.write_text(json.dumps(content))
+        assert convert(source, "--annotated", str(path)) == 1
+        assert message in capsys.readouterr().err
+    assert (folder / "dataset.json").read_bytes() == before
+
+
 def test_labels_from_json(source, raw, tmp_path):
     path = tmp_path / "labels.json"
     path.write_text(json.dumps({"liver": 1, "spleen": 2}))

@@ -1,6 +1,5 @@
 """Fine-tunes all of the planned network from a denoiser."""
 
-import torch
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -10,14 +9,12 @@ from nnunet_diffusion.files import write_json
 from nnunet_diffusion.networks.conditioning import fold
 from nnunet_diffusion.networks.denoiser_file import load_denoiser, plan_identity, rebuild
 from nnunet_diffusion.networks.transfer import (
-    HEADS,
     first_existing,
     plan_differences,
     pretrained_weights_argument,
     transfer,
     unwrap,
 )
-from nnunet_diffusion.optimization import WarmupPolyLR
 from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
 
 
@@ -31,9 +28,6 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
     denoiser: str = ""  # path of a denoiser.pth; empty: this data set's own
     timestep: int = 300  # t*
     scratch: bool = False  # True: the fair control, the same training from random weights
-    optimizer_name: str = "SGD"  # nnU-Net's; or AdamW, for trainings of a few thousand steps
-    warmup_epochs: int = 0
-    head_lr_factor: float = 1.0  # learning rate of the new output heads, relative to initial_lr
 
     def initialize(self):
         """Checks the file of `-pretrained_weights` before nnU-Net unpickles it."""
@@ -43,22 +37,6 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
                 raise UserError(f"-pretrained_weights {path} contradicts the setting scratch: give one of them")
             load_denoiser(path)
         super().initialize()
-
-    def configure_optimizers(self):
-        """The chosen optimiser for what trains, with a rate of their own for the new heads."""
-        named = [(name, p) for name, p in unwrap(self.network).named_parameters() if p.requires_grad]
-        rest = {"params": [p for name, p in named if not name.startswith(HEADS)]}
-        heads = {"params": [p for name, p in named if name.startswith(HEADS)]}
-        heads["lr"] = self.initial_lr * self.head_lr_factor
-        groups = [group for group in (rest, heads) if group["params"]]
-        if self.optimizer_name == "SGD":
-            kwargs = {"momentum": 0.99, "nesterov": True}
-            optimizer = torch.optim.SGD(groups, self.initial_lr, weight_decay=self.weight_decay, **kwargs)
-        elif self.optimizer_name == "AdamW":
-            optimizer = torch.optim.AdamW(groups, self.initial_lr, weight_decay=self.weight_decay)
-        else:
-            raise UserError(f"setting optimizer_name is {self.optimizer_name!r}: it must be SGD or AdamW")
-        return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
 
     def load_checkpoint(self, filename_or_checkpoint):
         """A resumed run keeps what it has learned."""

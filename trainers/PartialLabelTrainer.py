@@ -1,6 +1,7 @@
 """Trains on cases that were each annotated for only some of the labels."""
 
 import numpy as np
+import torch
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -13,9 +14,12 @@ from nnunet_diffusion.data.annotated import (
     output_channels,
     read_annotations,
 )
+from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.evaluation.annotated_pairs import hard_counts, restrict_summary
 from nnunet_diffusion.losses.partial import PartialLabelLoss, annotated
 from nnunet_diffusion.losses.regions import PartialRegionLoss
+from nnunet_diffusion.networks.transfer import HEADS, unwrap
+from nnunet_diffusion.optimization import WarmupPolyLR
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
 
@@ -27,6 +31,9 @@ class PartialLabelTrainer(ConfiguredTrainer):
     annotated, all of them are nnU-Net's own.
     """
 
+    optimizer_name: str = "SGD"  # nnU-Net's; or AdamW, for trainings of a few thousand steps
+    warmup_epochs: int = 0
+    head_lr_factor: float = 1.0  # learning rate of the output heads, relative to initial_lr
     exclusion_weight: float = 2.0  # Shi et al. 2021
     balanced: bool = False  # draw cases so that each label is equally often the reason, however few cases annotate it
 
@@ -37,6 +44,22 @@ class PartialLabelTrainer(ConfiguredTrainer):
         cases = infer_dataset_class(folder).get_identifiers(folder)
         self.annotations = read_annotations(self.dataset_json, cases, self.channels)
         super().initialize()
+
+    def configure_optimizers(self):
+        """The chosen optimiser for what trains, with a rate of their own for the heads."""
+        named = [(name, p) for name, p in unwrap(self.network).named_parameters() if p.requires_grad]
+        rest = {"params": [p for name, p in named if not name.startswith(HEADS)]}
+        heads = {"params": [p for name, p in named if name.startswith(HEADS)]}
+        heads["lr"] = self.initial_lr * self.head_lr_factor
+        groups = [group for group in (rest, heads) if group["params"]]
+        if self.optimizer_name == "SGD":
+            kwargs = {"momentum": 0.99, "nesterov": True}
+            optimizer = torch.optim.SGD(groups, self.initial_lr, weight_decay=self.weight_decay, **kwargs)
+        elif self.optimizer_name == "AdamW":
+            optimizer = torch.optim.AdamW(groups, self.initial_lr, weight_decay=self.weight_decay)
+        else:
+            raise UserError(f"setting optimizer_name is {self.optimizer_name!r}: it must be SGD or AdamW")
+        return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
 
     def _build_loss(self):
         """nnU-Net's, deep supervision and all, with the partial loss in the place of the complete one."""

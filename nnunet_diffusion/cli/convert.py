@@ -58,11 +58,16 @@ def _add_folder(layouts: Any) -> None:
     folder.add_argument(
         "--channel_names", nargs="+", default=["CT"], metavar="NAME", help="of every channel (default: CT)"
     )
+    folder.add_argument(
+        "--annotated", metavar="FILE", help='JSON of what was annotated: {"CASE": ["NAME", ...]}; others: everything'
+    )
     folder.add_argument("--file_ending", help="such as .nii.gz; only needed if the folders hold several types")
     folder.epilog = (
         'A JSON file of labels holds {"liver": 1, "left kidney": 2}, or "labels" and "regions_class_order" as in\n'
         "nnU-Net's dataset.json. nnU-Net normalises a channel by its name: CT by intensities of the whole data set,\n"
         "any other name by those of the scan.\n\n"
+        "--annotated names the labels that somebody looked for in a case: where its label file has none of them, the\n"
+        "scan has none. Of its other labels nothing is known: PartialLabelTrainer does not call them background.\n\n"
         "example:\n"
         "  nnunet_diffusion convert folder ct labels --unlabeled more_ct -d 501 -n Neck --labels Brainstem Mandible"
     )
@@ -148,13 +153,14 @@ def _convert_folder(args: argparse.Namespace) -> Any:
     from nnunet_diffusion.data.scans import convert_folders
 
     channels = {str(channel): name for channel, name in enumerate(args.channel_names)}
+    annotated = {"annotated_labels": read_object(args.annotated)} if args.annotated else {}
     return convert_folders(
         args.dataset_id,
         args.name,
         args.images,
         args.label_folder,
         args.unlabeled,
-        {"channel_names": channels, **read_labels(args.labels)},
+        {"channel_names": channels, **read_labels(args.labels), **annotated},
         args.file_ending,
         copy=args.copy,
         num_threads=args.num_threads,
@@ -184,13 +190,25 @@ def read_labels(labels: list[str]) -> dict[str, Any]:
     return {"labels": {"background": 0, **{name: value for value, name in enumerate(labels, start=1)}}}
 
 
-def _read_label_file(path: str) -> dict[str, Any]:
+def read_object(path: str) -> dict[str, Any]:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: If it is no JSON, or no object.
+    """
     try:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
     except ValueError as error:
-        raise UserError(f"{path}: is no JSON ({error}): correct it, or name the labels on the command line") from error
-    labels = content.get("labels", content) if isinstance(content, dict) else None
+        raise UserError(f"{path}: is no JSON ({error}): correct it") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold an object, {{...}}, not {str(content)[:80]}")
+    return content
+
+
+def _read_label_file(path: str) -> dict[str, Any]:
+    content = read_object(path)
+    labels = content.get("labels", content)
     if not isinstance(labels, dict):
         raise UserError(f'{path}: must hold an object such as {{"liver": 1}}, not {str(content)[:80]}')
     order = {"regions_class_order": content["regions_class_order"]} if "regions_class_order" in content else {}

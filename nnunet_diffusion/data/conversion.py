@@ -84,7 +84,8 @@ def convert(
     source = [os.path.abspath(path) for path in source]
     refuse_other_conversion(os.path.join(folder, "dataset.json"), source)
     values = label_values(description)
-    allowed = {case: values if relabeling is None else relabeling[case].keys() for case in labeled}
+    allowed = {case: table.keys() for case, table in relabeling.items()} if relabeling else {}
+    allowed = allowed or annotated_values(description, labeled) or dict.fromkeys(labeled, values)
     refuse_unusable(labeled, unlabeled, allowed, num_threads, trust_voxels)
     tasks = {case: (check_channels, images, read_geometry) for case, images in unlabeled.items()}
     skipped = problems_of(tasks, "unlabelled headers", num_threads)
@@ -100,6 +101,25 @@ def convert(
     tables = {"numTraining": len(dataset), "dataset": dataset, "unlabeled": pool}
     write_json(os.path.join(folder, "dataset.json"), {"name": name, **description, **origin, **tables})
     return Converted(folder, len(dataset), len(pool), skipped)
+
+
+def annotated_values(description: Mapping, cases: Collection[str]) -> dict[str, set[int]]:
+    """{case: label values that may occur} by the table `annotated_labels`; empty where there is none.
+
+    Raises:
+        UserError: If the table does not fit the labels, or these labelled cases.
+    """
+    if "annotated_labels" not in description:
+        return {}
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager  # these import torch, which takes seconds
+
+    from nnunet_diffusion.data.annotated import known_values, output_channels, read_annotations
+
+    manager = LabelManager(description["labels"], description.get("regions_class_order"))
+    channels = output_channels(manager)
+    ignored = {manager.ignore_label} - {None}
+    annotations = read_annotations(dict(description), cases, channels)
+    return {case: known_values(annotation, channels) | ignored for case, annotation in annotations.items()}
 
 
 def dataset_folder(dataset_id: int, name: str) -> str:
