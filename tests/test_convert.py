@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from raw_files import as_nnunet_reads, cut, label, refused, scan
 
 from nnunet_diffusion.cli import main
@@ -347,6 +348,20 @@ def test_flare22_in_any_folders(tmp_path, raw, training, pools):
     assert converted.notes == ["left 2 evaluation scan(s) where they are"]
     assert len(content["labels"]) == 14
     assert (content["labels"]["right kidney"], content["labels"]["left kidney"]) == (2, 13)
+
+
+def test_scans_of_different_orientation_are_turned_to_one(source, raw, capsys):
+    """Otherwise what is left in one scan is right in the other."""
+    assert convert(source) == 0
+    assert "overwrite_image_reader_writer" not in json.loads((raw / "Dataset005_Tiny" / "dataset.json").read_text())
+    for path in (source / "images" / "b_0000.nii.gz", source / "labels" / "b.nii.gz"):
+        image = sitk.ReadImage(str(path))
+        image.SetDirection((-1, 0, 0, 0, 1, 0, 0, 0, 1))
+        sitk.WriteImage(image, str(path))
+    assert convert(source) == 0
+    assert "scans are stored as LPS, RPS: NibabelIOWithReorient turns all to RAS" in capsys.readouterr().out
+    content = json.loads((raw / "Dataset005_Tiny" / "dataset.json").read_text())
+    assert content["overwrite_image_reader_writer"] == "NibabelIOWithReorient"
 
 
 def test_flare22_bad_input(tmp_path, raw, capsys):

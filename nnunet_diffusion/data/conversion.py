@@ -8,17 +8,25 @@ import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_datasets
 from tqdm import tqdm
 
-from nnunet_diffusion.data.checks import check_channels, check_labeled_case, read_geometry
+from nnunet_diffusion.data.checks import (
+    NIFTI_ENDINGS,
+    check_channels,
+    check_labeled_case,
+    orientation,
+    read_geometry,
+)
 from nnunet_diffusion.data.relabeling import relabel
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, write_json
 
+REORIENTING_READER = "NibabelIOWithReorient"  # nnU-Net's; turns NIfTI scans to RAS
 Labeled = Mapping[str, tuple[list[str], str]]  # {case: ([path per channel], label path)}
 Unlabeled = Mapping[str, list[str]]  # {case: [path per channel]}
 Relabeling = Mapping[str, Mapping[int, int]]  # {case: {value in its label file: value in the data set}}
@@ -89,6 +97,10 @@ def convert(
     refuse_unusable(labeled, unlabeled, allowed, num_threads, trust_voxels)
     tasks = {case: (check_channels, images, read_geometry) for case, images in unlabeled.items()}
     skipped = problems_of(tasks, "unlabelled headers", num_threads)
+    reader, notes = {}, []
+    if "overwrite_image_reader_writer" not in description:
+        images = {case: paths for case, (paths, _) in labeled.items()} | dict(unlabeled)
+        reader, notes = suitable_reader(images, description["file_ending"], num_threads)
     dataset = {case: {"images": images, "label": label} for case, (images, label) in labeled.items()}
     pool = {case: {"images": images} for case, images in unlabeled.items() if case not in skipped}
     os.makedirs(folder, exist_ok=True)
@@ -99,8 +111,8 @@ def convert(
         copy_into(folder, dataset, pool, description["file_ending"])
     origin = {"converted_by": "nnunet_diffusion convert", "converted_from": source}
     tables = {"numTraining": len(dataset), "dataset": dataset, "unlabeled": pool}
-    write_json(os.path.join(folder, "dataset.json"), {"name": name, **description, **origin, **tables})
-    return Converted(folder, len(dataset), len(pool), skipped)
+    write_json(os.path.join(folder, "dataset.json"), {"name": name, **description, **reader, **origin, **tables})
+    return Converted(folder, len(dataset), len(pool), skipped, notes)
 
 
 def annotated_values(description: Mapping, cases: Collection[str]) -> dict[str, set[int]]:
@@ -120,6 +132,35 @@ def annotated_values(description: Mapping, cases: Collection[str]) -> dict[str, 
     ignored = {manager.ignore_label} - {None}
     annotations = read_annotations(dict(description), cases, channels)
     return {case: known_values(annotation, channels) | ignored for case, annotation in annotations.items()}
+
+
+def suitable_reader(images: Unlabeled, file_ending: str, num_threads: int) -> tuple[dict[str, str], list[str]]:
+    """nnU-Net's reader for these scans as dataset.json names it, if not its usual one, and what to tell of it.
+
+    The usual reader takes voxels as they are stored: where scans are stored in different orientations, the network
+    would see patients lying on every side, and left for right.
+
+    Args:
+        images: {case: [path per channel]}.
+        file_ending: Only NIfTI files can be turned.
+        num_threads: Headers at a time.
+    """
+    found = each_case({case: (_orientation, paths[0]) for case, paths in images.items()}, "orientations", num_threads)
+    orientations = sorted(set(filter(None, found.values())))
+    if len(orientations) < 2:
+        return {}, []
+    stored = f"scans are stored as {', '.join(orientations)}"
+    if file_ending in NIFTI_ENDINGS:
+        reader = {"overwrite_image_reader_writer": REORIENTING_READER}
+        return reader, [f"{stored}: {REORIENTING_READER} turns all to RAS"]
+    return {}, [f"WARNING: {stored}, and nnU-Net turns only NIfTI files to one orientation: convert them to .nii.gz"]
+
+
+def _orientation(path: str) -> str | None:
+    with suppress(UserError):  # told, with all other problems, by the checks
+        if geometry := read_geometry(path):
+            return orientation(geometry)
+    return None
 
 
 def dataset_folder(dataset_id: int, name: str) -> str:

@@ -2,16 +2,12 @@
 
 import os
 from collections.abc import Collection, Sequence
-from contextlib import suppress
 
-from nnunet_diffusion.data.checks import NIFTI_ENDINGS, orientation, read_geometry
-from nnunet_diffusion.data.conversion import each_case, refuse
+from nnunet_diffusion.data.checks import NIFTI_ENDINGS
+from nnunet_diffusion.data.conversion import REORIENTING_READER, refuse
 from nnunet_diffusion.data.mapping import IGNORE, LabelMapping, Target
 from nnunet_diffusion.data.sources import Source
 from nnunet_diffusion.errors import UserError
-
-# nnU-Net's: the first takes voxels as they are stored, the second turns NIfTI scans to RAS.
-USUAL_READER, REORIENTING_READER = "SimpleITKIO", "NibabelIOWithReorient"
 
 
 class Joined:
@@ -113,36 +109,16 @@ def common_ending(sources: Sequence[Source]) -> str:
     )
 
 
-def common_reader(
-    sources: Sequence[Source], file_ending: str, joined: Joined, num_threads: int
-) -> tuple[str | None, list[str]]:
-    """nnU-Net's reader for all scans, None for the one it takes itself, and what to tell of it.
-
-    nnU-Net's usual reader takes voxels as they are stored; where the sources store different orientations, the network
-    would see patients lying on every side, and left for right. One of its readers turns all to RAS.
+def common_reader(sources: Sequence[Source], file_ending: str) -> str | None:
+    """nnU-Net's reader for all scans, None for the one that suits their orientations.
 
     Raises:
         UserError: If the sources ask for different readers and none suits all.
     """
-    readers = {source.reader or USUAL_READER for source in sources}
-    images = {case: paths[0] for case, (paths, _) in joined.labeled.items()}
-    images |= {case: paths[0] for case, paths in joined.unlabeled.items()}
-    found = each_case({case: (_orientation, path) for case, path in images.items()}, "orientations", num_threads)
-    orientations = sorted(set(filter(None, found.values())))
-    if len(readers) == 1 and (readers != {USUAL_READER} or len(orientations) < 2):
-        return sources[0].reader, []
+    readers = {source.reader for source in sources}
+    if len(readers) == 1:
+        return readers.pop()
     if file_ending in NIFTI_ENDINGS:
-        return REORIENTING_READER, [
-            f"scans are stored as {', '.join(orientations)}: {REORIENTING_READER} turns all to RAS"
-        ]
-    raise UserError(
-        f"the scans are stored as {', '.join(orientations)} and ask for {sorted(readers)}: "
-        "nnU-Net turns only NIfTI files to one orientation, convert the sources to .nii.gz"
-    )
-
-
-def _orientation(path: str) -> str | None:
-    with suppress(UserError):  # told, with all other problems, by the conversion's own checks
-        if geometry := read_geometry(path):
-            return orientation(geometry)
-    return None
+        return REORIENTING_READER
+    asked = ", ".join(f"{source.name} {source.reader or 'the usual one'}" for source in sources)
+    raise UserError(f"the sources ask for different readers of nnU-Net: {asked}: convert the others to .nii.gz")

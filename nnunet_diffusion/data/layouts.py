@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nnunet_diffusion.data.conversion import Converted, convert, refuse
-from nnunet_diffusion.data.joining import REORIENTING_READER
+from nnunet_diffusion.data.conversion import REORIENTING_READER, Converted, convert, refuse
 from nnunet_diffusion.data.scans import files_below, is_image, the_ending
 from nnunet_diffusion.errors import UserError
 

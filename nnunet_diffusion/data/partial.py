@@ -60,7 +60,7 @@ def convert_partial(
         joined.add(source, rule)
     joined.refuse_shared_images()
     ending, channels = common_ending(sources), common_channels(sources)
-    reader, notes = common_reader(sources, ending, joined, num_threads)
+    reader = common_reader(sources, ending)
     description = {
         "channel_names": {str(channel): name for channel, name in enumerate(channels)},
         "labels": {"background": 0, **joined.values},
@@ -74,7 +74,7 @@ def convert_partial(
     converted = convert(
         dataset_id, name, joined.labeled, joined.unlabeled, description, folders, copy, num_threads, joined.relabeling
     )
-    converted.notes += [*summary(sources, rules, joined), *notes]
+    converted.notes += summary(sources, rules, joined)
     converted.warnings += unsupervised(common, rules)
     return converted
 
