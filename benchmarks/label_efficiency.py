@@ -36,6 +36,7 @@ ARMS = {
     "decoder": ("DiffusionPretrainedDecoderTrainer", {}),
     "linear": ("DiffusionPretrainedLinearTrainer", {}),
 }
+CONTROL = "scratch"  # the arm that the others are paired with
 VALIDATION_ITERATIONS = 2  # nothing is selected on them
 
 
@@ -278,7 +279,7 @@ def main() -> int:
     failed = run_all(jobs, out, args.jobs)
     runs = [json.loads(Path(job["result"]).read_text()) for job in jobs if job not in failed]
     if runs:
-        table, summary = summarize(runs)
+        table, summary = summarize(runs, CONTROL)
         write_json(out / "label_efficiency.json", summary)
         write_figure(summary, out / "label_efficiency.png")
         print(f"{table}\n{out / 'label_efficiency.json'}, {out / 'label_efficiency.png'}")

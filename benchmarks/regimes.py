@@ -107,3 +107,30 @@ def keep_slices(label: np.ndarray, axis: int, number: int, ignore: int, seed: st
     index = tuple(chosen if i == axis else slice(None) for i in range(label.ndim))
     masked[index] = label[index]
     return masked, chosen
+
+
+def keep_labels(
+    cases: Sequence[str], labels: Sequence[str], complete: int, keep: tuple[int, int], seed: int
+) -> dict[str, list[str]]:
+    """Draws which labels of each case somebody is said to have annotated.
+
+    Args:
+        cases: All training cases.
+        labels: All labels but background.
+        complete: How many cases keep all of them.
+        keep: The smallest and the largest number of labels that any other case keeps.
+        seed: Decides both.
+
+    Returns:
+        {case: labels it keeps, in the order of `labels`}.
+
+    Raises:
+        UserError: If that is more cases or labels than there are.
+    """
+    if not 0 <= complete <= len(cases) or not 1 <= keep[0] <= keep[1] <= len(labels):
+        raise UserError(f"cannot keep {complete} of {len(cases)} cases complete and {keep[0]} to {keep[1]} of "
+                        f"{len(labels)} labels in the others")
+    generator = random.Random(f"partial labels {seed}")
+    order = generator.sample(sorted(cases), len(cases))
+    kept = {case: set(generator.sample(list(labels), generator.randint(*keep))) for case in order[complete:]}
+    return {case: [name for name in labels if name in kept.get(case, labels)] for case in sorted(cases)}

@@ -1,12 +1,10 @@
-"""Table, small JSON and figure of the label-efficiency benchmark."""
+"""Tables, small JSONs and figures of the benchmarks that train."""
 
 from pathlib import Path
 
 import numpy as np
 
 from nnunet_diffusion.files import atomic
-
-CONTROL = "scratch"  # the arm that the others are paired with
 
 
 def mean_per_organ(dice: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
@@ -42,8 +40,8 @@ def short(run: dict) -> dict:
     }
 
 
-def summarize(runs: list[dict]) -> tuple[str, dict]:
-    """Sums runs up: a Markdown table, and the content of the small JSON.
+def summarize(runs: list[dict], control: str) -> tuple[str, dict]:
+    """Sums runs up: a Markdown table, and the content of the small JSON; other arms are paired with `control`.
 
     A run's Dice is the mean over organs of the mean over test cases; `±` is the standard deviation over seeds.
     """
@@ -51,13 +49,13 @@ def summarize(runs: list[dict]) -> tuple[str, dict]:
     scores: dict[tuple[str, str], dict[int, float]] = {}
     for run in shorts:
         scores.setdefault((run["budget"], run["arm"]), {})[run["seed"]] = run["dice"]
-    lines = ["| labels | arm | seeds | Dice | minus " + CONTROL + ", paired | better |", "|---|---|---|---|---|---|"]
+    lines = ["| labels | arm | seeds | Dice | minus " + control + ", paired | better |", "|---|---|---|---|---|---|"]
     groups = []
     for (budget, arm), seeds in scores.items():
         mean, spread = mean_and_spread(list(seeds.values()))
         group = {"budget": budget, "arm": arm, "seeds": sorted(seeds), "mean": round(mean, 4),
                  "sd": None if spread is None else round(spread, 4)}
-        paired = compare(seeds, scores.get((budget, CONTROL), {})) if arm != CONTROL else []
+        paired = compare(seeds, scores.get((budget, control), {})) if arm != control else []
         gain, better = "", ""
         if paired:
             group["minus_control"] = [round(d, 4) for d in paired]
@@ -95,6 +93,35 @@ def write_figure(content: dict, path: Path) -> None:
              title=f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+
+
+def write_arms_figure(content: dict, path: Path, control: str) -> None:
+    """Draws each arm's Dice per organ, a dot a seed and a bar for their mean, with 90 % of the control's mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    arms = list(dict.fromkeys(run["arm"] for run in content["runs"]))
+    organs = ["mean", *content["runs"][0]["dice_per_organ"]]
+    figure, axes = plt.subplots(figsize=(1.5 + 1.7 * len(organs), 4.2), layout="constrained")
+    width = 0.8 / len(arms)
+    for i, arm in enumerate(arms):
+        runs = [{"mean": run["dice"], **run["dice_per_organ"]} for run in content["runs"] if run["arm"] == arm]
+        values = np.array([[run[organ] or 0 for organ in organs] for run in runs])
+        x = np.arange(len(organs)) + (i - (len(arms) - 1) / 2) * width
+        axes.bar(x, values.mean(0), 0.9 * width, label=arm, alpha=0.6)
+        axes.plot(np.broadcast_to(x, values.shape).ravel(), values.ravel(), ".", color="black", markersize=4)
+        if arm == control:
+            axes.plot(x, 0.9 * values.mean(0), "_", color="black", label=f"90 % of {control}")
+    protocol = next(iter(content["arms"].values()))
+    axes.set(xticks=range(len(organs)), xticklabels=organs, ylabel="Dice, mean over test cases",
+             title=f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(ncols=2, fontsize="small")
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)

@@ -1,6 +1,7 @@
-"""One run of the label-efficiency benchmark: trains one arm on one budget, tests it, writes one JSON.
+"""One run of a benchmark: trains one arm on some of the labels, tests it, writes one JSON.
 
-Started by label_efficiency.py with the path of a job description; nnU-Net's folders point to the run's own work folder.
+Started by label_efficiency.py and partial_labels.py with the path of a job description; nnU-Net's folders point to the
+run's own work folder.
 """
 
 import json
@@ -73,6 +74,20 @@ def label_slices(job: dict, plans: PlansManager, dataset_json: dict, target: Pat
     return chosen
 
 
+def erase_labels(job: dict, dataset_json: dict, source: Path, target: Path) -> None:
+    """Saves the training cases' segmentations with only the kept labels, in nnU-Net's own preprocessed format."""
+    dataset = nnUNetDatasetBlosc2(str(source), list(job["cases"]))
+    for case, names in job["kept_labels"].items():
+        values = {dataset_json["labels"][name] for name in names}
+        _, seg, _, properties = dataset.load_case(case)
+        seg = seg[:]
+        seg[~np.isin(seg, [*values, -1, 0, dataset_json["labels"].get("ignore", 0)])] = 0
+        locations = {label: found for label, found in properties["class_locations"].items() if label in values}
+        blocks, chunks = comp_blosc2_params(seg.shape, job["patch_size"], seg.itemsize)
+        nnUNetDatasetBlosc2.save_seg(seg, str(target / f"{case}_seg"), chunks, blocks)
+        (target / f"{case}.pkl").write_bytes(pickle.dumps({**properties, "class_locations": locations}))
+
+
 def prepare(job: dict) -> dict[str, list[int]]:
     """Lays out the run's own nnUNet_preprocessed folder; returns the annotated slices, if the budget is in slices."""
     source = Path(job["preprocessed"])
@@ -88,8 +103,12 @@ def prepare(job: dict) -> dict[str, list[int]]:
     manager = PlansManager(plans)
     data = manager.get_configuration(job["configuration"]).data_identifier
     whole = (".b2nd", "_seg.b2nd", ".pkl")
-    in_slices = any(job["cases"].values())
-    link_cases(source / data, base / data, list(job["cases"]), whole[:1] if in_slices else whole)
+    in_slices, in_part = any(job["cases"].values()), "kept_labels" in job
+    link_cases(source / data, base / data, list(job["cases"]), whole[:1] if in_slices or in_part else whole)
+    if in_part:
+        job["patch_size"] = tuple(manager.get_configuration(job["configuration"]).patch_size)
+        erase_labels(job, dataset_json, source / data, base / data)
+        dataset_json["annotated_labels"] = job["kept_labels"] if job["is_told"] else {}
     if in_slices:
         dataset_json["labels"].setdefault("ignore", int(max(manager.get_label_manager(dataset_json).all_labels)) + 1)
     write_json(base / f"{job['plans']}.json", plans)

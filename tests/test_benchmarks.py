@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 from label_efficiency import parse_arguments, read_arm  # noqa: E402
-from regimes import draw, group_by_patient, hold_out, keep_slices, parse_budget  # noqa: E402
-from report import mean_per_organ, summarize, write_figure  # noqa: E402
+from regimes import draw, group_by_patient, hold_out, keep_labels, keep_slices, parse_budget  # noqa: E402
+from report import mean_per_organ, summarize, write_arms_figure, write_figure  # noqa: E402
+from train_and_test import erase_labels  # noqa: E402
 
 from nnunet_diffusion.errors import UserError  # noqa: E402
 
@@ -110,6 +112,42 @@ def test_settings_reach_the_arm():
         read_arm("full,timestep", [])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_some_cases_stay_complete_and_the_others_keep_few_labels(seed):
+    labels = ["liver", "spleen", "aorta", "colon"]
+    kept = keep_labels(CASES, labels, 3, (1, 2), seed)
+    numbers = [len(names) for names in kept.values()]
+    assert list(kept) == CASES
+    assert sorted(set(numbers)) == [1, 2, 4]
+    assert numbers.count(4) == 3
+    assert kept == keep_labels(CASES[::-1], labels, 3, (1, 2), seed) != keep_labels(CASES, labels, 3, (1, 2), seed + 3)
+    assert all(names == [name for name in labels if name in names] for names in kept.values())
+
+
+@pytest.mark.parametrize(("complete", "keep"), [(21, (1, 2)), (0, (0, 2)), (0, (2, 1)), (0, (1, 5))])
+def test_more_labels_than_there_are_cannot_be_kept(complete, keep):
+    with pytest.raises(UserError, match="cannot keep"):
+        keep_labels(CASES, ["a", "b", "c", "d"], complete, keep, 0)
+
+
+def test_erased_labels_are_background_and_are_not_sampled(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    seg = np.array([-1, 0, 1, 2, 3, 4], dtype=np.int8).reshape(1, 1, 2, 3)
+    locations = {label: np.argwhere(seg == label) for label in (1, 2, 3)}
+    image = np.ones(seg.shape, np.float32)
+    nnUNetDatasetBlosc2.save_case(image, seg, {"class_locations": locations, "spacing": 1}, str(source / "a"))
+    job = {"cases": {"a": None}, "kept_labels": {"a": ["spleen"]}, "patch_size": (2, 3)}
+    dataset_json = {"labels": {"background": 0, "liver": 1, "spleen": 2, "aorta": 3, "ignore": 4}}
+    erase_labels(job, dataset_json, source, target)
+    (target / "a.b2nd").symlink_to(source / "a.b2nd")
+    _, erased, _, properties = nnUNetDatasetBlosc2(str(target), ["a"]).load_case("a")
+    assert erased[:].ravel().tolist() == [-1, 0, 0, 2, 0, 4]
+    assert list(properties["class_locations"]) == [2]
+    assert nnUNetDatasetBlosc2(str(source), ["a"]).load_case("a")[1][:].tolist() == seg.tolist()
+
+
 def make_run(arm, seed, dice):
     return {
         "arm": arm, "budget": "2", "seed": seed, "trainer": "T", "training_cases": ["a"], "test_cases": ["b", "c"],
@@ -125,13 +163,14 @@ def test_an_organ_that_is_nowhere_does_not_count():
 
 def test_differences_are_paired_by_seed(tmp_path):
     dice = {("scratch", 0): 0.4, ("scratch", 1): 0.6, ("full", 0): 0.5, ("full", 1): 0.6}
-    table, content = summarize([make_run(arm, seed, value) for (arm, seed), value in dice.items()])
+    table, content = summarize([make_run(arm, seed, value) for (arm, seed), value in dice.items()], "scratch")
     full = next(group for group in content["summary"] if group["arm"] == "full")
     # liver 0.5 and spleen 0.6 make 0.55, then 0.65: mean 0.6, sd 0.1 / sqrt 2; scratch has 0.45 and 0.65
     assert (full["mean"], full["sd"], full["minus_control"]) == (0.6, 0.0707, [0.1, 0.0])
     assert "| 2 | full | 2 | 0.600 ± 0.071 | +0.050 ± 0.071 | 1 of 2 |" in table
     write_figure(content, tmp_path / "figure.png")
-    assert [file.name for file in tmp_path.iterdir()] == ["figure.png"]
+    write_arms_figure(content, tmp_path / "arms.png", "scratch")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["arms.png", "figure.png"]
 
 
 def test_help_is_quick_and_complete(monkeypatch, capsys):

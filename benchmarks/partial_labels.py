@@ -1,0 +1,122 @@
+"""Partial-label benchmark: what is kept of the Dice when each case is annotated for some labels only.
+
+Of a completely annotated data set a few training cases stay complete, every other one keeps one or two labels. Compared
+on held-out complete cases, with the same plan, steps, seeds and (but for `complete`) scans:
+
+  naive      what was not annotated is called background, as in plain nnU-Net
+  complete   only the complete cases
+  marginal   PartialLabelTrainer without its exclusion term
+  exclusion  PartialLabelTrainer
+  balanced   PartialLabelTrainer with `balanced`
+  upper      every case completely annotated: the upper bound
+
+One JSON a run; finished runs are skipped, so the same command continues after a crash.
+
+example, on a preprocessed data set without annotated_labels of its own:
+  python benchmarks/partial_labels.py -d 501 -c 2d -p nnUNetCompactPlans --test_cases 20 --jobs 2 --device cpu
+"""
+
+import argparse
+import json
+import os
+import sys
+from itertools import product
+from pathlib import Path
+
+from label_efficiency import VALIDATION_ITERATIONS, dataset_folder, read_value, run_all, split_patients
+from regimes import keep_labels
+from report import summarize, write_arms_figure
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import write_json
+
+TRAINER, CONTROL = "PartialLabelTrainer", "upper"
+ARMS = {
+    "naive": {"is_told": False},
+    "complete": {"is_told": False, "complete_only": True},
+    "marginal": {"is_told": True, "settings": {"exclusion_weight": 0.0}},
+    "exclusion": {"is_told": True},
+    "balanced": {"is_told": True, "settings": {"balanced": True}},
+    "upper": {"is_told": False, "all_labels": True},
+}
+
+
+def describe_run(args: argparse.Namespace, base: Path, arm: str, seed: int, train: list[str], test: list[str]) -> dict:
+    """The job description of one arm and seed; all arms of a seed get the same draw of labels."""
+    dataset_json = json.loads((base / "dataset.json").read_text())
+    if dataset_json.get("annotated_labels") or dataset_json.get("union_labels"):
+        raise UserError(f"{base / 'dataset.json'}: the benchmark simulates partial labels on complete cases only")
+    labels = [name for name, value in dataset_json["labels"].items() if name != "ignore" and value != 0]
+    kept = keep_labels(train, labels, args.complete, tuple(args.keep), seed)
+    if ARMS[arm].get("all_labels"):
+        kept = dict.fromkeys(kept, labels)
+    if ARMS[arm].get("complete_only"):
+        kept = {case: names for case, names in kept.items() if names == labels}
+    settings = {
+        "num_epochs": args.num_epochs,
+        "num_iterations_per_epoch": args.num_iterations_per_epoch,
+        "num_val_iterations_per_epoch": VALIDATION_ITERATIONS,
+        **{key: read_value(value) for key, value in (pair.split("=", 1) for pair in args.setting)},
+        **ARMS[arm].get("settings", {}),
+    }
+    protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, "settings": settings,
+                "complete_cases": args.complete, "labels_kept_in_others": args.keep}
+    name = f"{arm}_seed{seed}"
+    return {"arm": arm, "name": name, "budget": "partial", "seed": seed, "trainer": TRAINER, "settings": settings,
+            "protocol": protocol, "cases": dict.fromkeys(kept), "kept_labels": kept, "is_told": ARMS[arm]["is_told"],
+            "test_cases": test, "preprocessed": str(base), "configuration": args.c, "plans": args.p,
+            "device": args.device, "result": str(args.out / "runs" / f"{name}.json")}
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True, type=int, help="data set id")
+    parser.add_argument("-c", required=True, help="configuration")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans name (default: %(default)s)")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--complete", type=int, default=4, help="cases that stay complete (default: %(default)s)")
+    parser.add_argument("--keep", nargs=2, type=int, default=[1, 2], metavar=("MIN", "MAX"),
+                        help="labels that each other case keeps (default: %(default)s)")
+    parser.add_argument("--setting", nargs="+", default=[], metavar="KEY=VALUE", help="of PartialLabelTrainer")
+    parser.add_argument("--test_cases", help="how many patients to hold out, or a file with one case a line "
+                        "(default: as before, else fold 0's validation cases, else a fifth)")
+    parser.add_argument("--split_seed", type=int, default=0, help="draws the test patients (default: %(default)s)")
+    parser.add_argument("--patients", help="JSON with case -> patient (default: every case is a patient)")
+    parser.add_argument("--num_epochs", type=int, default=100)
+    parser.add_argument("--num_iterations_per_epoch", type=int, default=50)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with 2 or more each has one thread")
+    parser.add_argument("--device", choices=("cuda", "cpu", "mps"), default="cuda")
+    parser.add_argument("-o", help="output folder (default: in nnUNet_results)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the benchmark; returns 1 if a run failed."""
+    args = parse_arguments()
+    base = dataset_folder(args, "nnUNet_preprocessed")
+    default = Path(os.environ.get("nnUNet_results", "."), base.name, f"partial_labels__{args.p}__{args.c}")
+    args.out = Path(args.o or default).resolve()
+    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    test, rest = split_patients(args, base, args.out)
+    train = [case for cases in rest.values() for case in cases]
+    jobs = [describe_run(args, base, arm, seed, train, test) for seed, arm in product(args.seeds, args.arms)]
+    failed = run_all(jobs, args.out, args.jobs)
+    runs = [json.loads(Path(job["result"]).read_text()) for job in jobs if job not in failed]
+    if runs:
+        table, summary = summarize(runs, CONTROL)
+        write_json(args.out / "partial_labels.json", summary)
+        write_arms_figure(summary, args.out / "partial_labels.png", CONTROL)
+        print(f"{table}\n{args.out / 'partial_labels.json'}, {args.out / 'partial_labels.png'}")
+    for job in failed:
+        print(f"FAILED {job['name']}: see {args.out / 'logs' / job['name']}.log", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        print(f"partial_labels: error: {error}", file=sys.stderr)
+        sys.exit(1)
