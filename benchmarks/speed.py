@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from importlib.util import find_spec
 from itertools import cycle, islice
@@ -138,8 +139,8 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """All measurements: rows of ratios, rows of memory."""
     memory = []
     for name in (STOCK, FINE_TUNING, PRE_TRAINING):  # first: a child's peak counts its parent's size at the fork
-        with multiprocessing.get_context("spawn").Pool(1) as process:
-            memory.append(process.apply(peak_memory, (name, args)))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # may have workers of its own
+            memory.append(process.submit(peak_memory, name, args).result())
     stock, tuned, denoiser = (start_trainer(name, args) for name in (STOCK, FINE_TUNING, PRE_TRAINING))
     timed = partial(interleave, device=args.device)
     steps = partial(timed, stock=stepper(stock), rounds=args.rounds, warm_up=5)
