@@ -1,5 +1,6 @@
 """What every test relies on: seeds, one thread, nnU-Net folders of its own, the shared real data."""
 
+import multiprocessing
 import os
 import random
 import sys
@@ -37,6 +38,30 @@ def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Sets nnU-Net's three folders for the whole session, so that expensive fixtures can share what they made."""
     with pytest.MonkeyPatch.context() as patch:
         yield set_folders(tmp_path_factory.mktemp("nnunet"), patch)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def without_waiting(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Takes two waits out of the trainings that run in the tests' own process; those by command are as a user's.
+
+    nnU-Net spawns its workers, each of which imports torch again: here they are forked. It draws progress.png after
+    every epoch: here once a folder.
+    """
+    if not any(item.get_closest_marker("slow") for item in request.session.items):
+        yield
+        return
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+    get_context, draw = multiprocessing.get_context, LocalLogger.plot_progress_png
+
+    def draw_once(logger, folder: str) -> None:
+        if not Path(folder, "progress.png").exists():
+            draw(logger, folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalLogger, "plot_progress_png", draw_once)
+        patch.setattr(multiprocessing, "get_context", lambda method=None: get_context(method and "fork"))
+        yield
 
 
 @pytest.fixture

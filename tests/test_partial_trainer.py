@@ -143,8 +143,7 @@ def test_partial_annotation_end_to_end(world):
     summary = json.loads(Path(trainer.output_folder, "validation", "summary.json").read_text())
     counted = {name: entry["annotated"] for name, entry in summary["counted_pairs"].items()}
     assert counted == {"left ball": 1, "right ball": 1, "box": 2}, "case 3 annotates the box alone, case 4 everything"
-    log = next(Path(trainer.output_folder).glob("training_log*.txt")).read_text()
-    assert "Only annotated pairs of case and label count" in log
+    assert "Only annotated pairs of case and label count" in Path(trainer.log_file).read_text()
 
 
 @pytest.mark.slow
