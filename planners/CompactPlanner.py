@@ -9,8 +9,8 @@ SHORT_TRAINING = {"num_epochs": 60, "num_iterations_per_epoch": 50, "num_val_ite
 FINE_TUNING = {
     **SHORT_TRAINING,
     "optimizer_name": "AdamW",
-    "initial_lr": 1e-3,
-    "head_lr_factor": 10.0,
+    "initial_lr": 3e-3,
+    "head_lr_factor": 3.0,
     "warmup_epochs": 1,
 }
 
