@@ -31,9 +31,8 @@ PRETRAINER, FINETUNER = "DenoisingDiffusionTrainer", "DiffusionPretrainedTrainer
 ARMS = {"from scratch": "_demo_scratch", "pre-trained": "_demo"}  # -> what is added to the name of the plans
 CASES = {"labelled": 3, "unlabelled": 32, "test": 6}
 # budgets of the synthetic data: minutes on two CPU cores
-BATCH_SIZE = 4
 PRETRAINING = {
-    "num_epochs": 24,
+    "num_epochs": 28,
     "num_iterations_per_epoch": 25,
     "num_val_iterations_per_epoch": 2,
     "warmup_epochs": 2,
@@ -47,8 +46,8 @@ FINETUNING = {
     "num_val_iterations_per_epoch": 2,
     "warmup_epochs": 1,
     "optimizer_name": "AdamW",  # nnU-Net's SGD learns nothing in so few steps, from either start
-    "initial_lr": 3e-3,
-    "head_lr_factor": 3.0,
+    "initial_lr": 2e-3,
+    "head_lr_factor": 10.0,
     "save_every": 4,
 }
 
@@ -201,8 +200,6 @@ class Demo:
         settings = {PRETRAINER: {}, FINETUNER: {"seed": 0}}
         if not self.args.data:
             settings = {PRETRAINER: PRETRAINING, FINETUNER: settings[FINETUNER] | FINETUNING}
-            configuration = plans["configurations"][self.args.configuration]
-            configuration["batch_size"] = min(BATCH_SIZE, configuration["batch_size"])
         for trainer, epochs in ((PRETRAINER, self.args.pretraining_epochs), (FINETUNER, self.args.epochs)):
             settings[trainer] = settings[trainer] | ({"num_epochs": epochs} if epochs else {})
         block = plans.setdefault("nnunet_diffusion", {})
