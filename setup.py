@@ -54,7 +54,7 @@ if __name__ == "__main__":
             "tqdm",
         ],
         extras_require={
-            "dev": ["pre-commit", "pytest", "ruff", "setuptools"],
+            "dev": ["pre-commit", "pytest", "pytest-xdist", "ruff", "setuptools"],
             # Other implementations of the diffusion process: the tests compare ours with them where they are there.
             "reference": ["diffusers; python_version >= '3.11'", "monai; python_version >= '3.11'"],
         },
