@@ -14,7 +14,7 @@ import surface_masks
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.evaluation.folders import evaluate_case
+from nnunet_diffusion.evaluation.folders import annotations_of, evaluate_case
 from nnunet_diffusion.evaluation.rules import (
     FLARE22,
     FLARE22_TOLERANCES_MM,
@@ -174,25 +174,38 @@ def test_axes_sides_margins_and_units_do_not_matter():
 # Partial annotations
 
 
+def targets_of(case, dataset, rules):
+    annotations, channels = annotations_of([case], dataset)
+    return case_targets(annotations[case], channels, organ_targets(dataset, rules))
+
+
 def test_case_that_is_not_listed_is_fully_annotated():
     dataset = DATASET | {"annotated_labels": {"a": ["aorta", "background"], "none": []}}
-    organs = organ_targets(DATASET, NNUNET)
-    assert list(case_targets("a", dataset, organs)) == ["aorta"]
-    assert case_targets("none", dataset, organs) == {}
-    assert case_targets("b", dataset, organs) == organs
+    assert list(targets_of("a", dataset, NNUNET)) == ["aorta"]
+    assert targets_of("none", dataset, NNUNET) == {}
+    assert targets_of("b", dataset, NNUNET) == organ_targets(DATASET, NNUNET)
 
 
 def test_union_takes_the_place_of_its_members():
     dataset = DATASET | {"union_labels": {"a": [["right kidney", "left kidney"]]}, "annotated_labels": {"a": ["liver"]}}
-    organs = organ_targets(DATASET, FLARE22)
-    targets = case_targets("a", dataset, organs)
+    targets = targets_of("a", dataset, FLARE22)
     assert list(targets) == ["liver", "left kidney + right kidney"]
     assert targets["left kidney + right kidney"].labels == (2, 3)
     assert targets["left kidney + right kidney"].tolerance_mm == 3
-    both = dataset | {"union_labels": {"a": [["aorta", "liver"]]}, "annotated_labels": {"a": list(organs)}}
-    targets = case_targets("a", both, organs)
-    assert list(targets) == ["left kidney", "right kidney", "liver + aorta"]
+    kidneys = ["left kidney", "right kidney"]
+    both = dataset | {"union_labels": {"a": [["aorta", "liver"]]}, "annotated_labels": {"a": kidneys}}
+    targets = targets_of("a", both, FLARE22)
+    assert list(targets) == [*kidneys, "liver + aorta"]
     assert targets["liver + aorta"] == Target("liver + aorta", (1, 4), 2.0, is_cut=False)
+
+
+def test_region_is_annotated_if_the_named_ones_in_it_cover_it():
+    labels = {"background": 0, "tumour": [1, 2], "core": [1], "edema": [2]}
+    tables = {"annotated_labels": {"a": ["core", "edema"], "b": ["core"], "c": ["tumour"]}}
+    dataset = {"labels": labels, "regions_class_order": [1, 1, 2]} | tables
+    assert {case: list(targets_of(case, dataset, NNUNET)) for case in "abc"} == {
+        "a": ["tumour", "core", "edema"], "b": ["core"], "c": ["tumour"]
+    }  # fmt: skip
 
 
 # The command
@@ -316,9 +329,10 @@ def test_chill_is_no_excuse_for_failures(folders, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"annotated_labels": {"a": ["heart"]}}, r"annotated_labels of case 'a' names \['heart'\].*correct it"),
-        ({"annotated_labels": {"a": "liver"}}, "annotated_labels in dataset.json must map each case to a list"),
-        ({"union_labels": {"a": ["liver"]}}, "union_labels of case 'a' names 'liver'"),
+        ({"annotated_labels": {"a": ["heart"]}}, r"annotated_labels of case 'a' names \['heart'\].*correct the name"),
+        ({"annotated_labels": {"a": "liver"}}, "annotated_labels of case 'a' must be a list of label names, not 'l"),
+        ({"union_labels": {"a": ["liver"]}}, "union_labels of case 'a' must be a list of label names, not 'liver'"),
+        ({"annotated_labels": []}, "'annotated_labels' must be {case: list}, not a list"),
         ({"union_labels": {"a": [["liver", "ignore"]]}}, r"union_labels of case 'a' names \['ignore'\]"),
         ({"file_ending": ".png"}, "file ending .png: distances in mm need files with a spacing"),
         ({"file_ending": ".mha"}, r"labelsTr: holds no file that ends with .mha"),

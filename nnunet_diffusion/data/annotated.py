@@ -21,6 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffusion.errors import UserError
 
+TABLES = ("annotated_labels", "union_labels")
 Channels = dict[str, frozenset[int]]  # name -> label values, in the order of the network's output
 
 
@@ -58,7 +59,7 @@ def read_annotations(dataset_json: dict, cases: Collection[str], channels: Chann
     Raises:
         UserError: Listing every table, case and name that is wrong.
     """
-    tables = {key: dataset_json.get(key, {}) for key in ("annotated_labels", "union_labels")}
+    tables = {key: dataset_json.get(key, {}) for key in TABLES}
     wrong = [key for key, table in tables.items() if not isinstance(table, dict)]
     _refuse([f"{key!r} must be {{case: list}}, not a {type(tables[key]).__name__}" for key in wrong])
     annotated, unions = tables.values()
@@ -87,7 +88,7 @@ def annotated_mask(keys: Sequence[str], annotations: Mapping[str, Annotation], c
     Returns:
         (B, C) bool; the members of a union are False.
     """
-    rows = {case: [_is_annotated(name, annotations[case], channels) for name in channels] for case in set(keys)}
+    rows = {case: [is_annotated(name, annotations[case], channels) for name in channels] for case in set(keys)}
     return torch.tensor([rows[case] for case in keys])
 
 
@@ -132,7 +133,8 @@ def known_values(annotation: Annotation, channels: Channels) -> set[int]:
     return {0}.union(*(channels[name] for name in names))
 
 
-def _is_annotated(name: str, annotation: Annotation, channels: Channels) -> bool:
+def is_annotated(name: str, annotation: Annotation, channels: Channels) -> bool:
+    """Whether somebody looked for a label, or for all of a region, by itself: members of a union are not annotated."""
     parts = [channels[label] for label in annotation.labels if channels[label] <= channels[name]]
     return frozenset().union(*parts) == channels[name]
 

@@ -4,10 +4,13 @@ import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 
 import numpy as np
 import SimpleITK as sitk
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnunet_diffusion.data.annotated import TABLES, Annotation, Channels, output_channels, read_annotations
 from nnunet_diffusion.data.checks import (
     GEOMETRIC_ENDINGS,
     check_label,
@@ -68,7 +71,8 @@ def evaluate_folders(
     if not expected:
         raise UserError(f"{references}: holds no file that ends with {ending}: give the folder of reference labels")
     organs = organ_targets(dataset_json, rules, tolerance_mm)
-    targets = {case: case_targets(case, dataset_json, organs) for case in expected}
+    annotations, channels = annotations_of(expected, dataset_json)
+    targets = {case: case_targets(annotations[case], channels, organs) for case in expected}
     files = {c: (os.path.join(references, c + ending), os.path.join(predictions, c + ending)) for c in expected}
     labels = dataset_json["labels"]
     work = partial(evaluate_case, rules=rules, labels=label_values(labels), ignore=labels.get("ignore"))
@@ -85,6 +89,17 @@ def evaluate_folders(
         {case: results[case] for case in tasks if isinstance(results[case], str)},
         [case for case in found if case not in expected],
     )
+
+
+def annotations_of(cases: Collection[str], dataset_json: Mapping) -> tuple[dict[str, Annotation], Channels]:
+    """What was annotated in each case, and the `output_channels`; the tables may know more cases.
+
+    Raises:
+        UserError: If the tables are faulty.
+    """
+    channels = output_channels(LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order")))
+    tables = [table for key in TABLES if isinstance(table := dataset_json.get(key), Mapping)]
+    return read_annotations(dataset_json, {*cases, *chain(*tables)}, channels), channels
 
 
 def cases_in(folder: str, ending: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+from nnunet_diffusion.data.annotated import Annotation, Channels, is_annotated
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.evaluation.rules import (
     FLARE22,
@@ -52,23 +53,16 @@ def organ_targets(dataset_json: Mapping, rules: Rules, tolerance_mm: float | Non
     }
 
 
-def case_targets(case: str, dataset_json: Mapping, organs: Targets) -> Targets:
-    """The targets of one case by `annotated_labels` and `union_labels` of dataset.json.
+def case_targets(annotation: Annotation, channels: Channels, organs: Targets) -> Targets:
+    """The targets of one case: what it annotates, and each of its unions as one target, with the smallest tolerance.
 
-    A case that is not in `annotated_labels` is fully annotated. Each group of names in `union_labels` is one target,
-    the union, in reference and prediction, with the smallest tolerance; its members are none.
-
-    Raises:
-        UserError: If a table is not as it should be, or names an unknown label.
+    Args:
+        annotation: From `read_annotations`.
+        channels: The `output_channels`.
+        organs: The targets of a fully annotated case.
     """
-    annotated = _table(dataset_json, "annotated_labels").get(case, list(organs))
-    _check_names(case, "annotated_labels", annotated, [*organs, "background"])
-    groups = _table(dataset_json, "union_labels").get(case, [])
-    for group in groups:
-        _check_names(case, "union_labels", group, organs)
-    members = {name for group in groups for name in group}
-    targets = {name: target for name, target in organs.items() if name in annotated and name not in members}
-    unions = [_union([organs[name] for name in organs if name in group]) for group in groups]
+    targets = {name: target for name, target in organs.items() if is_annotated(name, annotation, channels)}
+    unions = [_union([organs[name] for name in organs if name in group]) for group in annotation.unions]
     return targets | {union.name: union for union in unions}
 
 
@@ -79,16 +73,3 @@ def _union(members: list[Target]) -> Target:
         min(member.tolerance_mm for member in members),
         all(member.is_cut for member in members),
     )
-
-
-def _table(dataset_json: Mapping, key: str) -> Mapping:
-    table = dataset_json.get(key, {})
-    if not isinstance(table, Mapping) or not all(isinstance(entry, list) for entry in table.values()):
-        raise UserError(f"{key} in dataset.json must map each case to a list, not {str(table)[:80]}: correct it")
-    return table
-
-
-def _check_names(case: str, key: str, names: object, known: object) -> None:
-    if not isinstance(names, list) or (extra := [name for name in names if name not in known]):
-        found = extra if isinstance(names, list) else repr(names)
-        raise UserError(f"{key} of case {case!r} names {found}, not in dataset.json's labels {list(known)}: correct it")
