@@ -35,7 +35,7 @@ if __name__ == "__main__":
         packages=find_packages(include=["nnunet_diffusion", "nnunet_diffusion.*"])
         + [f"nnunet_diffusion.{name}" for name in PLUG_INS],
         package_dir={f"nnunet_diffusion.{name}": name for name in PLUG_INS},
-        package_data={"nnunet_diffusion.dataset_conversion": ["*.json"]},
+        package_data={"nnunet_diffusion.dataset_conversion": ["*.json"], "nnunet_diffusion.report": ["page.*"]},
         install_requires=[
             "nnunetv2>=2.8.1,<2.9",
             # What we import beside it. nnU-Net bounds their versions; bounds of our own would only add conflicts.
@@ -48,6 +48,7 @@ if __name__ == "__main__":
             "matplotlib",
             "numpy",
             "packaging",
+            "pillow",
             "scikit-image",
             "scipy",
             "torch",

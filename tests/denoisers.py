@@ -13,13 +13,16 @@ CT = {"mean": 40.0, "std": 200.0, "percentile_00_5": -960.0, "percentile_99_5": 
 def plan(dim=2, channels=1, scheme="CTNormalization", transpose=(1, 0, 2)):
     """An identity as `plan_identity` writes it."""
     return {
-        "dataset_name": "Dataset990_Tiny", "plans_name": "nnUNetTinyPlans", "configuration": "2d" if dim == 2 else "3d_fullres",
-        "spacing": [2.0, 3.0, 4.0][3 - dim :], "patch_size": [8, 12, 16][3 - dim :], "transpose_forward": list(transpose),
+        "dataset_name": "Dataset990_Tiny", "plans_name": "nnUNetTinyPlans",
+        "configuration": "2d" if dim == 2 else "3d_fullres",
+        "spacing": [2.0, 3.0, 4.0][3 - dim :], "patch_size": [8, 12, 16][3 - dim :],
+        "transpose_forward": list(transpose),
         "normalization_schemes": [scheme] * channels, "intensities": {str(i): CT for i in range(channels)},
         "channel_names": {str(i): "CT" for i in range(channels)}, "network_class": NETWORK,
         "network_kwargs": {
             "n_stages": 3, "features_per_stage": [4, 6, 8], "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
-            "kernel_sizes": [[3] * dim] * 3, "strides": [[1] * dim, [2] * dim, [2] * dim], "n_conv_per_stage": [1, 1, 1],
+            "kernel_sizes": [[3] * dim] * 3, "strides": [[1] * dim, [2] * dim, [2] * dim], 
+            "n_conv_per_stage": [1, 1, 1],
             "n_conv_per_stage_decoder": [1, 1], "conv_bias": True,
             "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d", "norm_op_kwargs": {"affine": True},
             "dropout_op": None, "dropout_op_kwargs": None, "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {},

@@ -32,11 +32,11 @@ def test_hounsfield_units_by_hand():
     assert to_intensities(np.array([[-1.0, 0.0, 2.0]]), [scale]).tolist() == [[-160.0, 40.0, 440.0]]
 
 
-@pytest.mark.parametrize(("scheme", "nnunet"), [("CTNormalization", CTNormalization), ("RGBTo01Normalization", RGBTo01Normalization)])
-def test_inverts_nnunets_own_normalisation(scheme, nnunet):
+@pytest.mark.parametrize("nnunet", [CTNormalization, RGBTo01Normalization])
+def test_inverts_nnunets_own_normalisation(nnunet):
     image = np.random.default_rng(0).uniform(0, 255, (1, 5, 6)).astype(np.float32)
     normalised = nnunet(intensityproperties=denoisers.CT, use_mask_for_norm=False).run(image.copy())
-    scale = intensity_scale(scheme, denoisers.CT)
+    scale = intensity_scale(nnunet.__name__, denoisers.CT)
     np.testing.assert_allclose(to_intensities(normalised, [scale]), image, atol=1e-3)
     np.testing.assert_allclose(to_normalised(image, [scale]), normalised, atol=1e-6)
 
@@ -174,5 +174,6 @@ def test_a_denoiser_with_learned_statistics_draws_too(tmp_path):
     plan = denoisers.plan(2)
     plan["network_kwargs"]["norm_op"] = "torch.nn.modules.batchnorm.BatchNorm2d"
     denoiser = build(load_denoiser(denoisers.write(tmp_path / "d.pth", plan))).eval()
-    draws = [torch.cat(list(draw_images(denoiser, Diffusion(timesteps=20), (12, 16), range(2), "ddim", 3, 0, b))) for b in (1, 2)]
+    common = (denoiser, Diffusion(timesteps=20), (12, 16), range(2), "ddim", 3, 0)
+    draws = [torch.cat(list(draw_images(*common, batch_size))) for batch_size in (1, 2)]
     torch.testing.assert_close(*draws, atol=1e-4, rtol=1e-4)

@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=8, metavar="B", help="images at a time [%(default)s]")
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda [cuda if there is one]")
     parser.epilog = (
-        "Real images are random patches of the preprocessed scans, labelled and unlabelled, always the same. Figures by\n"
-        "different features, or from different numbers of images, cannot be compared: both stand beside them, in\n"
+        "Real images are random patches of the preprocessed scans, labelled and unlabelled, always the same.\n"
+        "Figures by other features, or of other numbers of images, cannot be compared: both stand beside them, in\n"
         "SAMPLES/quality_FEATURES.json too. What they are: docs/samples.md.\n\n"
         "example:\n"
         "  nnunet_diffusion sample -d 22 -c 2d -n 1000\n"
@@ -86,7 +86,7 @@ def find_extractor(args: argparse.Namespace, description: dict, device):
     if args.features == "inception":
         return inception_features(args.inception_weights, tuple(denoiser.image_range.tolist()), device)
     if content["plan"]["patch_size"] != description["plan"]["patch_size"]:
-        raise UserError(f"{path} was made for other patches than the samples: give a denoiser of the same configuration")
+        raise UserError(f"{path} was made for other patches than the samples: give one of the same configuration")
     return encoder_features(denoiser, content["timestep"], sha256(path)[:12])
 
 

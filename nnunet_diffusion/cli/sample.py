@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda [cuda if there is one]")
     parser.add_argument("-o", dest="output", metavar="FOLDER", help="[samples, beside the denoiser]")
     parser.epilog = (
-        "The n-th image of a seed is the same in a batch of any size. Stopped at any point, or asked for more images, the\n"
-        "same command draws those that are missing.\n\n"
+        "The n-th image of a seed is the same in a batch of any size. Stopped at any point, or asked for more images,\n"
+        "the same command draws those that are missing.\n\n"
         "example:\n"
         "  nnunet_diffusion sample -d 22 -c 2d -n 16\n"
         "  nnunet_diffusion sample --denoiser denoiser.pth --sampler ddpm -n 4 -o samples"
@@ -78,9 +78,10 @@ def draw_sheet(folder: str, number: int, description: dict) -> None:
     plan = description["plan"]
     scales = plan_scales(plan)
     samples = np.stack(list(read_samples(folder, range(min(number, 32)), plan)))
-    real = [batch for batch in real_batches(plan, 1, 8)] if has_preprocessed(plan) else [np.zeros((0, *samples.shape[1:]))]
-    real, samples = ([to_intensities(image, scales) for image in images] for images in (real[0], samples))
-    title = f"{plan['dataset_name']}, {plan['configuration']}: {description['sampler'].upper()}, {description['steps']} steps"
+    real = next(real_batches(plan, 1, 8)) if has_preprocessed(plan) else samples[:0]
+    real, samples = ([to_intensities(image, scales) for image in images] for images in (real, samples))
+    how = f"{description['sampler'].upper()}, {description['steps']} steps"
+    title = f"{plan['dataset_name']}, {plan['configuration']}: {how}"
     sheet = os.path.join(folder, "samples.png")
     sample_sheet(sheet, np.stack(samples), np.array(real), title)
     for name, scale in zip(plan["channel_names"].values(), scales, strict=True):

@@ -37,7 +37,7 @@ def begin(folder: str, description: Mapping[str, Any]) -> None:
     if os.path.exists(path):
         there = read_description(folder)
         if changed := sorted(key for key in {*wanted, *there} if wanted.get(key) != there.get(key)):
-            raise UserError(f"{folder} holds samples that differ in {', '.join(changed)}: remove it, or give another -o")
+            raise UserError(f"{folder} holds samples that differ in {', '.join(changed)}: remove it or give another -o")
     os.makedirs(folder, exist_ok=True)
     write_json(path, wanted)
 
@@ -56,7 +56,7 @@ def read_description(folder: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"{folder} has no {DESCRIPTION}: draw samples with nnunet_diffusion sample first") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what nnunet_diffusion sample writes ({error!r}): draw the samples again") from error
+        raise UserError(f"{path} is not what nnunet_diffusion sample writes ({error!r}): draw them again") from error
     return content
 
 

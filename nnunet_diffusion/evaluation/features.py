@@ -1,4 +1,4 @@
-"""Feature extractors for generated images. Figures are those of an extractor, so each has a name that goes with them."""
+"""Feature extractors for generated images; each has a name that goes with its figures."""
 
 import hashlib
 import os
@@ -56,7 +56,7 @@ def encoder_features(denoiser: Denoiser, timestep: int, identity: str) -> Extrac
 
 
 def inception_features(path: str | None, value_range: tuple[float, float], device: torch.device | str) -> Extractor:
-    """torchvision's Inception v3: pooled features (2048) and, spatial, seven channels of Mixed_6d (17 x 17 x 7).
+    """Inception v3 of torchvision: pooled features (2048) and, spatial, seven channels of Mixed_6d (17 x 17 x 7).
 
     Published FIDs use another training of it (TensorFlow's of 2015) with other resizing: not the same figures. The
     first channel is shown to it in grey levels, of 3-D patches the middle slice of the first axis.

@@ -163,7 +163,7 @@ def build(content: dict[str, Any]) -> Denoiser:
     strange = [name for name in [plan["network_class"]] if not NETWORKS.fullmatch(name)]
     strange += [name for name in modules if not MODULES.fullmatch(name)]
     if strange:
-        raise UserError(f"the denoiser asks for {', '.join(strange)}: only nnU-Net's planned U-Nets are built from a file")
+        raise UserError(f"the denoiser asks for {', '.join(strange)}: only nnU-Net's U-Nets are built from a file")
     network = get_network_from_plans(
         plan["network_class"], plan["network_kwargs"], imported, channels, channels, deep_supervision=False
     )

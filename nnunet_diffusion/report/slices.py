@@ -67,7 +67,7 @@ def case_planes(
 
 
 def organ_colors(labels: Mapping) -> dict[int, tuple[str, tuple[float, ...]]]:
-    """Label value -> name and RGB; of a region-based data set the name is that of the smallest region with the value."""
+    """Label value -> name and RGB; with regions the name is that of the smallest one with the value."""
     regions = sorted(((len(v), name, v) for name, v in labels.items() if isinstance(v, list)), reverse=True)
     values = {name: value for name, value in labels.items() if isinstance(value, int) and name != "ignore"}
     if regions:
@@ -85,9 +85,8 @@ def data_uri(picture: Image.Image, **options) -> str:
 
 
 def _plane(name: str, axis: int, volumes: Mapping, spacing, colors, most: int) -> Plane:
-    # axial slices run from head to feet is not assumed: rows of the other planes are turned so that the head is on top
     turned = {key: np.moveaxis(volume, axis, 0) for key, volume in volumes.items()}
-    if axis > 0:
+    if axis > 0:  # the head on top
         turned = {key: volume[:, ::-1] for key, volume in turned.items()}
     rows_mm, columns_mm = (spacing[i] for i in range(3) if i != axis)
     count, rows, columns = turned["scan"].shape
@@ -103,7 +102,7 @@ def _plane(name: str, axis: int, volumes: Mapping, spacing, colors, most: int) -
         count,
         int(np.argmax(organs)),
         {
-            "scan": [data_uri(Image.fromarray(turned["scan"][i]).resize(size, Image.BICUBIC), quality=60) for i in chosen],
+            "scan": [data_uri(_resized(turned["scan"][i], size, Image.BICUBIC), quality=60) for i in chosen],
             "prediction": [_layer(turned["prediction"][i], size, colors, outline=False) for i in chosen],
             "reference": [_layer(turned["reference"][i], size, colors, outline=True) for i in chosen],
         },
@@ -112,22 +111,25 @@ def _plane(name: str, axis: int, volumes: Mapping, spacing, colors, most: int) -
 
 def slices_to_show(reference: np.ndarray, prediction: np.ndarray, most: int) -> list[int]:
     """Slices spread evenly over what is segmented and one beyond on each side; over everything if nothing is."""
-    found = np.flatnonzero((reference | prediction).any((1, 2)))
-    first, last = (max(0, found[0] - 1), min(len(reference) - 1, found[-1] + 1)) if found.size else (0, len(reference) - 1)
+    found, last = np.flatnonzero((reference | prediction).any((1, 2))), len(reference) - 1
+    first, last = (max(0, found[0] - 1), min(last, found[-1] + 1)) if found.size else (0, last)
     return sorted(set(np.linspace(first, last, most).round().astype(int).tolist()))
 
 
 def _layer(labels: np.ndarray, size: tuple[int, int], colors: Mapping, outline: bool) -> str:
-    """A transparent picture with a colour for each organ; organs are enlarged one by one, so that their edges are smooth."""
+    """A transparent picture, a colour an organ; organs are enlarged one by one, so that their edges are smooth."""
     picture = np.zeros(size[::-1], np.uint8)
     palette, opacity = [0, 0, 0], [0]
     for index, (value, (_, color)) in enumerate(colors.items(), start=1):
         palette += [round(255 * (0.5 + 0.5 * c if outline else c)) for c in color]
         opacity.append(OUTLINE if outline else FILL)
         if (labels == value).any():
-            mask = Image.fromarray((labels == value).astype(np.uint8) * 255).resize(size, Image.BILINEAR)
-            mask = np.asarray(mask) > 127
+            mask = np.asarray(_resized((labels == value).astype(np.uint8) * 255, size, Image.BILINEAR)) > 127
             picture[mask & ~ndimage.binary_erosion(mask, iterations=2) if outline else mask] = index
     layer = Image.fromarray(picture, "P")
     layer.putpalette(palette)
     return data_uri(layer, format="PNG", transparency=bytes(opacity), optimize=True)
+
+
+def _resized(picture: np.ndarray, size: tuple[int, int], how: int) -> Image.Image:
+    return Image.fromarray(picture).resize(size, how)
