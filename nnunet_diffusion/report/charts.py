@@ -23,13 +23,14 @@ def line_chart(title: str, curves: Mapping[str, Sequence[Points]], x_label: str,
         x_label: Of the axis.
         y_label: Of the axis.
     """
-    height, left, right, top, bottom = 250, 52, 10, 10, 40
+    height, left, right, top, bottom = 250, 52, 16, 10, 40
+    curves, is_log = _logarithms(curves)
     points = [point for lines in curves.values() for line in lines for point in line]
     xs, ys = zip(*points, strict=True)
-    x_ticks, y_ticks = _ticks(min(xs), max(xs), 6), _ticks(min(ys), max(ys), 5)
+    x_ticks, y_ticks = _ticks(min(xs), max(xs), 6), (_log_ticks if is_log else _ticks)(min(ys), max(ys), 5)
     scale_x = _scale(min(xs), max(xs), left, WIDTH - right)
     scale_y = _scale(min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys)), height - bottom, top)
-    parts = _frame(x_ticks, y_ticks, scale_x, scale_y, left, WIDTH - right, height - bottom, top)
+    parts = _frame(x_ticks, y_ticks, scale_x, scale_y, left, WIDTH - right, height - bottom, top, is_log)
     parts.append(_text((left + WIDTH - right) / 2, height - 6, x_label, "middle"))
     parts.append(_text(13, (top + height - bottom) / 2, y_label, "middle", rotate=True))
     for i, lines in enumerate(curves.values()):
@@ -40,7 +41,8 @@ def line_chart(title: str, curves: Mapping[str, Sequence[Points]], x_label: str,
             if len(line) == 1:
                 x, y = line[0]
                 parts.append(element("circle", cx=f"{scale_x(x):.1f}", cy=f"{scale_y(y):.1f}", r=3, fill=COLORS[i % 6]))
-    last = ", ".join(f"{name} ends at {_join(f'{line[-1][1]:.3g}' for line in ls)}" for name, ls in curves.items())
+    ends = {name: [10 ** line[-1][1] if is_log else line[-1][1] for line in lines] for name, lines in curves.items()}
+    last = ", ".join(f"{name} ends at {' and '.join(f'{end:.3g}' for end in found)}" for name, found in ends.items())
     return _figure(title, _svg(height, f"{title}: {last}", parts), _legend(list(curves)))
 
 
@@ -154,14 +156,22 @@ def _marker(number: int, x: float, y: float, color: str) -> Html:
     return element("path", d=shapes[number % 6 - 1], transform=f"translate({x:.1f} {y:.1f})", fill=color)
 
 
-def _frame(x_ticks, y_ticks, scale_x, scale_y, left, right, bottom, top) -> list[Html]:
+def _logarithms(curves: Mapping[str, Sequence[Points]]) -> tuple[dict[str, list[Points]], bool]:
+    """Decimal logarithms of the values, where they are positive and span more than a factor of 20."""
+    values = [y for lines in curves.values() for line in lines for _, y in line]
+    if min(values) <= 0 or max(values) / min(values) < 20:
+        return dict(curves), False
+    return {name: [[(x, math.log10(y)) for x, y in line] for line in lines] for name, lines in curves.items()}, True
+
+
+def _frame(x_ticks, y_ticks, scale_x, scale_y, left, right, bottom, top, is_log=False) -> list[Html]:
     parts = []
     for tick in x_ticks:
         parts.append(element("path", d=f"M{scale_x(tick):.1f} {top}V{bottom}", class_="grid"))
         parts.append(_text(scale_x(tick), bottom + 16, f"{tick:.6g}", "middle"))
     for tick in y_ticks:
         parts.append(element("path", d=f"M{left} {scale_y(tick):.1f}H{right}", class_="grid"))
-        parts.append(_text(left - 6, scale_y(tick) + 4, f"{tick:.6g}", "end"))
+        parts.append(_text(left - 6, scale_y(tick) + 4, f"{10**tick:.2g}" if is_log else f"{tick:.6g}", "end"))
     return parts
 
 
@@ -186,6 +196,17 @@ def _ticks(low: float, high: float, most: int) -> list[float]:
     return [round(step * i, 10) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
+def _log_ticks(low: float, high: float, most: int) -> list[float]:
+    """Logarithms of round numbers within [low, high]; at least one."""
+    decades = range(math.floor(low), math.ceil(high) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [decade + math.log10(factor) for decade in decades for factor in factors]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= most:
+            break
+    return ticks or [high]
+
+
 def _thinned(line: Points, most: int = 400) -> Points:
     """Means over neighbours where there are more points than a screen shows."""
     if len(line) <= most:
@@ -199,7 +220,3 @@ def _label_width(names) -> float:
 
 def _shortened(name: str, most: int = 22) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
-
-
-def _join(words) -> str:
-    return " and ".join(words)

@@ -43,9 +43,12 @@ def best_median_worst(scores: CASE_SCORES) -> dict[str, str]:
 def results_section(results: Results) -> Html:
     """DSC and NSD of every model and of every evaluation that was given, by organ."""
     parts = [element("h2", "Results")]
+    found = {model.name: model_scores(model) for model in results.models}
+    found = {name: scores for name, scores in found.items() if any(scores.measures["DSC"].values())}
+    if len(found) > 1:
+        parts.append(_comparison(results, found))
     for model in results.models:
-        scores = model_scores(model)
-        if any(scores.measures["DSC"].values()):
+        if scores := found.get(model.name):
             folds = [fold.name for fold in model.folds if fold.validation or fold.evaluations]
             parts += _scores(results, f"{model.name}: validation cases of fold {', '.join(folds)}", scores)
     for path, content in results.evaluations.items():
@@ -53,6 +56,17 @@ def results_section(results: Results) -> Html:
     if len(parts) == 1:
         parts.append(element("p", "Nothing was validated or evaluated yet.", class_="soft"))
     return element("section", *parts, id="results")
+
+
+def _comparison(results: Results, found: Mapping[str, Scores]) -> Html:
+    organs = organ_names(results.dataset_json)
+    rows = []
+    for name, scores in found.items():
+        dsc = scores.measures["DSC"]
+        means = [float(np.mean(values)) if (values := organ_values(dsc, organ)) else float("nan") for organ in organs]
+        rows.append([name, str(len(dsc)), *map(_number, means), element("strong", _number(organ_mean(dsc, organs)))])
+    caption = "Mean DSC of every model on its validation cases; where these differ, so may the figures"
+    return table(caption, ["model", "cases", *organs, "mean"], rows)
 
 
 def _scores(results: Results, title: str, scores: Scores) -> list[Html]:
@@ -65,17 +79,18 @@ def _scores(results: Results, title: str, scores: Scores) -> list[Html]:
         values = [organ_values(cases, organ) for cases in scores.measures.values()]
         rows.append([organ, str(len(values[0])), *(cell for each in values for cell in (_spread(each), _median(each)))])
     means = [cell for cases in scores.measures.values() for cell in (_number(organ_mean(cases, organs)), "")]
-    rows.append(["mean over labels", "", *means])
+    rows.append([element("strong", cell) for cell in ["mean over labels", "", *means]])
     charts = [
         strip_chart(f"{measure} of {len(cases)} cases", {o: organ_values(cases, o) for o in organs}, measure)
         for measure, cases in scores.measures.items()
     ]
+    by_label = table("By label; sd: standard deviation over the cases", head, rows)
     explained = f"{scores.source}. A dot is a case, the red bar the mean, the line one standard deviation to each side."
     return [
         element("h3", title),
         element("p", explained, class_="soft"),
-        element("div", *charts, class_="charts"),
-        table("By label; sd is the standard deviation over the cases", head, rows),
+        element("div", *charts, *([by_label] if len(charts) == 1 else []), class_="charts"),
+        by_label if len(charts) > 1 else Html(""),
         _all_cases(scores, organs),
     ]
 
@@ -106,7 +121,7 @@ def cases_section(model: Model, scores: Scores, planes: Planes, colors: Mapping,
     legend = []
     for name, color in colors.values():
         shade = "#" + "".join(f"{round(255 * c):02x}" for c in color)
-        legend += [element("span", class_="key", style=f"background:{shade}"), name]
+        legend.append(element("span", element("span", class_="key", style=f"background:{shade}"), name))
     cases = [
         _case(f"{rank.capitalize()}: {case}, mean DSC {case_mean(dsc, case):.3f}", case, dsc[case], planes[case])
         for case, rank in best_median_worst(dsc).items()
@@ -118,7 +133,7 @@ def cases_section(model: Model, scores: Scores, planes: Planes, colors: Mapping,
         element("p", f"{model.name}. Best, median and worst by mean DSC. The patient's right is on the left of axial "
                 "and coronal pictures.", class_="soft"),
         element("div", *boxes, class_="controls"),
-        element("p", *legend),
+        element("div", *legend, class_="organs"),
         *cases,
         id=f"cases{number}",
     )  # fmt: skip
@@ -155,6 +170,7 @@ def _plane(case: str, plane: Plane) -> Html:
         element("label", plane.name.capitalize(), slider, element("output", place)),
         element("script", Html(content.replace("<", "\\u003c")), type="application/json"),
         class_="plane",
+        style=f"flex:{width}",
     )
 
 

@@ -11,7 +11,7 @@ from scipy import ndimage
 
 from nnunet_diffusion.evaluation.overlays import SOFT_TISSUE, bounding_box, label_colors, read_axial
 
-LONGEST = 300  # pixels of the longer side of a picture
+LONGEST = 300  # pixels of the longest axis of a case; all its planes have the same scale
 PLANES = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagittal": ("A", "P", "S", "I")}
 FILL, OUTLINE = 110, 255  # opacity of the layers, of 255
 
@@ -63,7 +63,8 @@ def case_planes(
     top, bottom, left, right = bounding_box(image, is_ct)
     box = (slice(None), slice(top, bottom), slice(left, right))
     volumes = {"scan": grey[box].astype(np.uint8), "prediction": prediction[box], "reference": reference[box]}
-    return [_plane(name, i, volumes, spacing, organ_colors(labels), most) for i, name in enumerate(PLANES)]
+    scale = LONGEST / max(count * mm for count, mm in zip(volumes["scan"].shape, spacing, strict=True))
+    return [_plane(name, i, volumes, spacing, scale, organ_colors(labels), most) for i, name in enumerate(PLANES)]
 
 
 def organ_colors(labels: Mapping) -> dict[int, tuple[str, tuple[float, ...]]]:
@@ -84,13 +85,12 @@ def data_uri(picture: Image.Image, **options) -> str:
     return f"data:image/{options['format'].lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _plane(name: str, axis: int, volumes: Mapping, spacing, colors, most: int) -> Plane:
+def _plane(name: str, axis: int, volumes: Mapping, spacing, scale: float, colors, most: int) -> Plane:
     turned = {key: np.moveaxis(volume, axis, 0) for key, volume in volumes.items()}
     if axis > 0:  # the head on top
         turned = {key: volume[:, ::-1] for key, volume in turned.items()}
     rows_mm, columns_mm = (spacing[i] for i in range(3) if i != axis)
     count, rows, columns = turned["scan"].shape
-    scale = LONGEST / max(rows * rows_mm, columns * columns_mm)
     size = max(1, round(columns * columns_mm * scale)), max(1, round(rows * rows_mm * scale))
     chosen = slices_to_show(turned["reference"] > 0, turned["prediction"] > 0, most)
     organs = [(turned["reference"][i] > 0).sum() for i in chosen]

@@ -80,19 +80,19 @@ def training_section(results: Results) -> Html:
 def _folds_table(results: Results, model: Model) -> Html:
     rows = []
     for fold in model.folds:
-        start = "random weights, or as the trainer says"
+        start = "no transfer report"
         if fold.transfer:
             start = f"{_short(fold.transfer['source'])}, folded at t* = {fold.transfer['timestep']}"
         if fold.denoiser is not None:
             start = "random weights"
         epochs = max((len(values) for values in fold.curves.values()), default=0)
         state = "finished" if fold.is_finished else "not finished"
-        rows.append([fold.name, _trained_on(results, fold), start, str(epochs) if epochs else "no log", state])
+        rows.append([fold.name, _trained_on(results, model, fold), start, str(epochs) if epochs else "no log", state])
     head = ["fold", "trained on", "started from", "epochs", "state"]
     return table(f"Folds of {model.trainer}", head, rows, numeric=False)
 
 
-def _trained_on(results: Results, fold: Fold) -> str:
+def _trained_on(results: Results, model: Model, fold: Fold) -> str:
     if fold.denoiser is not None:
         training = fold.denoiser["training"]
         return f"{training.get('images', '?')} images, {training.get('of_the_pool', '?')} of them of the pool"
@@ -101,6 +101,8 @@ def _trained_on(results: Results, fold: Fold) -> str:
     if int(fold.name) >= len(results.splits):
         return "its split is not known"
     cases = results.splits[int(fold.name)]["train"]
+    if model.trainer.startswith("Denoising"):
+        return f"images of {len(cases)} labelled cases, and the pool"
     partial = sum(_is_partial(case, results.dataset_json) for case in cases)
     return f"{len(cases)} cases" + (f", {partial} for some labels only" if partial else "")
 
