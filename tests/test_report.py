@@ -256,7 +256,8 @@ def test_an_unknown_data_set_is_named(root, capsys):
 
 PROBE = """<script>addEventListener("load", async () => {
 const loaded = src => new Promise(resolve => {
-  const i = new Image(); i.onload = () => resolve(i.naturalWidth > 0); i.onerror = () => resolve(false); i.src = src; });
+  const i = new Image(); i.onload = () => resolve(i.naturalWidth > 0); i.onerror = () => resolve(false); i.src = src;
+});
 const bad = [], moved = [];
 for (const plane of document.querySelectorAll(".plane")) {
   const slider = plane.querySelector("input"), scan = plane.querySelector(".scan"), seen = new Set();

@@ -40,24 +40,24 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
 
     num_epochs: int = 1000
     num_iterations_per_epoch: int = 250
-    num_val_iterations_per_epoch: int = 10
+    num_val_iterations_per_epoch: int = 10  # held-out batches, always the same
     initial_lr: float = 3e-4  # AdamW
     weight_decay: float = 1e-4
-    warmup_epochs: int = 5
+    warmup_epochs: int = 5  # of a learning rate that rises from 0
     seed: int = 0
     schedule: str = "linear"  # or cosine, sigmoid
-    timesteps: int = 1000
+    timesteps: int = 1000  # noise levels
     prediction: str = "epsilon"  # or v
     weighting: str = "uniform"  # or min_snr
     min_snr_gamma: float = 5.0  # Hang et al. 2023, Sec. 3.4
-    antithetic: bool = True
-    ema_decay: float = 0.999
+    antithetic: bool = True  # timesteps come in pairs t and T - 1 - t
+    ema_decay: float = 0.999  # of the average of the weights, which is what is kept
     timestep: int = 300  # t*, at which `network_weights` of denoiser.pth is folded
     augment: bool = True  # small rotations and scalings; never mirrors, which would make impossible anatomy
     held_out: float = 0.05  # share of the pool that fold `all` does not train on
     sample_every: int = 50  # epochs between two sheets of samples; 0 for none
-    sample_steps: int = 50
-    num_samples: int = 8
+    sample_steps: int = 50  # of DDIM
+    num_samples: int = 8  # on a sheet
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
