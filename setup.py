@@ -56,8 +56,13 @@ if __name__ == "__main__":
         ],
         extras_require={
             "dev": ["pre-commit", "pytest", "ruff", "setuptools"],
-            # Other implementations of the diffusion process: the tests compare ours with them where they are there.
-            "reference": ["diffusers; python_version >= '3.11'", "monai; python_version >= '3.11'", "prdc", "torchmetrics"],
+            # Other implementations of the diffusion process and of figures: tests compare ours with them where they are.
+            "reference": [
+                "diffusers; python_version >= '3.11'",
+                "monai; python_version >= '3.11'",
+                "prdc",
+                "torchmetrics",
+            ],
         },
         entry_points={"console_scripts": ["nnunet_diffusion = nnunet_diffusion.cli:main"]},
     )
