@@ -56,7 +56,7 @@ if __name__ == "__main__":
         ],
         extras_require={
             "dev": ["pre-commit", "pytest", "ruff", "setuptools"],
-            # Other implementations of the diffusion process and of figures: tests compare ours with them where they are.
+            # Other implementations of the diffusion process and of figures: tests compare ours with them.
             "reference": [
                 "diffusers; python_version >= '3.11'",
                 "monai; python_version >= '3.11'",

@@ -15,6 +15,7 @@ from nnunet_diffusion.report.charts import line_chart, strip_chart
 from nnunet_diffusion.report.collect import Fold, Model, collect, evaluation_scores, model_scores, read_log
 from nnunet_diffusion.report.html import element
 from nnunet_diffusion.report.outcome import best_median_worst, organ_mean
+from nnunet_diffusion.report.rounds import find_rounds, rounds_section
 from nnunet_diffusion.report.slices import case_planes, organ_colors, slices_to_show
 from nnunet_diffusion.report.training import annotation_kind
 
@@ -237,6 +238,33 @@ def test_what_is_half_written_or_of_another_version_is_named(root, capsys, file,
     name = file.split("/")[-1]
     assert code == 1 and "Not everything could be read" in page and name in page
     assert re.search(rf"WARNING: .*{name}.*left out", capsys.readouterr().err)
+
+
+def test_rounds_are_shown_and_are_no_model(root):
+    _, preprocessed, results = make_results(root, files=0)
+    for number, kept in ((1, 3), (2, 5)):
+        folder = results / "rounds__nnUNetPlans__2d" / "fold_0" / f"round_{number}"
+        folder.mkdir(parents=True)
+        reasons = {"liver": [f"confidence 0.{number}1 below 0.8"]}
+        cases = {"p<1>": {"decision": "keep", "organs": [], "reasons": reasons, "evidence": {}}}
+        decisions = {"keep": kept, "wait": 2, "drop": 1}
+        report_json = {"title": "t", "decisions": decisions, "organs": {"liver": kept}, "cases": cases}
+        (folder / "report.json").write_text(json.dumps(report_json))
+    state = preprocessed / "nnUNetPlans_2d_pseudo" / "nnUNetPlans__2d__fold_0" / "state.json"
+    state.parent.mkdir(parents=True)
+    rounds = [{"round": i, "agreement": dice} for i, dice in enumerate([0.61, 0.66, None])]
+    state.write_text(json.dumps({"format": 1, "rounds": rounds}))
+    found = collect(NAME, "", str(preprocessed), str(results), [])
+    assert [model.trainer for model in found.models] == ["DiffusionPretrainedTrainer"]
+    runs = find_rounds(found, str(results), str(preprocessed))
+    (name, (first, second, third)), = runs.items()
+    assert name == "nnUNetPlans, 2d, fold 0" and [r.dice for r in (first, second, third)] == [0.61, 0.66, None]
+    assert third.decisions == {"keep": 5, "wait": 2, "drop": 1} and third.organs == {"liver": 5}
+    assert third.reasons == {"confidence N below N": 1} and found.problems == []
+    page = rounds_section(found, runs)
+    assert "kept 5, waiting 2, dropped 1" in page and "Dice ends at 0.66" in page
+    (folder / "report.json").write_text('{"title"')
+    assert find_rounds(found, str(results), str(preprocessed))[name][2].organs == {} and len(found.problems) == 1
 
 
 def test_a_case_whose_files_are_gone_is_named(root, capsys):

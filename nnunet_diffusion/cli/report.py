@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.files import atomic
     from nnunet_diffusion.report.collect import collect
     from nnunet_diffusion.report.report import build_report
+    from nnunet_diffusion.report.rounds import find_rounds
 
     name = find_dataset(args.d)
     raw, preprocessed, folder = (os.path.join(os.environ[root], name) for root in NEEDS)
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     cases, pool = files_of(results, name, raw)
     first_channel = next(iter(results.dataset_json["channel_names"].values()))
     references = os.path.join(preprocessed, "gt_segmentations")
-    text = build_report(results, cases, pool, references, first_channel.lower() == "ct")
+    rounds = find_rounds(results, folder, preprocessed)
+    text = build_report(results, cases, pool, references, first_channel.lower() == "ct", rounds)
     path = args.output or os.path.join(folder, "report.html")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as f:

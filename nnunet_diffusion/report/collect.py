@@ -99,7 +99,8 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
         for benchmark in ("label_efficiency", "partial_labels"):
             if content := found.attempt(os.path.join(folder, benchmark + ".json"), _benchmark):
                 found.benchmarks[name] = content
-        if match and (model := _model(found, folder, match)).folds:
+        is_model = match and match["trainer"] != "rounds"
+        if is_model and (model := _model(found, folder, match)).folds:
             found.models.append(model)
     for path in evaluations:
         if content := found.attempt(path, _evaluation):
@@ -113,7 +114,7 @@ def _model(found: Results, folder: str, match: re.Match) -> Model:
     model = Model(*match.groups(), folder)
     if not found.dataset_json:
         found.dataset_json = found.attempt(os.path.join(folder, "dataset.json"), _dataset) or {}
-    plans = found.attempt(os.path.join(folder, "plans.json"), _json) or {}
+    plans = found.attempt(os.path.join(folder, "plans.json"), read_json) or {}
     block = plans.get("nnunet_diffusion", {})
     model.settings = dict(block.get(model.trainer, {})) if isinstance(block, Mapping) else {}
     for name in sorted(os.listdir(folder)):
@@ -191,7 +192,7 @@ def organ_keys(dataset_json: Mapping) -> dict[str, str]:
 
 def _summary(path: str, organs: Mapping[str, str], ending: str) -> CASE_SCORES:
     scores = {}
-    for entry in _json(path)["metric_per_case"]:
+    for entry in read_json(path)["metric_per_case"]:
         case = os.path.basename(entry["prediction_file"]).removesuffix(ending)
         dice = {organs.get(key, key): figures["Dice"] for key, figures in entry["metrics"].items() if "Dice" in figures}
         scores[case] = {name: value for name, value in dice.items() if value is not None and math.isfinite(value)}
@@ -222,13 +223,14 @@ def model_scores(model: Model) -> Scores:
     return best
 
 
-def _json(path: str) -> Any:
+def read_json(path: str) -> Any:
+    """The content of a JSON file."""
     with open(path, encoding="utf-8") as f:
         return json.load(f)
 
 
 def _dataset(path: str) -> dict:
-    content = _json(path)
+    content = read_json(path)
     names = [*content["labels"], *content["channel_names"].values()]
     if not all(isinstance(name, str) for name in names):
         raise ValueError("names that are no text")
@@ -236,17 +238,17 @@ def _dataset(path: str) -> dict:
 
 
 def _splits(path: str) -> list[dict[str, list[str]]]:
-    return [{side: [str(case) for case in split[side]] for side in ("train", "val")} for split in _json(path)]
+    return [{side: [str(case) for case in split[side]] for side in ("train", "val")} for split in read_json(path)]
 
 
 def _transfer(path: str) -> dict[str, Any]:
-    content = _json(path)
+    content = read_json(path)
     lists = {key: [str(e) for e in content[key]] for key in ("matched", "adapted", "missing", "unexpected", "warnings")}
     return {**lists, "source": str(content["source"]), "timestep": int(content["timestep"])}
 
 
 def _benchmark(path: str) -> dict:
-    content = _json(path)
+    content = read_json(path)
     for group in content["summary"]:
         str(group["arm"]), str(group["budget"]), float(group["mean"]), float(group["sd"] or 0)
     for run in content["runs"]:
@@ -256,13 +258,13 @@ def _benchmark(path: str) -> dict:
 
 
 def _evaluation(path: str) -> dict:
-    content = _json(path)
+    content = read_json(path)
     evaluation_scores(content)
     return content
 
 
 def _quality(path: str) -> dict:
-    content = _json(path)
+    content = read_json(path)
     values = {name: float(content["values"][name]) for name in ("FID", "sFID", "precision", "recall", "F1")}
     numbers = {key: int(content[key]) for key in ("samples", "real", "k")}
     warnings = [str(warning) for warning in content["warnings"]]

@@ -17,6 +17,7 @@ from nnunet_diffusion.report.outcome import (
     results_section,
     samples_section,
 )
+from nnunet_diffusion.report.rounds import Round, rounds_section
 from nnunet_diffusion.report.slices import Plane, case_planes, organ_colors
 from nnunet_diffusion.report.training import data_section, organ_names, tile_list, training_section, warning
 
@@ -26,7 +27,9 @@ BYTES_PER_SLICE = 9_000  # three layers of a plane, measured on abdominal and ne
 Files = Mapping[str, Mapping]  # case -> {"images": [path], "label": path}
 
 
-def build_report(results: Results, cases: Files, pool: list[str], references: str, is_ct: bool) -> str:
+def build_report(
+    results: Results, cases: Files, pool: list[str], references: str, is_ct: bool, rounds: Mapping[str, list[Round]]
+) -> str:
     """The page.
 
     Args:
@@ -35,6 +38,7 @@ def build_report(results: Results, cases: Files, pool: list[str], references: st
         pool: Names of the unlabelled cases.
         references: Folder of reference labels, named as nnU-Net names predictions.
         is_ct: Whether the first channel holds Hounsfield units.
+        rounds: Of pseudo labels, by run.
     """
     labels = results.dataset_json["labels"]
     sections = {"Data": data_section(results, list(cases), pool), "Trainings": training_section(results)}
@@ -46,6 +50,8 @@ def build_report(results: Results, cases: Files, pool: list[str], references: st
         if planes:
             heading = "Cases" if len(shown) == 1 else f"Cases {number + 1}"
             sections[heading] = cases_section(model, model_scores(model), planes, organ_colors(labels), number)
+    if rounds:
+        sections["Rounds"] = rounds_section(results, rounds)
     if results.benchmarks:
         sections["Few and partial labels"] = benchmark_section(results)
     if any(fold.denoiser is not None for model in results.models for fold in model.folds):
