@@ -25,7 +25,7 @@ def commands(page: Path) -> list[str]:
 
 
 LINES = [(page.name, line) for page in PAGES for line in commands(page)]
-OWN = [(page, match[1]) for page, line in LINES if (match := OURS.match(line))]
+OWN = [(page, match[1]) for page, line in LINES if (match := OURS.match(line)) and " ... " not in line]
 
 
 @pytest.mark.parametrize(("page", "line"), OWN, ids=lambda text: text[:60])
@@ -35,7 +35,8 @@ def test_the_command_line_understands_what_the_docs_say(page, line):
 
 
 def test_every_command_is_in_the_docs():
-    assert {line.split()[1] for _, line in OWN} == set(COMMANDS)
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert [name for name in COMMANDS if f"nnunet_diffusion {name}" not in text] == []
 
 
 def test_scripts_of_the_docs_are_there():

@@ -201,7 +201,7 @@ def _summary(path: str, organs: Mapping[str, str], ending: str) -> CASE_SCORES:
 
 def evaluation_scores(content: Mapping) -> Scores:
     """Scores of a file of `nnunet_diffusion evaluate`."""
-    scores = Scores(f"rules {content['rules']['name']}: {content['rules']['description']}")
+    scores = Scores(f"By the rules {content['rules']['name']}: {content['rules']['description']}")
     for measure, key in (("DSC", "dsc"), ("NSD", "nsd")):
         scores.measures[measure] = {
             case: {organ: float(value[key]) for organ, value in organs.items() if value[key] is not None}
@@ -214,7 +214,7 @@ def model_scores(model: Model) -> Scores:
     """Validation scores of all folds: by the rules that most cases were evaluated by, else nnU-Net's own Dice."""
     folds = [fold for fold in model.folds if fold.validation or fold.evaluations]
     validation = {case: dice for fold in folds for case, dice in fold.validation.items()}
-    best = Scores("nnU-Net's validation, Dice only: `nnunet_diffusion evaluate` adds NSD", {"DSC": validation})
+    best = Scores("nnU-Net's validation, Dice only; nnunet_diffusion evaluate adds NSD", {"DSC": validation})
     for rules in ("nnunet", "flare22"):
         parts = [evaluation_scores(fold.evaluations[rules]) for fold in folds if rules in fold.evaluations]
         merged = {m: {c: s for part in parts for c, s in part.measures[m].items()} for m in ("DSC", "NSD")}

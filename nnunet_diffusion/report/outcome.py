@@ -129,7 +129,7 @@ def cases_section(model: Model, scores: Scores, planes: Planes, colors: Mapping,
     ]
     return element(
         "section",
-        element("h2", "Cases"),
+        element("h2", f"Cases of {model.trainer}"),
         element("p", f"{model.name}. Best, median and worst by mean DSC. The patient's right is on the left of axial "
                 "and coronal pictures.", class_="soft"),
         element("div", *boxes, class_="controls"),
