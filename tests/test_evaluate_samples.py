@@ -92,7 +92,7 @@ def test_a_collapsed_generator_is_precise_and_recalls_little():
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_agrees_with_loops(k):
-    real, generated = gaussian(25, 2), 1.5 + 2 * gaussian(18, 2, seed=1)
+    real, generated = gaussian(25, 2), 2 + 0.5 * gaussian(18, 2, seed=1)
 
     def covered(points, members):
         radii = [sorted(math.dist(a, b) for b in members)[k] for a in members]
