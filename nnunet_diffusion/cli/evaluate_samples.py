@@ -6,6 +6,7 @@ import os
 import sys
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.installation import require_folders
 
 HELP = "Measure drawn images against real ones: FID, sFID, improved precision and recall, their F1."
 NEEDS = ("nnUNet_preprocessed",)
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
             f"{max(2, args.k + 1)} of each, and a figure worth telling takes thousands"
         )
     extractor = find_extractor(args, description, choose_device(args.device))
+    if args.d:
+        require_folders(("nnUNet_raw",))
     dataset = find_dataset(args.d) if args.d else None
     real = real_batches(plan, math.ceil(number_of_real / args.batch_size), args.batch_size, dataset)
     found = {
