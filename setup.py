@@ -35,7 +35,7 @@ if __name__ == "__main__":
         packages=find_packages(include=["nnunet_diffusion", "nnunet_diffusion.*"])
         + [f"nnunet_diffusion.{name}" for name in PLUG_INS],
         package_dir={f"nnunet_diffusion.{name}": name for name in PLUG_INS},
-        package_data={"nnunet_diffusion.dataset_conversion": ["*.json"]},
+        package_data={"nnunet_diffusion.dataset_conversion": ["*.json"], "nnunet_diffusion.report": ["page.*"]},
         install_requires=[
             "nnunetv2>=2.8.1,<2.9",
             # What we import beside it. nnU-Net bounds their versions; bounds of our own would only add conflicts.
@@ -48,6 +48,7 @@ if __name__ == "__main__":
             "matplotlib",
             "numpy",
             "packaging",
+            "pillow",
             "scikit-image",
             "scipy",
             "torch",
@@ -55,8 +56,13 @@ if __name__ == "__main__":
         ],
         extras_require={
             "dev": ["pre-commit", "pytest", "pytest-xdist", "ruff", "setuptools"],
-            # Other implementations of the diffusion process: the tests compare ours with them where they are there.
-            "reference": ["diffusers; python_version >= '3.11'", "monai; python_version >= '3.11'"],
+            # Other implementations of the diffusion process and of figures: tests compare ours with them.
+            "reference": [
+                "diffusers; python_version >= '3.11'",
+                "monai; python_version >= '3.11'",
+                "prdc",
+                "torchmetrics",
+            ],
         },
         entry_points={"console_scripts": ["nnunet_diffusion = nnunet_diffusion.cli:main"]},
     )

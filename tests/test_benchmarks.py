@@ -1,5 +1,6 @@
 """The pure parts of the benchmarks: who is tested on, what a budget may see, and what is made of the numbers."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+from flare22 import comparison, write_plans  # noqa: E402
+from flare22 import parse_arguments as flare22_arguments  # noqa: E402
 from label_efficiency import parse_arguments, read_arm  # noqa: E402
 from regimes import draw, group_by_patient, hold_out, keep_labels, keep_slices, parse_budget  # noqa: E402
 from report import mean_per_organ, summarize, write_arms_figure, write_figure  # noqa: E402
@@ -171,6 +174,28 @@ def test_differences_are_paired_by_seed(tmp_path):
     write_figure(content, tmp_path / "figure.png")
     write_arms_figure(content, tmp_path / "arms.png", "scratch")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["arms.png", "figure.png"]
+
+
+def test_the_papers_figures_stand_above_ours_and_only_where_they_belong():
+    protocol = {"dataset": "Dataset501_KBP", "configuration": "2d"}
+    run = {**make_run("full", 0, 0.4), "budget": "10%", "protocol": protocol}
+    content = summarize([run, {**run, "budget": "2"}], "scratch")[1]
+    table = comparison(content)
+    assert "| Dice | 10% | 2 |\n|---|---|---|\n| Huang et al. 2024, FLARE22, as published | 0.785 |  |" in table
+    assert "| ours, full | 0.450 | 0.450 |" in table and "**Dataset501_KBP is not FLARE22" in table
+    content["arms"]["full"]["dataset"] = "Dataset022_FLARE22"
+    assert "is not FLARE22" not in comparison(content) and "What is known to differ" in comparison(content)
+
+
+def test_the_length_of_pretraining_goes_into_a_copy_of_the_plan(tmp_path):
+    block = {"DenoisingDiffusionTrainer": {"schedule": "cosine"}}
+    (tmp_path / "P.json").write_text(json.dumps({"plans_name": "P", "nnunet_diffusion": block}))
+    args = flare22_arguments(["--pretraining_epochs", "3"])
+    assert write_plans(tmp_path, "P", args) == "P_flare22"
+    copy = json.loads((tmp_path / "P_flare22.json").read_text())
+    assert copy["plans_name"] == "P_flare22"
+    assert copy["nnunet_diffusion"]["DenoisingDiffusionTrainer"] == {"schedule": "cosine", "num_epochs": 3}
+    assert json.loads((tmp_path / "P.json").read_text())["plans_name"] == "P"
 
 
 def test_help_is_quick_and_complete(monkeypatch, capsys):

@@ -20,10 +20,10 @@ class ConfiguredTrainer(nnUNetTrainer):
     below. Everything not overridden here is nnU-Net's own.
     """
 
-    num_epochs: int = 1000
-    num_iterations_per_epoch: int = 250
-    num_val_iterations_per_epoch: int = 50
-    initial_lr: float = 1e-2
+    num_epochs: int = 1000  # an epoch is a number of steps, not a pass over the data
+    num_iterations_per_epoch: int = 250  # optimisation steps
+    num_val_iterations_per_epoch: int = 50  # batches that the online validation looks at
+    initial_lr: float = 1e-2  # learning rate, falling to 0 over the epochs
     weight_decay: float = 3e-5
     save_every: int = 50  # epochs between two checkpoint_latest.pth
     seed: int = -1  # negative: not seeded; exact repetition also needs nnUNet_n_proc_DA=0 and a CPU

@@ -17,10 +17,11 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import autocast
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion.data.images import ImageDataset, hold_out, image_loader, image_statistics
+from nnunet_diffusion.data.images import ImageDataset, fixed_batches, hold_out, image_loader, image_statistics
 from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
 from nnunet_diffusion.diffusion import pictures
 from nnunet_diffusion.diffusion.diffusion import Diffusion
+from nnunet_diffusion.diffusion.draw import draw_images
 from nnunet_diffusion.diffusion.process import draw_timesteps
 from nnunet_diffusion.networks.conditioning import condition
 from nnunet_diffusion.networks.denoiser_file import plan_identity, save_denoiser
@@ -39,24 +40,24 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
 
     num_epochs: int = 1000
     num_iterations_per_epoch: int = 250
-    num_val_iterations_per_epoch: int = 10
+    num_val_iterations_per_epoch: int = 10  # held-out batches, always the same
     initial_lr: float = 3e-4  # AdamW
     weight_decay: float = 1e-4
-    warmup_epochs: int = 5
+    warmup_epochs: int = 5  # of a learning rate that rises from 0
     seed: int = 0
     schedule: str = "linear"  # or cosine, sigmoid
-    timesteps: int = 1000
+    timesteps: int = 1000  # noise levels
     prediction: str = "epsilon"  # or v
     weighting: str = "uniform"  # or min_snr
     min_snr_gamma: float = 5.0  # Hang et al. 2023, Sec. 3.4
-    antithetic: bool = True
-    ema_decay: float = 0.999
+    antithetic: bool = True  # timesteps come in pairs t and T - 1 - t
+    ema_decay: float = 0.999  # of the average of the weights, which is what is kept
     timestep: int = 300  # t*, at which `network_weights` of denoiser.pth is folded
     augment: bool = True  # small rotations and scalings; never mirrors, which would make impossible anatomy
     held_out: float = 0.05  # share of the pool that fold `all` does not train on
     sample_every: int = 50  # epochs between two sheets of samples; 0 for none
-    sample_steps: int = 50
-    num_samples: int = 8
+    sample_steps: int = 50  # of DDIM
+    num_samples: int = 8  # on a sheet
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -129,11 +130,9 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
             train, self.batch_size, patch_size, sampled_size, self.label_manager,
             transforms=transforms, workers=get_allowed_n_proc_DA(), pin_memory=on_cuda,
         )  # fmt: skip
-        state = np.random.get_state()
-        np.random.seed(1234)
-        fixed = image_loader(held_out, self.batch_size, patch_size, patch_size, self.label_manager)
-        batches = [{"data": next(fixed)["data"], "number": n} for n in range(self.num_val_iterations_per_epoch)]
-        np.random.set_state(state)
+        count = self.num_val_iterations_per_epoch
+        fixed = fixed_batches(held_out, count, self.batch_size, patch_size, self.label_manager, seed=1234)
+        batches = [{"data": data, "number": number} for number, data in enumerate(fixed)]
         self.real_images = batches[0]["data"].numpy()
         return loader, itertools.cycle(batches)
 
@@ -245,19 +244,13 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         save_denoiser(path, self.ema.module, self.timestep, self.diffusion.description, plan, training)
         self.print_to_log_file(f"Wrote {path}: fine-tune with -tr DiffusionPretrainedTrainer")
 
-    @torch.no_grad()
     def draw_samples(self, name: str):
         """A sheet of generated images under real ones, always from the same noise."""
-        denoiser = self.ema.module.eval()
-        generator = torch.Generator().manual_seed(1234)
-        shape = (self.real_images.shape[1], *self.configuration_manager.patch_size)
-        clip = tuple((denoiser.image_range / denoiser.input_scale.mean()).tolist())
-        samples = []
-        for _ in range(math.ceil(self.num_samples / self.batch_size)):
-            noise = torch.randn(self.batch_size, *shape, generator=generator).to(self.device)
-            with autocast(self.device.type, enabled=self.device.type == "cuda"):
-                x_0 = self.diffusion.sample(denoiser, noise, self.sample_steps, clip=clip)
-            samples.append(denoiser.unscaled(x_0).float().cpu())
-        samples = torch.cat(samples)[: self.num_samples].numpy()
+        patch_size, numbers = self.configuration_manager.patch_size, range(self.num_samples)
+        batches = draw_images(
+            self.ema.module.eval(), self.diffusion, patch_size, numbers, "ddim", self.sample_steps,
+            batch_size=self.batch_size,
+        )  # fmt: skip
         title = f"{self.plans_manager.dataset_name}, {self.configuration_name}: DDIM, {self.sample_steps} steps"
+        samples = torch.cat(list(batches)).numpy()
         pictures.sample_sheet(join(self.output_folder, name), samples, self.real_images, title)

@@ -32,7 +32,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
     """
 
     optimizer_name: str = "SGD"  # nnU-Net's; or AdamW, for trainings of a few thousand steps
-    warmup_epochs: int = 0
+    warmup_epochs: int = 0  # of a learning rate that rises from 0
     head_lr_factor: float = 1.0  # learning rate of the output heads, relative to initial_lr
     exclusion_weight: float = 2.0  # Shi et al. 2021
     balanced: bool = False  # draw cases so that each label is equally often the reason, however few cases annotate it

@@ -114,3 +114,19 @@ def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_siz
         pin_memory=kwargs.get("pin_memory", False),
         wait_time=0.002,
     )
+
+
+def fixed_batches(dataset: ImageDataset, number: int, batch_size: int, patch_size, label_manager, seed: int):
+    """Yields `number` batches (B, C, X, Y[, Z]) of random patches that are always the same; torch tensors.
+
+    Leaves numpy's generator, which nnU-Net's loader draws from, as it was.
+    """
+    loader = image_loader(dataset, batch_size, patch_size, patch_size, label_manager)
+    state = np.random.RandomState(seed).get_state()
+    for _ in range(number):
+        before = np.random.get_state()
+        np.random.set_state(state)
+        data = next(loader)["data"]
+        state = np.random.get_state()
+        np.random.set_state(before)
+        yield data

@@ -23,16 +23,16 @@ def loss_curves(path: str, train: list[float], held_out: list[float], rates: lis
 
 
 def sample_sheet(path: str, samples: np.ndarray, real: np.ndarray, title: str = "") -> None:
-    """Draws generated images under real ones, in the real ones' window.
+    """Draws generated images under real ones, in the real ones' window (without real ones, in their own).
 
     Args:
         path: PNG to write.
         samples: (N, C, X, Y[, Z]); of 3-D patches the middle slice of the first axis is shown, of several channels
             the first.
-        real: (M, C, X, Y[, Z]).
+        real: (M, C, X, Y[, Z]); M may be 0.
         title: Above the sheet.
     """
-    low, high = np.percentile(real, [0.5, 99.5])
+    low, high = np.percentile(real if len(real) else samples, [0.5, 99.5])
     columns = min(8, max(len(samples), len(real)))
     rows = [("real", chunk) for chunk in _chunks(real, columns)][:1]
     rows += [("sampled", chunk) for chunk in _chunks(samples, columns)]

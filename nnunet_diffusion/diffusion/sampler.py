@@ -1,6 +1,6 @@
 """Samplers: functions from a denoiser and noise to images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def ddim(
     steps: int = 50,
     eta: float = 0.0,
     clip: tuple[float, float] | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Draws images by DDIM (Song et al. 2021, Eq. 12 and 16); eta = 1 over all steps is DDPM's ancestral sampler.
@@ -31,7 +31,7 @@ def ddim(
         steps: How many of the T noise levels are visited, evenly from the noisiest to 0.
         eta: Share of fresh noise, 0 is deterministic.
         clip: Range that estimates of x_0 are kept in, in units of x_0.
-        generator: Source of the fresh noise.
+        generator: Source of the fresh noise; with one for each sample, its noise does not depend on the batch.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -50,5 +50,11 @@ def ddim(
         sigma = eta * ((1 - a_next) / (1 - alpha_bar[t]) * (1 - alpha_bar[t] / a_next)).clamp(min=0).sqrt()
         x = a_next.sqrt().to(x) * x_0 + (1 - a_next - sigma**2).clamp(min=0).sqrt().to(x) * noise
         if eta > 0 and i + 1 < steps:
-            x = x + sigma.to(x) * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            x = x + sigma.to(x) * _standard_normal(x, generator)
     return x
+
+
+def _standard_normal(like: Tensor, generator: torch.Generator | Sequence[torch.Generator] | None) -> Tensor:
+    if isinstance(generator, Sequence):
+        return torch.stack([torch.randn(like.shape[1:], generator=each) for each in generator]).to(like)
+    return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)

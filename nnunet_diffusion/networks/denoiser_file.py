@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import zipfile
 from importlib.metadata import version
 from typing import Any
@@ -15,6 +16,8 @@ from nnunet_diffusion.networks.conditioning import Denoiser, condition, fold
 
 FORMAT = "nnunet_diffusion denoiser"
 FORMAT_VERSION = 1
+NETWORKS = re.compile(r"dynamic_network_architectures\.architectures\.unet\.(PlainConvUNet|ResidualEncoderUNet)")
+MODULES = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
 
 
 def plan_identity(plans_manager, configuration_name: str, dataset_json: dict) -> dict[str, Any]:
@@ -140,6 +143,31 @@ def rebuild(content: dict[str, Any], network: nn.Module) -> Denoiser:
         )
     denoiser.load_state_dict(weights)
     return denoiser
+
+
+def build(content: dict[str, Any]) -> Denoiser:
+    """The denoiser of a file with nothing but the file: no plan, no data set.
+
+    Args:
+        content: From `load_denoiser`.
+
+    Raises:
+        UserError: If it names another network than nnU-Net plans. Names are looked up and called, so a file from
+            somebody else must not be free to choose them.
+    """
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    plan, channels = content["plan"], len(content["denoiser_weights"]["input_scale"])
+    imported = plan["network_kwargs_requiring_import"]
+    modules = [plan["network_kwargs"][key] for key in imported if plan["network_kwargs"][key] is not None]
+    strange = [name for name in [plan["network_class"]] if not NETWORKS.fullmatch(name)]
+    strange += [name for name in modules if not MODULES.fullmatch(name)]
+    if strange:
+        raise UserError(f"the denoiser asks for {', '.join(strange)}: only nnU-Net's U-Nets are built from a file")
+    network = get_network_from_plans(
+        plan["network_class"], plan["network_kwargs"], imported, channels, channels, deep_supervision=False
+    )
+    return rebuild(content, network)
 
 
 def _shape(tensor: torch.Tensor | None) -> str:

@@ -1,0 +1,75 @@
+"""Writes settings.md: every setting of every trainer, from the classes themselves.
+
+Run it after a change: python docs/settings.py
+"""
+
+import ast
+import importlib
+import inspect
+import io
+import tokenize
+from pathlib import Path
+
+from nnunet_diffusion.installation import trainer_names
+from nnunet_diffusion.settings import declared
+
+PAGE = Path(__file__).with_name("settings.md")
+HEAD = """\
+# Settings
+
+Written by `docs/settings.py` from the trainers. A setting is a class attribute; plans.json overrides it, for the
+trainer that it names alone, and is saved with the model. An unknown trainer or setting, or a value of another type, is
+an error.
+
+```json
+"nnunet_diffusion": {"DenoisingDiffusionTrainer": {"num_epochs": 500, "schedule": "cosine"}}
+```
+
+`CompactPlanner` writes such a block, with settings for short trainings on a laptop, into the plans that it makes.
+"""
+
+
+def comments(cls: type) -> dict[str, str]:
+    """The comment beside each annotated attribute of a class, with the comment lines that follow it."""
+    source = inspect.cleandoc("\n" + inspect.getsource(cls))
+    lines = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            lines[token.start[0]] = (token.string.lstrip("# "), token.line.strip().startswith("#"))
+    found = {}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            number = node.end_lineno
+            parts = [lines[number][0]] if number in lines else []
+            while parts and lines.get(number + 1, ("", False))[1]:
+                number += 1
+                parts.append(lines[number][0])
+            found[node.target.id] = " ".join(parts)
+    return found
+
+
+def section(cls: type) -> str:
+    """A trainer: what it is, its own settings, and whose it has besides."""
+    own, values = comments(cls), declared(cls)
+    trainers = [base for base in cls.__mro__ if base.__name__ in trainer_names()]
+    lines = [f"## {cls.__name__}\n", inspect.getdoc(cls).splitlines()[0] + "\n"]
+    names = [name for name in own if name in values]
+    if names:
+        lines += ["| setting | default | |", "|---|---|---|"]
+        said = {name: next(filter(None, (comments(c).get(name, "") for c in trainers)), "") for name in names}
+        lines += [f"| `{name}` | `{values[name][1]!r}` | {said[name].replace('|', chr(92) + '|')} |" for name in names]
+        lines.append("")
+    if bases := [base.__name__ for base in trainers[1:]]:
+        lines.append(f"Also those of {', '.join(f'[{base}](#{base.lower()})' for base in bases)}.\n")
+    return "\n".join(lines)
+
+
+def write() -> str:
+    """The whole page; a trainer comes after those that it derives from."""
+    classes = [getattr(importlib.import_module(f"nnunet_diffusion.trainers.{name}"), name) for name in trainer_names()]
+    classes.sort(key=lambda cls: (len(cls.__mro__), cls.__name__))
+    return "\n".join([HEAD, *map(section, classes)]).rstrip() + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(write(), encoding="utf-8")

@@ -1,0 +1,337 @@
+"""The report: reads what is there, survives what is not, escapes every name, and works in a browser."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunet_diffusion.cli import main
+from nnunet_diffusion.phantom import LABELS, phantom
+from nnunet_diffusion.report.charts import line_chart, strip_chart
+from nnunet_diffusion.report.collect import Fold, Model, collect, evaluation_scores, model_scores, read_log
+from nnunet_diffusion.report.html import element
+from nnunet_diffusion.report.outcome import best_median_worst, organ_mean
+from nnunet_diffusion.report.rounds import find_rounds, rounds_section
+from nnunet_diffusion.report.slices import case_planes, organ_colors, slices_to_show
+from nnunet_diffusion.report.training import annotation_kind
+
+NAME = "Dataset995_Report"
+EVIL = '<img src=x onerror=alert(1)>"&\''
+MODEL = "DiffusionPretrainedTrainer__nnUNetPlans__2d"
+
+
+def save(array, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((4.0, 4.0, 6.0))
+    sitk.WriteImage(image, str(path))
+
+
+def make_results(root, cases=4, files=4, models=(MODEL,), names=LABELS):
+    """A data set with results, the first `files` cases with real files: phantoms, moved by a voxel as predictions."""
+    raw, preprocessed, results = (root / f"nnUNet_{kind}" / NAME for kind in ("raw", "preprocessed", "results"))
+    case_names = [f"case_{i:03d}" for i in range(cases)]
+    values = list(range(len(names)))
+    dataset = {c: {"images": [f"imagesTr/{c}.nii.gz"], "label": f"labelsTr/{c}.nii.gz"} for c in case_names}
+    content = {
+        "channel_names": {"0": "CT"}, "labels": dict(zip(names, values, strict=True)), "numTraining": cases,
+        "file_ending": ".nii.gz", "dataset": dataset, "unlabeled": {"pool_0": {"images": ["pool_0.nii.gz"]}},
+        "annotated_labels": {case_names[0]: list(names)[1:3]},
+    }  # fmt: skip
+    raw.mkdir(parents=True)
+    (raw / "dataset.json").write_text(json.dumps(content))
+    for i, case in enumerate(case_names[:files]):
+        image, label = phantom(i, (12, 36, 48), (25.0, 8.0, 8.0))
+        save(image.astype(np.int16), raw / "imagesTr" / f"{case}.nii.gz")
+        save(label.astype(np.uint8), preprocessed / "gt_segmentations" / f"{case}.nii.gz")
+        for model in models:
+            save(np.roll(label, 1, 2).astype(np.uint8), results / model / "fold_0" / "validation" / f"{case}.nii.gz")
+    rng = np.random.default_rng(0)
+    for model in models:
+        fold = results / model / "fold_0"
+        (fold / "validation").mkdir(parents=True, exist_ok=True)
+        per_case = [
+            # the first cases are best, median and worst, so that those with files are shown
+            {"prediction_file": f"/x/{c}.nii.gz", "metrics": {str(v): {"Dice": dice} for v in values[1:]}}
+            for c, dice in zip(case_names, [0.5, 0.99, 0.01, *rng.choice([0.2, 0.8], cases - 3)], strict=True)
+        ]
+        (fold / "validation" / "summary.json").write_text(json.dumps({"metric_per_case": per_case}))
+        (fold / "training_log_2026_1_1_00_00_00.txt").write_text(LOG)
+    return raw, preprocessed, results
+
+
+LOG = """2026-01-01 00:00:00: Using splits
+2026-01-01 00:00:01.5: Epoch 0\x20
+2026-01-01 00:00:02: train_loss 0.25\x20
+2026-01-01 00:00:02: val_loss -0.5\x20
+2026-01-01 00:00:02: Pseudo dice [np.float32(0.5), np.float32(0.7), nan]\x20
+2026-01-01 00:00:03: Epoch 1\x20
+2026-01-01 00:00:04: train_loss 1e-05, held-out loss 0.2000, epoch time 3.0 s
+2026-01-01 00:00:05: Epoch 2\x20
+2026-01-01 00:00:06: train_loss nan\x20
+"""
+
+
+@pytest.fixture
+def root(nnunet_folders):
+    return nnunet_folders
+
+
+def report(root, *arguments):
+    code = main(["report", "-d", "995", *arguments])
+    return code, (root / "nnUNet_results" / NAME / "report.html").read_text()
+
+
+# ---------------------------------------------------------------- parts, by hand
+
+
+def test_markup_escapes_text_and_attributes_and_nothing_twice():
+    inner = element("b", EVIL, title=EVIL)
+    escaped = "&lt;img src=x onerror=alert(1)&gt;&quot;&amp;&#x27;"
+    assert element("p", inner, hidden=True, lang=None) == f'<p hidden><b title="{escaped}">{escaped}</b></p>'
+
+
+def test_log_by_hand(tmp_path):
+    (tmp_path / "log.txt").write_text(LOG)
+    curves = read_log(str(tmp_path / "log.txt"))
+    assert curves["train_loss"] == {0: 0.25, 1: 1e-5} and curves["val_loss"] == {0: -0.5, 1: 0.2}
+    assert curves["pseudo_dice"] == {0: pytest.approx(0.6)}
+
+
+def test_a_resumed_log_continues_and_a_new_training_replaces(root):
+    _, preprocessed, results = make_results(root, files=0)
+    fold = results / MODEL / "fold_0"
+    log = "x: Epoch 2\nx: train_loss 0.5 \nx: Epoch 3\nx: train_loss 0.4 \n"
+    (fold / "training_log_2026_1_2_00_00_00.txt").write_text(log)
+
+    def losses():
+        return collect(NAME, "", str(preprocessed), str(results), []).models[0].folds[0].curves["train_loss"]
+
+    assert losses() == {0: 0.25, 1: 1e-5, 2: 0.5, 3: 0.4}
+    (fold / "training_log_2026_1_3_00_00_00.txt").write_text("x: Epoch 0\nx: train_loss 9.0 \n")
+    assert losses() == {0: 9.0}
+
+
+def test_best_median_and_worst_by_hand():
+    scores = {"a": {"x": 0.2, "y": 0.4}, "b": {"x": 0.9}, "c": {"y": 0.5}, "d": {}, "e": {"x": 0.1}}
+    assert best_median_worst(scores) == {"b": "best", "a": "median", "e": "worst"}  # 0.9 0.5 0.3 0.1; d has none
+    assert best_median_worst({"a": {"x": 1.0}}) == {"a": "worst"} and best_median_worst({"d": {}}) == {}
+    assert organ_mean(scores, ["x", "y", "z"]) == pytest.approx((0.4 + 0.45) / 2)  # z is nowhere: not 0
+
+
+def test_scores_of_an_evaluation_go_before_nnunets_if_they_cover_as_many_cases():
+    organs = {"dsc": 0.7, "nsd": None, "hd95_mm": None}
+    content = {"rules": {"name": "nnunet", "description": "d"}, "cases": {"a": {"x": organs}}}
+    assert evaluation_scores(content).measures == {"DSC": {"a": {"x": 0.7}}, "NSD": {"a": {}}}
+    fold = Fold("0", "", validation={"a": {"x": 0.6}}, evaluations={"nnunet": content})
+    model = Model("T", "P", "2d", "", [fold])
+    assert model_scores(model).measures["DSC"] == {"a": {"x": 0.7}}
+    fold.validation["b"] = {"x": 0.1}
+    assert list(model_scores(model).measures) == ["DSC"]
+
+
+def test_what_a_case_says_of_an_organ_by_hand():
+    tables = {"annotated_labels": {"a": ["x"]}, "union_labels": {"b": [["y", "z"]]}}
+    kinds = {(case, organ): annotation_kind(case, organ, tables) for case in "abc" for organ in "xy"}
+    assert kinds == {
+        ("a", "x"): "annotated", ("a", "y"): "not", ("b", "x"): "annotated", ("b", "y"): "union",
+        ("c", "x"): "annotated", ("c", "y"): "annotated",
+    }  # fmt: skip
+
+
+def test_slices_cover_what_is_segmented():
+    reference, prediction = np.zeros((2, 20, 3, 3), bool)
+    reference[5], prediction[9] = True, True
+    assert slices_to_show(reference, prediction, 100) == list(range(4, 11))
+    assert slices_to_show(reference, prediction, 3) == [4, 7, 10]
+    assert slices_to_show(reference & False, prediction & False, 2) == [0, 19]
+
+
+def test_planes_show_right_on_the_left_and_the_head_on_top(tmp_path):
+    """A voxel at the patient's right, front and head; SimpleITK's axes run to left, back and head."""
+    image, label = np.full((10, 10, 10), 40, np.int16), np.zeros((10, 10, 10), np.uint8)
+    label[9, 0, 0] = 1
+    for name, array in (("image", image), ("label", label)):
+        save(array, tmp_path / f"{name}.nii.gz")
+    files = [str(tmp_path / f"{name}.nii.gz") for name in ("image", "label", "label")]
+    planes = {plane.name: plane for plane in case_planes(*files, {"background": 0, "a": 1}, True, 5)}
+    assert planes["axial"].total == 10 and planes["axial"].positions[planes["axial"].start] == 10
+    for plane, (x, y) in {"axial": (0, 0), "coronal": (0, 0), "sagittal": (0, 0)}.items():
+        import base64
+        import io
+
+        from PIL import Image
+
+        layer = planes[plane].layers["prediction"][planes[plane].start]
+        picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(layer.split(",")[1]))).convert("RGBA"))[..., 3]
+        assert picture[y, x] > 0 and picture[-1, -1] == 0 and picture[-1, 0] == 0 and picture[0, -1] == 0, plane
+    assert planes["coronal"].size[1] / planes["coronal"].size[0] == pytest.approx(1.5, abs=0.02)  # 6 mm by 4 mm
+
+
+def test_regions_get_the_name_of_the_smallest():
+    colors = organ_colors({"background": 0, "whole": [1, 2], "core": [2]})
+    assert {value: name for value, (name, _) in colors.items()} == {1: "whole", 2: "core"}
+
+
+def test_charts_describe_themselves():
+    chart = line_chart("Loss", {"a<b": [[(1, 0.5), (2, 0.25)]]}, "epoch", "loss")
+    assert 'role="img"' in chart and "a&lt;b ends at 0.25" in chart
+    assert "x 0.500" in strip_chart("DSC", {"x": [0.4, 0.6], "y": []}, "DSC")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_shows_what_there_is(root, capsys):
+    make_results(root)
+    code, page = report(root)
+    assert code == 0 and "report.html" in capsys.readouterr().out
+    for text in ("4 labelled, 1 not", "Best: case_001, mean DSC 0.990", "Worst: case_002"):
+        assert text in page, text
+    assert "1 of them for some labels only" in page
+    assert page.count('type="range"') == 9
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page), "loads something from somewhere"
+
+
+def test_a_data_set_without_results_has_a_page_too(root):
+    results = make_results(root, files=0)[2]
+    shutil.rmtree(results)
+    code, page = report(root)
+    assert code == 0 and "Nothing was trained on this data set yet" in page
+
+
+def test_names_are_escaped(root):
+    names = {EVIL: 1} | {f"organ {i}": i for i in range(2, len(LABELS))}
+    _, _, results = make_results(root, files=0, names=["background", *names])
+    evil = results / f"Trainer{EVIL.replace('/', '')}__P__2d" / "fold_0"
+    evil.mkdir(parents=True)
+    (evil / "training_log_1.txt").write_text(LOG)
+    transfer = {key: [EVIL] for key in ("matched", "adapted", "missing", "unexpected", "warnings")}
+    (evil / "transfer_report.json").write_text(json.dumps({**transfer, "source": EVIL, "timestep": 3}))
+    code, page = report(root)
+    assert code == 1, "the cases' files are not there"
+    assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;") > 5
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("fold_0/validation/summary.json", '{"metric_per_case": [{"prediction'),
+        ("fold_0/validation/summary.json", '{"results": []}'),
+        ("fold_0/validation/evaluation_nnunet.json", '{"rules": "old"}'),
+        ("fold_0/transfer_report.json", "[1, 2]"),
+        ("fold_0/denoiser.pth", "not torch"),
+        ("plans.json", "{"),
+        ("fold_0/progress.png", "no picture"),
+    ],
+)
+def test_what_is_half_written_or_of_another_version_is_named(root, capsys, file, content):
+    _, _, results = make_results(root, files=0)
+    (results / MODEL / file).write_text(content)
+    if file.endswith("png"):
+        (results / MODEL / "fold_0" / "training_log_2026_1_1_00_00_00.txt").write_text("no epochs")
+    code, page = report(root)
+    name = file.split("/")[-1]
+    assert code == 1 and "Not everything could be read" in page and name in page
+    assert re.search(rf"WARNING: .*{name}.*left out", capsys.readouterr().err)
+
+
+def test_rounds_are_shown_and_are_no_model(root):
+    _, preprocessed, results = make_results(root, files=0)
+    for number, kept in ((1, 3), (2, 5)):
+        folder = results / "rounds__nnUNetPlans__2d" / "fold_0" / f"round_{number}"
+        folder.mkdir(parents=True)
+        reasons = {"liver": [f"confidence 0.{number}1 below 0.8"]}
+        cases = {"p<1>": {"decision": "keep", "organs": [], "reasons": reasons, "evidence": {}}}
+        decisions = {"keep": kept, "wait": 2, "drop": 1}
+        report_json = {"title": "t", "decisions": decisions, "organs": {"liver": kept}, "cases": cases}
+        (folder / "report.json").write_text(json.dumps(report_json))
+    state = preprocessed / "nnUNetPlans_2d_pseudo" / "nnUNetPlans__2d__fold_0" / "state.json"
+    state.parent.mkdir(parents=True)
+    rounds = [{"round": i, "agreement": dice} for i, dice in enumerate([0.61, 0.66, None])]
+    state.write_text(json.dumps({"format": 1, "rounds": rounds}))
+    found = collect(NAME, "", str(preprocessed), str(results), [])
+    assert [model.trainer for model in found.models] == ["DiffusionPretrainedTrainer"]
+    runs = find_rounds(found, str(results), str(preprocessed))
+    (name, (first, second, third)), = runs.items()
+    assert name == "nnUNetPlans, 2d, fold 0" and [r.dice for r in (first, second, third)] == [0.61, 0.66, None]
+    assert third.decisions == {"keep": 5, "wait": 2, "drop": 1} and third.organs == {"liver": 5}
+    assert third.reasons == {"confidence N below N": 1} and found.problems == []
+    page = rounds_section(found, runs)
+    assert "kept 5, waiting 2, dropped 1" in page and "Dice ends at 0.66" in page
+    (folder / "report.json").write_text('{"title"')
+    assert find_rounds(found, str(results), str(preprocessed))[name][2].organs == {} and len(found.problems) == 1
+
+
+def test_a_case_whose_files_are_gone_is_named(root, capsys):
+    _, preprocessed, _ = make_results(root)
+    (preprocessed / "gt_segmentations" / "case_002.nii.gz").unlink()
+    code, page = report(root)
+    assert code == 1 and "case case_002 is not shown, its reference is not there" in capsys.readouterr().err
+    assert "Best: case_001" in page and "Worst: case_002" not in page
+
+
+def test_an_unknown_data_set_is_named(root, capsys):
+    assert main(["report", "-d", "996"]) == 1
+    assert "-d 996" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- in a browser
+
+PROBE = """<script>addEventListener("load", async () => {
+const loaded = src => new Promise(resolve => {
+  const i = new Image(); i.onload = () => resolve(i.naturalWidth > 0); i.onerror = () => resolve(false); i.src = src;
+});
+const bad = [], moved = [];
+for (const plane of document.querySelectorAll(".plane")) {
+  const slider = plane.querySelector("input"), scan = plane.querySelector(".scan"), seen = new Set();
+  for (let i = 0; i <= Number(slider.max); i++) {
+    slider.value = i; slider.dispatchEvent(new Event("input"));
+    seen.add(scan.src + plane.querySelector("output").textContent + scan.alt);
+    for (const img of plane.querySelectorAll("img")) if (!await loaded(img.src)) bad.push(img.className + i);
+  }
+  moved.push(seen.size === Number(slider.max) + 1);
+}
+for (const img of document.images) if (!await loaded(img.src) || !img.hasAttribute("alt")) bad.push(img.alt);
+const box = document.querySelector("[data-layer=prediction]"), layer = document.querySelector(".prediction");
+box.click(); const hidden = getComputedStyle(layer).visibility; box.click();
+const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+const result = { bad, moved: moved.length && moved.every(Boolean), planes: moved.length, hidden,
+  shown: getComputedStyle(layer).visibility, wide };
+document.title = "RESULT" + JSON.stringify(result) + "END";
+});</script>"""
+
+
+def browse(page, tmp_path, width):
+    """Loads a page in headless Chromium; returns what the probe found and what the console said."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("needs Chromium")
+    file = tmp_path / "probed.html"
+    file.write_text(page.replace("</body>", PROBE + "</body>"))
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0"]
+    command += [f"--window-size={width},900", "--virtual-time-budget=60000", "--dump-dom"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.search(r"RESULT(\{.*?\})END", done.stdout)
+    assert found, done.stdout[-500:] + done.stderr[-2000:]
+    return json.loads(found[1].replace("&amp;", "&")), [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 500])
+def test_works_in_a_browser(root, tmp_path, width):
+    make_results(root)
+    found, console = browse(report(root)[1], tmp_path, width)
+    assert console == []
+    assert found == {"bad": [], "moved": True, "planes": 9, "hidden": "hidden", "shown": "visible", "wide": False}
+
+
+@pytest.mark.slow
+def test_two_hundred_cases_and_six_models_stay_under_20_mb(root):
+    make_results(root, 200, 3, [f"Trainer{i}__nnUNetPlans__3d_fullres" for i in range(6)])
+    assert len(report(root)[1]) < 20e6

@@ -1,0 +1,69 @@
+"""Samples, their figures and the report of denoisers of a data set that nnU-Net planned and preprocessed."""
+
+import json
+import os
+from pathlib import Path
+
+import denoisers
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import tiny
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_diffusion.cli import main
+from nnunet_diffusion.cli.sample import real_batches
+from nnunet_diffusion.evaluation.features import encoder_features
+from nnunet_diffusion.evaluation.generation import frechet_distance
+from nnunet_diffusion.networks.denoiser_file import build, load_denoiser, plan_identity
+
+pytestmark = pytest.mark.slow
+WHERE = ("-d", str(tiny.ID), "-p", tiny.PLANS, "--device", "cpu", "--steps", "5", "-n", "10")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The folders of a 2-D and a 3-D denoiser of the tiny data set, which have learned nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name)))
+        preprocessed = tiny.prepare()
+        plans = PlansManager(str(preprocessed / f"{tiny.PLANS}.json"))
+        dataset_json = json.loads((preprocessed / "dataset.json").read_text())
+        found = {}
+        for name in ("2d", "3d_fullres"):
+            model = f"DenoisingDiffusionTrainer__{tiny.PLANS}__{name}"
+            found[name] = Path(os.environ["nnUNet_results"], tiny.NAME, model, "fold_all")
+            found[name].mkdir(parents=True)
+            denoisers.write(found[name] / "denoiser.pth", plan_identity(plans, name, dataset_json), image_range=(-3, 3))
+        yield found
+
+
+@pytest.mark.parametrize(("configuration", "voxels"), [("2d", {1, 16}), ("3d_fullres", {8, 16})])
+def test_from_a_denoiser_to_figures_and_a_page(folders, capsys, configuration, voxels):
+    folder = folders[configuration] / "samples"
+    assert main(["sample", *WHERE, "-c", configuration]) == 0
+    assert "10 image(s) drawn" in capsys.readouterr().out
+    scan = sitk.ReadImage(str(folder / "sample_00009_0000.nii.gz"))
+    values = sitk.GetArrayFromImage(scan)
+    assert set(scan.GetSize()) == voxels and set(scan.GetSpacing()) <= {1.0, 2.0, 3.0}
+    assert np.isfinite(values).all() and -200 < values.min() < values.max() < 400  # the scans' own range
+    assert main(["evaluate_samples", str(folder), "--device", "cpu", "--real", "12"]) == 0
+    printed = capsys.readouterr().out
+    content = json.loads((folder / "quality_encoder.json").read_text())
+    assert "10 samples, 12 real patches of Dataset990_Tiny" in printed and content["features"] in printed
+    assert content["values"]["FID"] > 0 and 0 <= content["values"]["precision"] <= 1
+    main(["report", "-d", str(tiny.ID)])
+    page = Path(os.environ["nnUNet_results"], tiny.NAME, "report.html").read_text()
+    assert content["features"] in page and "Samples of the denoiser" in page
+
+
+def test_real_patches_are_nearer_to_real_patches_than_noise_is(folders):
+    content = load_denoiser(str(folders["2d"] / "denoiser.pth"))
+    extractor = encoder_features(build(content).eval(), content["timestep"], "")
+    real = torch.from_numpy(np.concatenate(list(real_batches(content["plan"], 20, 8))))
+    first, second, noise = (extractor.extract(x) for x in (real[:80], real[80:], torch.randn(80, *real.shape[1:])))
+    for kind in (0, 1):
+        between, to_noise = (frechet_distance(first[kind].numpy(), x[kind].numpy()) for x in (second, noise))
+        assert between < 0.5 * to_noise
