@@ -434,7 +434,9 @@ class Rounds:
         inherited = () if self.lock is None else (self.lock,)
         environment = command_environment(None, self.request.device)
         total = rounds + 1 + self.request.finetune
-        return Steps(self.reports, environment, total, self.state["steps"], self.save, inherited)
+        steps = Steps(self.reports, environment, total, self.state["steps"], self.save, inherited)
+        steps.number = sum("checkpoints" in entry for entry in self.state["rounds"])
+        return steps
 
     def run(self, rounds: int, stop_after: str = "") -> None:
         """Does all that is not done; ends after the first stage of a kind that had something to do, if asked to.

@@ -70,6 +70,7 @@ class Teacher:
             self.predictor.initialize_from_trained_model_folder(folder, tuple(folds), "checkpoint_final.pth")
         self.label_manager = self.predictor.label_manager
 
+    @torch.inference_mode()
     def logits(self, image: torch.Tensor) -> tuple[torch.Tensor, list[np.ndarray]]:
         """Mean logits (C, X, Y, Z) of an image, on the CPU, and the label map of each model if there are several."""
         total, members, models = None, [], self.predictor.list_of_parameters
@@ -83,6 +84,7 @@ class Teacher:
         return total.div_(len(models)), members
 
 
+@torch.inference_mode()
 def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: str, channels) -> None:
     """Predicts one case and saves it, unless this teacher did already.
 
