@@ -335,8 +335,8 @@ def test_what_changed_is_named_and_not_mixed(world, results, capsys):
     with pytest.raises(UserError, match="trainer: was 'DiffusionPretrainedTrainer', now 'PartialLabelTrainer'"):
         the_run(trainer="PartialLabelTrainer")
     changes = {
-        folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_101.b2nd": "pool cases .* changed: tiny_101",
-        folder / "nnUNetCompactPlans_2d" / "tiny_002_seg.b2nd": "annotated cases .* changed: tiny_002",
+        folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_101.b2nd": "pool cases .*changed: tiny_101",
+        folder / "nnUNetCompactPlans_2d" / "tiny_002_seg.b2nd": "annotated cases .*changed: tiny_002",
         results / "PseudoLabelTrainer__R_round1__2d" / "fold_0" / "checkpoint_final.pth": "that round 1 ended with",
     }
     for path, message in changes.items():
