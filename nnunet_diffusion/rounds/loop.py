@@ -3,7 +3,7 @@
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from time import time
@@ -225,17 +225,20 @@ class Rounds:
                 "have learned from them: take a model with the same splits, whose validation folder is there"
             )
 
-    def train_first(self, steps: Steps) -> None:
-        """Trains on what is annotated, unless there is such a model."""
+    def train_first(self, steps: Steps) -> bool:
+        """Trains on what is annotated, unless there is such a model; returns whether there was anything to do."""
         entry = self.entry(0)
-        if self.request.model and "checkpoints" not in entry:
+        if "checkpoints" in entry:
+            return False
+        if self.request.model:
             self.check_given_model()
-        elif "checkpoints" not in entry and not self.is_trained_elsewhere():
+        elif not self.is_trained_elsewhere():
             plans, trainer = self.request.plans, self.request.trainer
             self.refuse_unfinished()
             epochs = self.plans.get("nnunet_diffusion", {}).get(trainer, {}).get("num_epochs", 1000)
             steps.run(self.training("training on annotated cases", 0, plans, trainer, epochs, [digest(self.plans)]))
         self.finish(entry, 0)
+        return True
 
     def is_trained_elsewhere(self) -> bool:
         """Whether the user has trained the first model already."""
@@ -262,8 +265,6 @@ class Rounds:
 
     def finish(self, entry: dict, number: int | str) -> None:
         """Records the checkpoints of a training and how well the model does on what it was validated on."""
-        if "checkpoints" in entry:
-            return
         entry["checkpoints"] = {path: record(path) for path in self.checkpoints(number)}
         entry["agreement"] = self.agreement(number)
         entry["versions"] = {name: version(name) for name in ("nnunetv2", "torch")}
@@ -294,16 +295,17 @@ class Rounds:
         """A name for the weights that a round is predicted with."""
         return digest(sorted(file["sha256"] for file in self.entry(number - 1)["checkpoints"].values()))
 
-    def predict(self, number: int, num_parts: int = 1, part_id: int = 0) -> None:
-        """Predicts the cases of a round, or a part of them, that are not predicted yet."""
+    def predict(self, number: int, num_parts: int = 1, part_id: int = 0) -> bool:
+        """Predicts what is not predicted yet of a round's cases, or of a part of them; returns whether that is any."""
         cases, identity, folder = self.cases.to_predict(), self.teacher(number), self.predicted(number)
         mine = self.entry(number)["cases"][part_id::num_parts]
         todo = [case for case in mine if case in cases and not is_predicted(folder, case, identity)]
         if not todo:
-            return
+            return False
         teacher = Teacher(self.model(number - 1), self.folds(number - 1), identity, torch.device(self.request.device))
         for case in tqdm(todo, f"round {number}: predicting ({len(mine) - len(todo)} there)"):
             predict_case(teacher, case, cases[case], folder, self.predicted(number - 1), self.cases.channels)
+        return True
 
     def predict_part(self, rounds: int, num_parts: int, part_id: int) -> None:
         """Predicts a part of the pool for the round that is due; writes nothing but predictions.
@@ -316,11 +318,11 @@ class Rounds:
             raise UserError(f"{self.state_file}: no round waits for predictions: run it with --stop_after train first")
         self.predict(due[0], num_parts, part_id)
 
-    def gate(self, number: int) -> None:
-        """Judges the predictions of a round, saves the pseudo labels that are kept, and reports."""
+    def gate(self, number: int) -> bool:
+        """Judges the predictions of a round, saves what is kept, and reports, unless that is done; returns whether."""
         entry, folder = self.entry(number), self.round_folder(number)
         if "verdicts" in entry:
-            return
+            return False
         cases, shown = self.cases.to_predict(), self.cases.anatomy()
         present = [case for case in entry["cases"] if case in cases]  # others were annotated meanwhile
         evidence, verdicts = {}, {}
@@ -342,6 +344,7 @@ class Rounds:
              self.cases.dataset_json["labels"])  # fmt: skip
         entry["verdicts"] = {case: list(verdict) for case, verdict in verdicts.items()}
         self.save()
+        return True
 
     def keep(self, number: int, case: str, annotation, verdict: Verdict) -> None:
         """Saves the pseudo label of one case."""
@@ -372,11 +375,11 @@ class Rounds:
             count += 1
         return count
 
-    def train(self, number: int, steps: Steps) -> None:
-        """Trains a fresh schedule on annotated cases and on what the gate kept."""
+    def train(self, number: int, steps: Steps) -> bool:
+        """Trains a fresh schedule on annotated cases and on what was kept, unless that is done; returns whether."""
         entry = self.entry(number)
         if "checkpoints" in entry:
-            return
+            return False
         if not pseudo_cases(self.round_folder(number)):
             raise UserError(
                 f"round {number}: the gate kept nothing, see {self.reports}/round_{number}/report.md: train the first "
@@ -389,6 +392,7 @@ class Rounds:
         title = f"round {number}: training"
         steps.run(self.training(title, number, plans, TRAINER, epochs, [digest(depends_on)]))
         self.finish(entry, number)
+        return True
 
     def name_for_plans(self) -> str:
         """The run's name with a placeholder for the fold, since folds share their plans."""
@@ -409,25 +413,26 @@ class Rounds:
 
     # ---------------------------------------------------------------- all of it
 
-    def stages(self, rounds: int) -> Iterator[tuple[str, Any]]:
-        """(What it is, what does it), in order, until the last round or until the agreement falls."""
+    def stages(self, rounds: int) -> Iterator[tuple[int, str, Callable[[], bool]]]:
+        """(Round, what it is, what does it), in order, until the last round or until the agreement falls."""
         steps = self.steps(rounds)
-        yield "train", lambda: self.train_and_begin(0, rounds, steps)
+        yield 0, "train", lambda: self.train_and_begin(0, rounds, steps)
         for number in range(1, rounds + 1):
             if (fallen := self.fallen()) is not None:
                 print(f"round {fallen}: agreement with the held-out annotations fell: stopped", flush=True)
                 break
             self.begin(number)
-            yield "predict", lambda number=number: self.predict(number)
-            yield "gate", lambda number=number: self.gate(number)
-            yield "train", lambda number=number: self.train_and_begin(number, rounds, steps)
-        yield "publish", lambda: self.publish(rounds, steps)
+            yield number, "predict", lambda number=number: self.predict(number)
+            yield number, "gate", lambda number=number: self.gate(number)
+            yield number, "train", lambda number=number: self.train_and_begin(number, rounds, steps)
+        self.publish(rounds, steps)
 
-    def train_and_begin(self, number: int, rounds: int, steps: Steps) -> None:
+    def train_and_begin(self, number: int, rounds: int, steps: Steps) -> bool:
         """Trains, and fixes what the next round predicts, so that other machines can begin with it."""
-        self.train(number, steps) if number else self.train_first(steps)
+        is_new = self.train(number, steps) if number else self.train_first(steps)
         if number < rounds and self.fallen() is None:
             self.begin(number + 1)
+        return is_new
 
     def steps(self, rounds: int) -> Steps:
         """The runner of trainings, whose state is this run's."""
@@ -447,11 +452,14 @@ class Rounds:
         if self.new_cases:
             print(f"new cases, which join the next round: {', '.join(self.new_cases)}", flush=True)
         self.save()
-        for kind, do in self.stages(rounds):
-            before, start = digest(self.state), time()
-            do()
-            if kind == stop_after and (digest(self.state) != before or time() - start > 1):
-                return
+        for number, kind, do in self.stages(rounds):
+            start = time()
+            if do():
+                seconds = self.entry(number).setdefault("seconds", {})
+                seconds[kind] = round(seconds.get(kind, 0) + time() - start, 2)
+                self.save()
+                if kind == stop_after:
+                    return
 
     def fallen(self) -> int | None:
         """The first round whose model agrees less with what is held out than the best one before; None so far."""
