@@ -32,7 +32,7 @@ import numpy as np
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from train_and_test import describe_machine, link_cases
 
-from nnunet_diffusion.cli import main as command
+from nnunet_diffusion.cli import main as run_command
 from nnunet_diffusion.data.pool import WORK
 from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases
 from nnunet_diffusion.files import write_json
@@ -88,7 +88,7 @@ def run_arm(args: argparse.Namespace, dataset: str, work: Path, arm: str) -> dic
         arguments += ["--from", str(results / f"{TRAINERS[0]}__gated__{args.c}")]
     if gate := [*ARMS[arm], *args.gate]:
         arguments += ["--gate", *gate]
-    if command(arguments) != 0:
+    if run_command(arguments) != 0:
         raise RuntimeError(f"{arm}: rounds failed in {work}")
     return json.loads(next(work.glob(f"preprocessed/*/*_pseudo/{arm}__*/state.json")).read_text())
 
@@ -161,24 +161,8 @@ def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) 
             (inputs / f"{case}_{channel:04d}{ending}").symlink_to(Path(image).resolve())
     model = work / "results" / raw.name / f"{TRAINERS[0]}__gated__{args.c}"
     start = time.time()
-    subprocess.run(
-        [
-            "nnUNetv2_predict_from_modelfolder",
-            "-i",
-            inputs,
-            "-o",
-            outputs,
-            "-m",
-            model,
-            "-f",
-            "0",
-            "-device",
-            args.device,
-        ],
-        check=True,
-        env=ours,
-        stdout=subprocess.DEVNULL,
-    )
+    command = ["nnUNetv2_predict_from_modelfolder", "-i", inputs, "-o", outputs, "-m", model, "-f", "0"]
+    subprocess.run([*command, "-device", args.device], check=True, env=ours, stdout=subprocess.DEVNULL)
     predicted = time.time()
     table = {
         case: {"images": [os.path.abspath(i) for i in files[case]["images"]], "label": str(outputs / (case + ending))}
@@ -191,22 +175,9 @@ def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) 
     source = work / "preprocessed" / raw.name
     for name in ("gated.json", "dataset_fingerprint.json"):
         shutil.copyfile(source / name, work / "hand" / "preprocessed" / raw.name / name)
-    subprocess.run(
-        [
-            "nnUNetv2_preprocess",
-            "-d",
-            str(int(raw.name[7:10])),
-            "-plans_name",
-            "gated",
-            "-c",
-            args.c,
-            "-np",
-            str(args.processes),
-        ],
-        check=True,
-        env=ours | hand,
-        stdout=subprocess.DEVNULL,
-    )
+    command = ["nnUNetv2_preprocess", "-d", str(int(raw.name[7:10])), "-plans_name", "gated", "-c", args.c]
+    command += ["-np", str(args.processes)]
+    subprocess.run(command, check=True, env=ours | hand, stdout=subprocess.DEVNULL)
     return {"predict": predicted - start, "preprocess": time.time() - predicted}
 
 
