@@ -171,7 +171,8 @@ def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) 
     for folder in ("raw", "preprocessed"):
         (work / "hand" / folder / raw.name).mkdir(parents=True)
     description = {**description, "dataset": table, "numTraining": len(table), "unlabeled": {}}
-    write_json(work / "hand" / "raw" / raw.name / "dataset.json", description)
+    for folder in ("raw", "preprocessed"):
+        write_json(work / "hand" / folder / raw.name / "dataset.json", description)
     source = work / "preprocessed" / raw.name
     for name in ("gated.json", "dataset_fingerprint.json"):
         shutil.copyfile(source / name, work / "hand" / "preprocessed" / raw.name / name)

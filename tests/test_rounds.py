@@ -345,6 +345,11 @@ def test_what_changed_is_named_and_not_mixed(world, results, capsys):
         with pytest.raises(UserError, match=message):
             the_run()
         path.write_bytes(content)
+    description = (folder / "dataset.json").read_text()
+    edit_json(folder / "dataset.json", annotated_labels={"tiny_001": ["left ball"]})
+    with pytest.raises(UserError, match="annotated cases .*changed: tiny_001"):
+        the_run()
+    (folder / "dataset.json").write_text(description)
     plans = (folder / "R.json").read_text()
     edit_json(folder / "R.json", more=1)
     with pytest.raises(UserError, match="plan: was"):

@@ -101,6 +101,7 @@ class Rounds:
             "finetune": request.finetune,
             "gate": request.gate.as_dict(),
             "plan": digest(self.plans),
+            "seeds": {name: block.get("seed") for name, block in self.plans.get("nnunet_diffusion", {}).items()},
             "labels": self.cases.dataset_json["labels"],
             "validation": sorted(self.validation()),
         }
@@ -129,11 +130,17 @@ class Rounds:
         return self.cases.split()[1]
 
     def refuse_other_checkpoint(self, entry: dict) -> None:
-        """Raises UserError if the checkpoint of a finished training is not there or was replaced."""
+        """Raises UserError if what a training ended with or started from is no longer what it was."""
         for path, known in entry.get("checkpoints", {}).items():
             if not os.path.isfile(path) or record(path, known)["sha256"] != known["sha256"]:
                 raise UserError(
                     f"{path}: is not the checkpoint that round {entry['round']} ended with: restore it, or remove the "
+                    f"folder {self.folder} to start anew"
+                )
+        for path, known in entry.get("denoiser", {}).items():
+            if os.path.isfile(path) and record(path, known)["sha256"] != known["sha256"]:
+                raise UserError(
+                    f"{path}: is not the denoiser that round {entry['round']} started from: restore it, or remove the "
                     f"folder {self.folder} to start anew"
                 )
 
@@ -267,6 +274,9 @@ class Rounds:
         """Records the checkpoints of a training and how well the model does on what it was validated on."""
         entry["checkpoints"] = {path: record(path) for path in self.checkpoints(number)}
         entry["agreement"] = self.agreement(number)
+        report = os.path.join(self.model(number), f"fold_{self.request.fold}", "transfer_report.json")
+        source = load_json(report)["source"] if os.path.isfile(report) else ""
+        entry["denoiser"] = {source: record(source)} if os.path.isfile(source) else {}
         entry["versions"] = {name: version(name) for name in ("nnunetv2", "torch")}
         self.save()
 
@@ -436,7 +446,7 @@ class Rounds:
 
     def steps(self, rounds: int) -> Steps:
         """The runner of trainings, whose state is this run's."""
-        inherited = () if self.lock is None else (self.lock,)
+        inherited = () if self.lock is None or os.name == "nt" else (self.lock,)
         environment = command_environment(None, self.request.device)
         total = rounds + 1 + self.request.finetune
         steps = Steps(self.reports, environment, total, self.state["steps"], self.save, inherited)
