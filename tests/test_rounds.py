@@ -25,7 +25,7 @@ from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, centre,
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, doubts, judge
 from nnunet_diffusion.rounds.state import load_state, locked, record, refuse_changed_cases, save_state
 
-KILLS = int(os.environ.get("NNUNET_DIFFUSION_KILLS", "3"))
+KILLS = int(os.environ.get("NNUNET_DIFFUSION_KILLS", "2"))
 
 # ---------------------------------------------------------------- evidence
 
@@ -408,7 +408,7 @@ def test_the_loop_stops_when_agreement_falls_and_keeps_the_best_model(world):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path):
-    """Three kills, or as many as NNUNET_DIFFUSION_KILLS says; kept cases, pseudo labels and weights are the same."""
+    """Two kills, or as many as NNUNET_DIFFUSION_KILLS says; kept cases, pseudo labels and weights are the same."""
     import torch
 
     folder, seconds, fresh = world
