@@ -174,8 +174,8 @@ def test_rounding_in_headers_is_no_mismatch(tmp_path):
 
 
 def test_files_without_geometry_are_left_to_nnunet(tmp_path):
-    (tmp_path / "scan.png").write_bytes(b"x")
-    assert check_image(str(tmp_path / "scan.png")) is None
+    (tmp_path / "scan.tif").write_bytes(b"x")
+    assert check_image(str(tmp_path / "scan.tif")) is None
     assert isinstance(read_geometry(write(tmp_path / "a.nrrd", noise())), Geometry)
 
 

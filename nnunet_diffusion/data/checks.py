@@ -14,13 +14,14 @@ import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
 
-# What SimpleITK reads and nnU-Net calls an image with a geometry; other files (png, tif) are only looked at for size 0.
+# What SimpleITK reads and nnU-Net calls an image with a geometry; other files (tif) are only looked at for size 0.
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 GEOMETRIC_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", ".gipl")
+PICTURE_ENDINGS = (".png", ".bmp")  # 2-D, without a geometry; one file may hold several channels, such as RGB
 
 
 class Geometry(NamedTuple):
-    """Where the voxels lie, in SimpleITK's axis order (x, y, z), lengths in mm, LPS."""
+    """Where the voxels lie, in SimpleITK's axis order (x, y, z), lengths in mm, LPS; of a picture its size alone."""
 
     size: tuple[int, ...]
     spacing: tuple[float, ...]
@@ -29,20 +30,17 @@ class Geometry(NamedTuple):
 
 
 def read_geometry(path: str) -> Geometry | None:
-    """Reads an image's header only; None for file types without a geometry.
+    """Reads an image's header only; None for file types that are not known here.
 
     Raises:
-        UserError: If the file is missing, empty or unreadable, or does not hold one 3-D image.
+        UserError: If the file is missing, empty or unreadable, or does not hold one 3-D image or picture.
     """
     _require_content(path)
-    if not path.endswith(GEOMETRIC_ENDINGS):
+    if not path.endswith((*GEOMETRIC_ENDINGS, *PICTURE_ENDINGS)):
         return None
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(path)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise UserError(_unreadable(path, error)) from error
+    reader = _header(path)
+    if path.endswith(PICTURE_ENDINGS):
+        return Geometry(reader.GetSize(), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0))
     size, components = reader.GetSize(), reader.GetNumberOfComponents()
     if len(size) != 3 or components != 1:
         raise UserError(
@@ -50,6 +48,15 @@ def read_geometry(path: str) -> Geometry | None:
             "give every channel or time point as a 3-D file of its own"
         )
     return Geometry(size, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+
+
+def number_of_channels(images: Sequence[str]) -> int:
+    """How many channels the files of a case hold together: one each, but for pictures.
+
+    Raises:
+        UserError: If a picture cannot be read.
+    """
+    return sum(_header(path).GetNumberOfComponents() if path.endswith(PICTURE_ENDINGS) else 1 for path in images)
 
 
 def orientation(geometry: Geometry) -> str:
@@ -103,11 +110,13 @@ def check_label(path: str, label_values: Collection[int]) -> Geometry | None:
         label_values: The integers that may occur, background and ignore label included.
 
     Raises:
-        UserError: If the file cannot be read, is not 3-D, or has other values.
+        UserError: If the file cannot be read, is not 3-D or a picture of one channel, or has other values.
     """
     geometry = read_geometry(path)
     if geometry is None:
         return None
+    if (channels := number_of_channels([path])) != 1:
+        raise UserError(f"{path}: a label map has one value a pixel, not {channels}: save it in grey levels")
     found = np.sort(pd.unique(_voxels(path).ravel()))  # hashing: much faster than np.unique on a scan
     if fractions := [float(value) for value in found if not float(value).is_integer()]:
         raise UserError(f"{path}: label values must be whole numbers, not {_some(fractions)}: is this an image?")
@@ -198,6 +207,16 @@ def _require_content(path: str) -> None:
         raise UserError(f"{path}: is not a file: restore the file or take the case out")
     if size == 0:
         raise UserError(f"{path}: is an empty file: copy or download it again")
+
+
+def _header(path: str) -> sitk.ImageFileReader:
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise UserError(_unreadable(path, error)) from error
+    return reader
 
 
 def _voxels(path: str) -> np.ndarray:
