@@ -31,6 +31,9 @@ class CompactPlanner(ExperimentPlanner):
         "DiffusionPretrainedTrainer": FINE_TUNING,
         "DiffusionPretrainedDecoderTrainer": FINE_TUNING,
         "DiffusionPretrainedLinearTrainer": FINE_TUNING,
+        "DiffusionTeacherTrainer": {**SHORT_TRAINING, "initial_lr": 1e-3, "warmup_epochs": 2},
+        "DiffusionCoTrainingTrainer": FINE_TUNING,
+        "DiffusionCoTrainingTwinTrainer": FINE_TUNING,
     }
 
     def __init__(

@@ -94,8 +94,9 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
         return DiffusionTeacher(pair, self.gate, batch_dice, diffusion, classes, self.rounds, self.chained)
 
     def trained_networks(self) -> list[torch.nn.Module]:
-        """The teacher, too."""
-        return [self.network, self.teacher]
+        """The teacher, too, if it learns by gradients."""
+        learns = any(parameter.requires_grad for parameter in self.teacher.parameters())
+        return [self.network, *([self.teacher] if learns else [])]
 
     def on_train_start(self):
         """Lets the teacher start from what it has learned without labels."""

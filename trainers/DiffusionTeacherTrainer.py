@@ -68,8 +68,9 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         """Says whether the masks may mean anything."""
         super().on_validation_epoch_end(val_outputs)
-        means = {key: np.mean(values, 0) for key, values in collate_outputs(val_outputs).items()}
-        self.health = mask_health(float(means["loss"]), float(means["blank_loss"]), means["shares"].tolist())
+        outputs = collate_outputs(val_outputs)
+        loss, blank_loss = (float(np.mean(outputs[key])) for key in ("loss", "blank_loss"))
+        self.health = mask_health(loss, blank_loss, np.mean(outputs["shares"], 0).tolist())
         self.print_to_log_file(self.health)
 
     def extra_state(self) -> dict:
