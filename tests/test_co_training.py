@@ -229,8 +229,8 @@ def test_baselines_train_in_the_same_code(plans, method):
     assert moved(copied(trainer.teacher), resumed.teacher) == set()
 
 
-def test_without_a_pool_weight_the_student_is_a_partial_label_trainer_s(plans):
-    """supervised is DiffusionPretrainedTrainer from random weights, bit by bit: the control of all comparisons."""
+def test_supervised_is_the_pretrained_trainer_from_random_weights(plans):
+    """Method supervised is DiffusionPretrainedTrainer from random weights, bit by bit: the control."""
     from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 
     name = plans("Supervised", **{STUDENT: {"method": "supervised"}})
