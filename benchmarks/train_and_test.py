@@ -1,6 +1,6 @@
 """One run of a benchmark: trains one arm on some of the labels, tests it, writes one JSON.
 
-Started by the other benchmarks that train with the path of a job description; nnU-Net's folders point to the
+Started by the benchmarks that train, with the path of a job description; nnU-Net's folders point to the
 run's own work folder.
 """
 

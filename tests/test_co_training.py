@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from pictures import write_pictures
+from skimage.io import imread, imsave
 
 from nnunet_diffusion import installation
+from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.losses.co_training import ramp_up
 from nnunet_diffusion.networks.teacher_file import load_teacher
@@ -351,3 +354,35 @@ def test_a_teacher_from_random_weights_is_warned_of(plans):
     log = log_of(trainer)
     assert "WARNING: the teacher starts from random weights" in log
     assert "nnUNetv2_train 990 2d all -tr DiffusionTeacherTrainer -p Random" in log
+
+
+# ---------------------------------------------------------------- colour pictures
+
+
+def test_colour_pictures_from_folder_to_prediction(nnunet_folders, tmp_path):
+    """One PNG with three channels a case: convert, plan, preprocess, teacher, student, nnU-Net's own prediction."""
+    write_pictures(tmp_path / "data", labelled=4, unlabelled=3, size=48)
+    folders = [str(tmp_path / "data" / name) for name in ("images", "labels", "more")]
+    names = ["-d", "502", "-n", "Pictures", "--labels", "gland", "--channel_names", "red", "green", "blue"]
+    assert main(["convert", "folder", *folders[:2], "--unlabeled", folders[2], *names]) == 0
+    odd = Path(folders[2], "glands_004.png")
+    imsave(odd, np.dstack([imread(odd), np.full((48, 48), 255, np.uint8)]))  # with an alpha channel now
+    assert main(["plan_and_preprocess", "-d", "502", "-pl", "CompactPlanner", "-np", "1"]) == 1, "one is skipped"
+    base = nnunet_folders / "nnUNet_preprocessed" / "Dataset502_Pictures"
+    assert sorted(p.name for p in (base / "nnUNetCompactPlans_2d_unlabeled").glob("*.b2nd")) == [
+        "glands_005.b2nd", "glands_006.b2nd",
+    ]  # fmt: skip
+    plans = json.loads((base / "nnUNetCompactPlans.json").read_text())
+    kwargs = plans["configurations"]["2d"]["architecture"]["arch_kwargs"]
+    kwargs["features_per_stage"] = [4] * kwargs["n_stages"]
+    plans["configurations"]["2d"]["batch_size"] = 2
+    plans["nnunet_diffusion"] = {TEACHER: {**SHORT, "sample_every": 0}, STUDENT: CO_TRAINING}
+    dataset_json = json.loads((base / "dataset.json").read_text())
+    for cls in (DiffusionTeacherTrainer, DiffusionCoTrainingTrainer):
+        trainer = cls({**plans, "continue_training": False}, "2d", "all", dataset_json, torch.device("cpu"))
+        trainer.run_training()
+    assert "The teacher starts from" in log_of(trainer) and "2 unlabelled images" in log_of(trainer)
+    with trainers_of(installation.with_our_trainers([])):
+        predictor = load_predictor(trainer.output_folder_base, ["all"], "checkpoint_final.pth")
+    predictor.predict_from_files_sequential([[str(Path(folders[0], "glands_000.png"))]], [str(tmp_path / "mask")])
+    assert imread(tmp_path / "mask.png").shape == (48, 48)
