@@ -11,6 +11,7 @@ import tiny
 import torch
 from pictures import write_pictures
 from skimage.io import imread, imsave
+from torch import distributed
 
 from nnunet_diffusion import installation
 from nnunet_diffusion.cli import main
@@ -117,6 +118,20 @@ def test_resumed_teacher_is_the_uninterrupted_one(plans):
     whole.run_training()
     resumed = resume(DiffusionTeacherTrainer, name, at=2)
     assert moved(copied(whole.ema), resumed.ema) == set()
+
+
+def test_teacher_trains_in_a_distributed_process(world):
+    trainer = tiny.trainer(DiffusionTeacherTrainer)
+    trainer.initialize()
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29533")
+    distributed.init_process_group("gloo", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(trainer.network)
+        batch = {"data": torch.randn(2, 1, 16, 16)}
+        for _ in range(2):  # the second step fails when the first left parameters without gradient
+            trainer.loss_on(parallel, batch, torch.tensor([3, 4]), torch.randn(2, 1, 16, 16)).backward()
+    finally:
+        distributed.destroy_process_group()
 
 
 def resume(cls, plans, at):
