@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
+import skimage.io
 
 from nnunet_diffusion.errors import UserError
 
@@ -38,7 +39,12 @@ def read_geometry(path: str) -> Geometry | None:
     _require_content(path)
     if not path.endswith((*GEOMETRIC_ENDINGS, *PICTURE_ENDINGS)):
         return None
-    reader = _header(path)
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise UserError(_unreadable(path, error)) from error
     if path.endswith(PICTURE_ENDINGS):
         return Geometry(reader.GetSize(), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0))
     size, components = reader.GetSize(), reader.GetNumberOfComponents()
@@ -56,7 +62,8 @@ def number_of_channels(images: Sequence[str]) -> int:
     Raises:
         UserError: If a picture cannot be read.
     """
-    return sum(_header(path).GetNumberOfComponents() if path.endswith(PICTURE_ENDINGS) else 1 for path in images)
+    shapes = [_voxels(path).shape if path.endswith(PICTURE_ENDINGS) else () for path in images]
+    return sum(shape[2] if len(shape) == 3 else 1 for shape in shapes)
 
 
 def orientation(geometry: Geometry) -> str:
@@ -209,18 +216,8 @@ def _require_content(path: str) -> None:
         raise UserError(f"{path}: is an empty file: copy or download it again")
 
 
-def _header(path: str) -> sitk.ImageFileReader:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(path)
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise UserError(_unreadable(path, error)) from error
-    return reader
-
-
 def _voxels(path: str) -> np.ndarray:
-    """All values of an image file, in any order and shape.
+    """All values of an image file, in any order and shape; of a picture as nnU-Net reads it, channels last.
 
     NIfTI files are read here because SimpleITK, without a word, makes up what is missing of a truncated one and turns
     NaN and infinity into 0; other formats it refuses, or reads as they are.
@@ -228,8 +225,10 @@ def _voxels(path: str) -> np.ndarray:
     try:
         if path.endswith(NIFTI_ENDINGS):
             return _nifti_voxels(path)
+        if path.endswith(PICTURE_ENDINGS):
+            return skimage.io.imread(path)
         return sitk.GetArrayFromImage(sitk.ReadImage(path))
-    except (RuntimeError, OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+    except (RuntimeError, OSError, EOFError, SyntaxError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         raise UserError(_unreadable(path, error)) from error
 
 

@@ -56,19 +56,21 @@ def image_files(folder: str, file_ending: str | None = None) -> list[str]:
 
     Args:
         folder: Is not searched below.
-        file_ending: Take only files that end so; None takes every type that SimpleITK reads.
+        file_ending: Take only files that end so; None takes scans of every type that SimpleITK reads, or pictures where
+            there are no scans.
 
     Raises:
         UserError: If the folder cannot be listed or has no such file.
     """
-    endings = file_ending or IMAGE_ENDINGS
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be listed ({error.strerror}): correct the path or its permissions"
         ) from error
-    paths = [os.path.join(os.path.abspath(folder), name) for name in names if is_image(name, endings)]
+    kinds = [file_ending] if file_ending else [GEOMETRIC_ENDINGS, PICTURE_ENDINGS]
+    found = ([name for name in names if is_image(name, endings)] for endings in kinds)
+    paths = [os.path.join(os.path.abspath(folder), name) for name in next(filter(None, found), [])]
     if not paths:
         raise UserError(f"{folder}: has no {file_ending or ', '.join(IMAGE_ENDINGS)} file: is it the right folder?")
     return paths
@@ -90,7 +92,7 @@ def files_below(source: str) -> list[str]:
     return sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
 
 
-def is_image(name: str, endings: str | tuple[str, ...] = IMAGE_ENDINGS) -> bool:
+def is_image(name: str, endings: str | tuple[str, ...] = GEOMETRIC_ENDINGS) -> bool:
     """Whether a file name looks like an image's, and not like one of those that archives of macOS are littered with."""
     return name.endswith(endings) and not name.startswith(".")
 
