@@ -19,23 +19,30 @@ STROMA, RIM, LUMEN, NUCLEUS = np.array([[205, 140, 180], [130, 70, 150], [235, 2
 def picture(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     """A picture (size, size, 3) and its labels (size, size), both uint8: 1 in glands, wavy rings with a pale middle.
 
-    Nuclei lie everywhere, colour and light differ from picture to picture.
+    Dark blobs without a middle, and pale ones without a ring, are no glands. Nuclei lie everywhere; colour and light
+    differ from picture to picture.
     """
     rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
     label = np.zeros((size, size), np.uint8)
     image = np.broadcast_to(STROMA, (size, size, 3)).copy()
-    image[gaussian_filter(rng.normal(size=(size, size)), 1) > 0.45] = NUCLEUS
-    for _ in range(rng.integers(2, 5)):
-        (cy, cx), radius = rng.uniform(0.1, 0.9, 2), rng.uniform(0.1, 0.22)
-        angle, waves = np.arctan2(y - cy, x - cx), rng.integers(2, 6)
-        distance = np.hypot(y - cy, x - cx) / (radius * (1 + 0.2 * np.sin(waves * angle + rng.uniform(0, 6))))
-        image[distance < 1] = RIM
-        image[distance < rng.uniform(0.45, 0.65)] = LUMEN
-        label[distance < 1] = 1
-    image = gaussian_filter(image, (0.7, 0.7, 0)) * rng.uniform(0.8, 1.15, 3)
-    image += 12 * gaussian_filter(rng.normal(size=(size, size)), 12)[..., None] * size / 10
-    return np.clip(image + rng.normal(0, 9, image.shape), 0, 255).astype(np.uint8), label
+    image[gaussian_filter(rng.normal(size=(size, size)), 1) > 0.4] = NUCLEUS
+    for kind in rng.permutation(["gland"] * rng.integers(1, 5) + ["dark", "pale"] * rng.integers(1, 4)):
+        distance = _wavy_distance(rng, size)
+        image[distance < 1] = LUMEN if kind == "pale" else RIM
+        label[distance < 1] = kind == "gland"
+        if kind == "gland":
+            image[distance < rng.uniform(0.4, 0.75)] = LUMEN
+    image = gaussian_filter(image, (1.2, 1.2, 0)) * rng.uniform(0.65, 1.25, 3)
+    image *= 1 + 1.5 * gaussian_filter(rng.normal(size=(size, size)), size / 8)[..., None]
+    return np.clip(image + rng.normal(0, 16, image.shape), 0, 255).astype(np.uint8), label
+
+
+def _wavy_distance(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Distance (size, size) from a random point, 1 on a wavy line around it."""
+    y, x = np.mgrid[:size, :size] / size
+    (cy, cx), radius = rng.uniform(0.1, 0.9, 2), rng.uniform(0.06, 0.2)
+    angle, waves = np.arctan2(y - cy, x - cx), rng.integers(2, 6)
+    return np.hypot(y - cy, x - cx) / (radius * (1 + 0.25 * np.sin(waves * angle + rng.uniform(0, 6))))
 
 
 def write_pictures(folder: Path, labelled: int, unlabelled: int, size: int = 96) -> None:

@@ -261,7 +261,7 @@ def test_a_picture_has_a_size_and_as_many_channels_as_it_says(tmp_path):
 
 def test_pictures_that_cannot_be_used_are_named(tmp_path):
     image = picture(tmp_path / "a.png", 5, 7, 3)
-    with pytest.raises(UserError, match=r"b.png does not lie on the voxels of .*a.png: size \(7.0, 6.0\) against \(7.0, 5.0\)"):
+    with pytest.raises(UserError, match=r"b.png does not lie on the voxels of .*a.png: size \(7.0, 6.0\) against"):
         check_labeled_case([image], picture(tmp_path / "b.png", 6, 7, values=2), {0, 1})
     with pytest.raises(UserError, match=r"c.png: a label map has one value a pixel, not 3"):
         check_labeled_case([image], picture(tmp_path / "c.png", 5, 7, 3, values=2), {0, 1})
