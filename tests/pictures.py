@@ -1,4 +1,4 @@
-"""Colour pictures that look a little like stained glands, with labels: a 2-D RGB data set for tests and benchmarks.
+r"""Colour pictures that look a little like stained glands, with labels: a 2-D RGB data set for tests and benchmarks.
 
 As a program it writes a data set of folders for `nnunet_diffusion convert folder`:
     python tests/pictures.py FOLDER --labelled 60 --unlabelled 100
