@@ -48,16 +48,16 @@ def read_value(text: str):
         return text
 
 
-def read_arm(text: str, settings: list[str]) -> tuple[str, dict]:
+def read_arm(text: str, settings: list[str], arms: dict[str, tuple[str, dict]] = ARMS) -> tuple[str, dict]:
     """Reads `full,timestep=150` and adds the `TRAINER.key=value` settings: the trainer's name and its settings.
 
     Raises:
         UserError: If there is no such arm, or a setting is not written as above.
     """
     name, *own = text.split(",")
-    if name not in ARMS:
-        raise UserError(f"there is no arm {name!r}: choose from {', '.join(ARMS)}")
-    trainer, fixed = ARMS[name]
+    if name not in arms:
+        raise UserError(f"there is no arm {name!r}: choose from {', '.join(arms)}")
+    trainer, fixed = arms[name]
     pairs = [s.removeprefix(f"{trainer}.") for s in settings if s.startswith(f"{trainer}.")] + own
     if not all("=" in pair for pair in pairs):
         raise UserError(f"the settings {pairs} of arm {text!r} must be written as key=value")
@@ -119,22 +119,23 @@ def write_split(base: Path, train: list[str], test: list[str]) -> None:
     write_json(file, split)
 
 
-def find_denoiser(args: argparse.Namespace, base: Path, test: list[str]) -> Path:
-    """The denoiser of the pretrained arms; the default one must not have seen the test cases.
+def find_pretrained(args: argparse.Namespace, base: Path, test: list[str], trainer: str, result: str) -> Path:
+    """The result of a pre-training, given with --denoiser or --teacher, or fold 0's, which has not seen the test cases.
 
     Raises:
         UserError: If there is none, or fold 0 was trained on test cases.
     """
-    if args.denoiser:
-        if not Path(args.denoiser).is_file():
-            raise UserError(f"--denoiser {args.denoiser}: there is no such file")
-        return Path(args.denoiser).resolve()
-    model = f"DenoisingDiffusionTrainer__{args.p}__{args.c}"
-    file = Path(os.environ.get("nnUNet_results", "."), base.name, model, "fold_0", "denoiser.pth")
+    kind = result.removesuffix(".pth")
+    if given := getattr(args, kind):
+        if not Path(given).is_file():
+            raise UserError(f"--{kind} {given}: there is no such file")
+        return Path(given).resolve()
+    model = f"{trainer}__{args.p}__{args.c}"
+    file = Path(os.environ.get("nnUNet_results", "."), base.name, model, "fold_0", result)
     split = base / "splits_final.json"
     if not file.is_file():
-        raise UserError(f"there is no {file}: run this command with --make_split, then nnUNetv2_train {args.d} {args.c}"
-                        f" 0 -tr DenoisingDiffusionTrainer -p {args.p}, or name one with --denoiser")
+        raise UserError(f"there is no {file}: run label_efficiency.py with --make_split, then nnUNetv2_train {args.d} "
+                        f"{args.c} 0 -tr {trainer} -p {args.p}, or name one with --{kind}")
     if not split.is_file() or set(test) - set(json.loads(split.read_text())[0]["val"]):
         raise UserError(f"fold 0 of {split} trains on test cases of this benchmark, so {file} may have seen them: "
                         "pre-train on the split that --make_split writes")
@@ -160,7 +161,7 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
     }
     protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, "settings": dict(settings)}
     if trainer != "nnUNetTrainer" and not settings.get("scratch"):
-        settings["denoiser"] = str(find_denoiser(args, base, test))
+        settings["denoiser"] = str(find_pretrained(args, base, test, "DenoisingDiffusionTrainer", "denoiser.pth"))
         protocol["denoiser_sha256"] = hashlib.sha256(Path(settings["denoiser"]).read_bytes()).hexdigest()
     return {"arm": arm, "trainer": trainer, "settings": settings, "protocol": protocol, "test_cases": test,
             "preprocessed": str(base), "configuration": args.c, "plans": args.p, "device": args.device}

@@ -36,19 +36,32 @@ from nnunet_diffusion.data.pool import UNLABELED_FILES, WORK, preprocess_case
 from nnunet_diffusion.files import write_json
 
 STOCK, FINE_TUNING, PRE_TRAINING = "nnUNetTrainer", "DiffusionPretrainedTrainer", "DenoisingDiffusionTrainer"
+CO_TRAINING = {
+    "mean teacher step": {"method": "mean_teacher"},
+    "cross pseudo step": {"method": "cross_pseudo"},
+    "co-training step": {"method": "co_training"},
+    "co-training step, 3 rounds": {"method": "co_training", "rounds": 3},
+}
 
 
-def load(dataset: str, plans: str) -> tuple[dict, dict]:
-    """The plans, with fine-tuning from random weights (which costs the same), and dataset.json."""
+def load(dataset: str, plans: str, settings: dict | None = None) -> tuple[dict, dict]:
+    """The plans, with fine-tuning from random weights (which costs the same), and dataset.json.
+
+    Args:
+        dataset: DatasetXXX_Name.
+        plans: Their name.
+        settings: Of co-training.
+    """
     folder = Path(str(nnUNet_preprocessed), dataset)
     content = json.loads((folder / f"{plans}.json").read_text())
     content.setdefault("nnunet_diffusion", {}).setdefault(FINE_TUNING, {})["scratch"] = True
+    content["nnunet_diffusion"]["DiffusionCoTrainingTrainer"] = {"scratch": True, **(settings or {})}
     return content, json.loads((folder / "dataset.json").read_text())
 
 
-def start_trainer(name: str, args: argparse.Namespace):
+def start_trainer(name: str, args: argparse.Namespace, settings: dict | None = None):
     """A trainer in the middle of its first epoch."""
-    plans, dataset_json = load(args.dataset, args.p)
+    plans, dataset_json = load(args.dataset, args.p, settings)
     trainer = recursive_find_trainer_class_by_name(name)(
         plans={**plans, "continue_training": False}, configuration=args.c, fold="all", dataset_json=dataset_json,
         device=torch.device(args.device),
@@ -62,6 +75,8 @@ def start_trainer(name: str, args: argparse.Namespace):
 def stepper(trainer) -> Callable[[], None]:
     """A function that trains one step on a batch that is already loaded."""
     batches = cycle([next(trainer.dataloader_train) for _ in range(4)])
+    if getattr(trainer, "pool_loader", None):
+        trainer.pool_loader = cycle([next(trainer.pool_loader) for _ in range(4)])
     return lambda: trainer.train_step(next(batches))
 
 
@@ -122,17 +137,31 @@ def interleave(ours: Callable, stock: Callable, rounds: int, device: str, warm_u
     return {**medians, "ratio": quartiles[1], "ratio_quartiles": [quartiles[0], quartiles[2]], "rounds": rounds}
 
 
-def peak_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
+def peak_memory(name: str, args: argparse.Namespace, settings: dict | None = None, title: str = "") -> dict[str, float]:
     """Peak memory of a few training steps in MiB; to be called in a process of its own."""
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    step = stepper(start_trainer(name, args))
+    step, name = stepper(start_trainer(name, args, settings)), title or name
     for _ in range(5):
         step()
     if args.device == "cuda":
         return {"trainer": name, "peak_mib": torch.cuda.max_memory_allocated() / 2**20}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return {"trainer": name, "peak_mib": peak, "of_which_imports_mib": before}
+
+
+def measure_co_training(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+    """Steps with a pool against stock steps, which have one batch where these have two: rows of ratios, of memory."""
+    name = "DiffusionCoTrainingTrainer"
+    memory = []
+    for trainer, settings, title in [(STOCK, None, STOCK), *((name, s, title) for title, s in CO_TRAINING.items())]:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            memory.append(process.submit(peak_memory, trainer, args, settings, title).result())
+    stock, rows = stepper(start_trainer(STOCK, args)), []
+    for title, settings in CO_TRAINING.items():
+        ours = stepper(start_trainer(name, args, settings))
+        rows.append({"what": title, "goal": "", **interleave(ours, stock, args.rounds, args.device, warm_up=3)})
+    return rows, memory
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
@@ -176,6 +205,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=30, help="timed pairs of steps (default: %(default)s)")
     parser.add_argument("--cases", type=int, default=5, help="scans to preprocess (default: %(default)s)")
+    parser.add_argument("--co_training", action="store_true", help="the steps of teacher and student instead")
     parser.add_argument("-o", default="speed.json", help="JSON to write (default: %(default)s)")
     args = parser.parse_args()
     plug_in = find_spec("nnunet_diffusion.trainers").submodule_search_locations[0]
@@ -183,7 +213,7 @@ def main() -> None:
     args.dataset = maybe_convert_to_dataset_name(args.d)
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results
-        rows, memory = measure(args)
+        rows, memory = (measure_co_training if args.co_training else measure)(args)
     write_json(args.o, {"dataset": args.dataset, "configuration": args.c, "plans": args.p, "ratios": rows,
                         "memory": memory, "machine": describe_machine(args.device)})
     print(tabulate(rows, memory))

@@ -1,6 +1,6 @@
 """One run of a benchmark: trains one arm on some of the labels, tests it, writes one JSON.
 
-Started by label_efficiency.py and partial_labels.py with the path of a job description; nnU-Net's folders point to the
+Started by the benchmarks that train, with the path of a job description; nnU-Net's folders point to the
 run's own work folder.
 """
 
@@ -105,6 +105,8 @@ def prepare(job: dict) -> dict[str, list[int]]:
     whole = (".b2nd", "_seg.b2nd", ".pkl")
     in_slices, in_part = any(job["cases"].values()), "kept_labels" in job
     link_cases(source / data, base / data, list(job["cases"]), whole[:1] if in_slices or in_part else whole)
+    for folder, cases in job.get("pool", {}).items():
+        link_cases(source / folder, base / f"{data}_unlabeled", cases, (".b2nd", ".pkl"))
     if in_part:
         job["patch_size"] = tuple(manager.get_configuration(job["configuration"]).patch_size)
         erase_labels(job, dataset_json, source / data, base / data)

@@ -32,6 +32,9 @@ class CompactPlanner(ExperimentPlanner):
         "DiffusionPretrainedDecoderTrainer": FINE_TUNING,
         "DiffusionPretrainedLinearTrainer": FINE_TUNING,
         "PseudoLabelTrainer": FINE_TUNING,
+        "DiffusionTeacherTrainer": {**SHORT_TRAINING, "initial_lr": 1e-3, "warmup_epochs": 2},
+        "DiffusionCoTrainingTrainer": FINE_TUNING,
+        "DiffusionCoTrainingTwinTrainer": FINE_TUNING,
     }
 
     def __init__(

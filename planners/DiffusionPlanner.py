@@ -29,6 +29,9 @@ class DiffusionPlanner(ResEncUNetPlanner):
         "DiffusionPretrainedTrainer": {},
         "DiffusionPretrainedDecoderTrainer": {},
         "DiffusionPretrainedLinearTrainer": {},
+        "DiffusionTeacherTrainer": {},
+        "DiffusionCoTrainingTrainer": {},
+        "DiffusionCoTrainingTwinTrainer": {},
     }
 
     def __init__(

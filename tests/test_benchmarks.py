@@ -10,6 +10,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import co_training  # noqa: E402
 from flare22 import comparison, write_plans  # noqa: E402
 from flare22 import parse_arguments as flare22_arguments  # noqa: E402
 from label_efficiency import parse_arguments, read_arm  # noqa: E402
@@ -203,3 +204,24 @@ def test_help_is_quick_and_complete(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         parse_arguments()
     assert "--make_split" in capsys.readouterr().out
+
+
+def test_the_pool_of_co_training_is_what_is_neither_labelled_nor_tested_on(tmp_path, monkeypatch):
+    base = tmp_path / "Dataset501_Neck"
+    for folder, cases, endings in (
+        ("data", CASES, (".b2nd", "_seg.b2nd", ".pkl")), ("data_unlabeled", ["u1", "u2"], (".b2nd", ".pkl")),
+    ):  # fmt: skip
+        (base / folder).mkdir(parents=True)
+        for case in cases:
+            for ending in endings:
+                (base / folder / f"{case}{ending}").touch()
+    (base / "p.json").write_text('{"configurations": {"2d": {"data_identifier": "data"}}}')
+    monkeypatch.setattr(sys, "argv", [*"x -d 501 -c 2d -p p --test_cases 5 --budgets 4 --seeds 0 --no_teacher".split()])
+    jobs = co_training.describe_runs(co_training.parse_arguments(), base, tmp_path)
+    assert [job["arm"] for job in jobs] == list(co_training.ARMS)
+    for job in jobs:
+        pool, labelled, test = job["pool"], set(job["cases"]), set(job["test_cases"])
+        assert len(labelled) == 4 and len(test) == 5 and not labelled & test
+        assert pool["data_unlabeled"] == ["u1", "u2"] and set(pool["data"]) == set(CASES) - labelled - test
+        assert job["protocol"]["pool"] == 13 and job["settings"]["scratch"]
+    assert {tuple(job["cases"]) for job in jobs} == {tuple(jobs[0]["cases"])}, "the same labels for every arm"

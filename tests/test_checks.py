@@ -15,6 +15,7 @@ from nnunet_diffusion.data.checks import (
     check_image,
     check_label,
     check_labeled_case,
+    number_of_channels,
     read_geometry,
 )
 from nnunet_diffusion.data.unlabeled import unlabeled_cases
@@ -174,8 +175,8 @@ def test_rounding_in_headers_is_no_mismatch(tmp_path):
 
 
 def test_files_without_geometry_are_left_to_nnunet(tmp_path):
-    (tmp_path / "scan.png").write_bytes(b"x")
-    assert check_image(str(tmp_path / "scan.png")) is None
+    (tmp_path / "scan.tif").write_bytes(b"x")
+    assert check_image(str(tmp_path / "scan.tif")) is None
     assert isinstance(read_geometry(write(tmp_path / "a.nrrd", noise())), Geometry)
 
 
@@ -240,3 +241,32 @@ def test_nnunet_itself_would_read_over_these(tmp_path):
     SimpleITKIO().read_images([short])
     with pytest.raises(UserError, match="short.nii.gz: cannot be read"):
         check_complete(short)
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def picture(path, *shape, values=255):
+    array = np.random.default_rng(0).integers(0, values, shape, dtype=np.uint8)
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=len(shape) == 3), str(path))
+    return str(path)
+
+
+def test_a_picture_has_a_size_and_as_many_channels_as_it_says(tmp_path):
+    colour, grey = picture(tmp_path / "a.png", 5, 7, 3), picture(tmp_path / "b.bmp", 5, 7)
+    assert check_image(colour).size == read_geometry(grey).size == (7, 5)
+    assert [number_of_channels([path]) for path in (colour, grey, "scan.nii.gz")] == [3, 1, 1]
+    check_labeled_case([colour], picture(tmp_path / "label.png", 5, 7, values=2), {0, 1})
+
+
+def test_pictures_that_cannot_be_used_are_named(tmp_path):
+    image = picture(tmp_path / "a.png", 5, 7, 3)
+    with pytest.raises(UserError, match=r"b.png does not lie on the voxels of .*a.png: size \(7.0, 6.0\) against"):
+        check_labeled_case([image], picture(tmp_path / "b.png", 6, 7, values=2), {0, 1})
+    with pytest.raises(UserError, match=r"c.png: a label map has one value a pixel, not 3"):
+        check_labeled_case([image], picture(tmp_path / "c.png", 5, 7, 3, values=2), {0, 1})
+    with pytest.raises(UserError, match=r"d.png: every voxel is 0"):
+        check_image(picture(tmp_path / "d.png", 5, 7, values=1))
+    (tmp_path / "e.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    with pytest.raises(UserError, match=r"e.png: cannot be read, truncated or no image"):
+        check_image(str(tmp_path / "e.png"))

@@ -102,15 +102,27 @@ class ConfiguredTrainer(nnUNetTrainer):
         """What a subclass adds to the checkpoint."""
         return {}
 
+    def trained_networks(self) -> list[torch.nn.Module]:
+        """The networks that learn, each of which has its gradient's norm clipped."""
+        return [self.network]
+
     def optimize(self, loss: torch.Tensor, max_norm: float) -> None:
         """One optimiser step; as nnU-Net's train_step ends, with a gradient norm of the caller's choice."""
+        self.backward(loss)
+        self.update(max_norm)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds to the gradients; the first half of `optimize`."""
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def update(self, max_norm: float) -> None:
+        """Moves the weights; the second half of `optimize`."""
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        for network in self.trained_networks():
+            torch.nn.utils.clip_grad_norm_(network.parameters(), max_norm)
         if self.grad_scaler is None:
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
             self.optimizer.step()
             return
-        self.grad_scaler.scale(loss).backward()
-        self.grad_scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), max_norm)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()

@@ -58,6 +58,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     sample_every: int = 50  # epochs between two sheets of samples; 0 for none
     sample_steps: int = 50  # of DDIM
     num_samples: int = 8  # on a sheet
+    result_file, next_step = "denoiser.pth", "fine-tune with -tr DiffusionPretrainedTrainer"
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -172,13 +173,16 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         """Measures the averaged weights."""
         self.ema.eval()
 
-    def validation_step(self, batch: dict) -> dict:
-        """The loss at timesteps spread over the schedule, with noise that is always the same."""
+    def held_out_draw(self, batch: dict):
+        """Timesteps spread over the schedule, and noise that is always the same."""
         size, number, count = len(batch["data"]), batch["number"], self.num_val_iterations_per_epoch
         timestep = ((torch.arange(size) * count + number + 0.5) / (size * count) * self.timesteps).long()
         noise = torch.randn(batch["data"].shape, generator=torch.Generator().manual_seed(number))
-        loss = self.loss_on(self.ema.module, batch, timestep.to(self.device), noise.to(self.device))
-        return {"loss": loss.cpu().numpy()}
+        return timestep.to(self.device), noise.to(self.device)
+
+    def validation_step(self, batch: dict) -> dict:
+        """The loss of the averaged weights on a held-out batch."""
+        return {"loss": self.loss_on(self.ema.module, batch, *self.held_out_draw(batch)).cpu().numpy()}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         """Every process measured the same batches."""
@@ -218,20 +222,20 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         """Writes what pre-training is for."""
         super().on_train_end()
         if self.local_rank == 0:
-            self.write_denoiser()
+            self.write_result()
 
     def perform_actual_validation(self, save_probabilities: bool = False):
-        """Draws samples; with `--val` it also writes denoiser.pth again from the final checkpoint."""
+        """Draws samples; with `--val` it also writes the result again from the final checkpoint."""
         if self.local_rank == 0:
             if self.dataloader_val is None:
                 self.dataloader_train, self.dataloader_val = self.get_dataloaders()
-            if not isfile(join(self.output_folder, "denoiser.pth")):
-                self.write_denoiser()
+            if not isfile(join(self.output_folder, self.result_file)):
+                self.write_result()
             self.draw_samples("samples.png")
 
-    def write_denoiser(self):
-        """denoiser.pth, from the averaged weights."""
-        path = join(self.output_folder, "denoiser.pth")
+    def write_result(self):
+        """What pre-training is for, from the averaged weights."""
+        path = join(self.output_folder, self.result_file)
         values = self.logger.get_value("val_losses", step=None)
         training = {
             **self.trained_on,
@@ -241,8 +245,12 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
             "held_out_loss": [float(value) for value in values],
         }
         plan = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)
+        self.save_result(path, plan, training)
+        self.print_to_log_file(f"Wrote {path}: {self.next_step}")
+
+    def save_result(self, path: str, plan: dict, training: dict):
+        """Writes denoiser.pth."""
         save_denoiser(path, self.ema.module, self.timestep, self.diffusion.description, plan, training)
-        self.print_to_log_file(f"Wrote {path}: fine-tune with -tr DiffusionPretrainedTrainer")
 
     def draw_samples(self, name: str):
         """A sheet of generated images under real ones, always from the same noise."""

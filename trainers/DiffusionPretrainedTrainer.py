@@ -74,22 +74,27 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
 
     def find_denoiser(self) -> str:
         """The path of the denoiser that this training starts from."""
-        plans, configuration = self.plans_manager.plans_name, self.configuration_name
-        inherited = self.plans_manager.plans["configurations"][configuration].get("inherits_from")
         given = pretrained_weights_argument() or self.denoiser
-        candidates = [given] if given else [
-            join(
-                nnUNet_results, self.plans_manager.dataset_name,
-                f"DenoisingDiffusionTrainer__{plans}__{name}", f"fold_{fold}", "denoiser.pth",
-            )
-            for name in (configuration, inherited) if name
-            for fold in dict.fromkeys((self.fold, "all"))
-        ]  # fmt: skip
-        dataset_id = self.plans_manager.dataset_name[len("Dataset") : len("Dataset") + 3]
+        candidates = [given] if given else self.own_results("DenoisingDiffusionTrainer", "denoiser.pth")
         return first_existing(
             candidates,
-            "make one with\n"
-            f"  nnUNetv2_train {dataset_id} {configuration} all -tr DenoisingDiffusionTrainer -p {plans}\n"
+            f"make one with\n  {self.training_command('DenoisingDiffusionTrainer')}\n"
             "or give one with -pretrained_weights or the setting denoiser, or train from random weights with the "
             "setting scratch",
         )
+
+    def own_results(self, trainer: str, file: str) -> list[str]:
+        """Where this data set's own result of a pre-training for this plan may be: the own fold's first."""
+        plans, configuration = self.plans_manager.plans_name, self.configuration_name
+        inherited = self.plans_manager.plans["configurations"][configuration].get("inherits_from")
+        return [
+            join(nnUNet_results, self.plans_manager.dataset_name, f"{trainer}__{plans}__{name}", f"fold_{fold}", file)
+            for name in (configuration, inherited) if name
+            for fold in dict.fromkeys((self.fold, "all"))
+        ]  # fmt: skip
+
+    def training_command(self, trainer: str) -> str:
+        """What makes the result of a pre-training for this plan."""
+        plans, dataset = self.plans_manager.plans_name, self.plans_manager.dataset_name
+        dataset_id = dataset[len("Dataset") : len("Dataset") + 3]
+        return f"nnUNetv2_train {dataset_id} {self.configuration_name} all -tr {trainer} -p {plans}"

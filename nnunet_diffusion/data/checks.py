@@ -11,16 +11,18 @@ import nibabel
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
+import skimage.io
 
 from nnunet_diffusion.errors import UserError
 
-# What SimpleITK reads and nnU-Net calls an image with a geometry; other files (png, tif) are only looked at for size 0.
+# What SimpleITK reads and nnU-Net calls an image with a geometry; other files (tif) are only looked at for size 0.
 NIFTI_ENDINGS = (".nii.gz", ".nii")
 GEOMETRIC_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", ".gipl")
+PICTURE_ENDINGS = (".png", ".bmp")  # 2-D, without a geometry; one file may hold several channels, such as RGB
 
 
 class Geometry(NamedTuple):
-    """Where the voxels lie, in SimpleITK's axis order (x, y, z), lengths in mm, LPS."""
+    """Where the voxels lie, in SimpleITK's axis order (x, y, z), lengths in mm, LPS; of a picture its size alone."""
 
     size: tuple[int, ...]
     spacing: tuple[float, ...]
@@ -29,13 +31,13 @@ class Geometry(NamedTuple):
 
 
 def read_geometry(path: str) -> Geometry | None:
-    """Reads an image's header only; None for file types without a geometry.
+    """Reads an image's header only; None for file types that are not known here.
 
     Raises:
-        UserError: If the file is missing, empty or unreadable, or does not hold one 3-D image.
+        UserError: If the file is missing, empty or unreadable, or does not hold one 3-D image or picture.
     """
     _require_content(path)
-    if not path.endswith(GEOMETRIC_ENDINGS):
+    if not path.endswith((*GEOMETRIC_ENDINGS, *PICTURE_ENDINGS)):
         return None
     reader = sitk.ImageFileReader()
     reader.SetFileName(path)
@@ -43,6 +45,8 @@ def read_geometry(path: str) -> Geometry | None:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise UserError(_unreadable(path, error)) from error
+    if path.endswith(PICTURE_ENDINGS):
+        return Geometry(reader.GetSize(), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0))
     size, components = reader.GetSize(), reader.GetNumberOfComponents()
     if len(size) != 3 or components != 1:
         raise UserError(
@@ -50,6 +54,16 @@ def read_geometry(path: str) -> Geometry | None:
             "give every channel or time point as a 3-D file of its own"
         )
     return Geometry(size, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+
+
+def number_of_channels(images: Sequence[str]) -> int:
+    """How many channels the files of a case hold together: one each, but for pictures.
+
+    Raises:
+        UserError: If a picture cannot be read.
+    """
+    shapes = [_voxels(path).shape if path.endswith(PICTURE_ENDINGS) else () for path in images]
+    return sum(shape[2] if len(shape) == 3 else 1 for shape in shapes)
 
 
 def orientation(geometry: Geometry) -> str:
@@ -103,11 +117,13 @@ def check_label(path: str, label_values: Collection[int]) -> Geometry | None:
         label_values: The integers that may occur, background and ignore label included.
 
     Raises:
-        UserError: If the file cannot be read, is not 3-D, or has other values.
+        UserError: If the file cannot be read, is not 3-D or a picture of one channel, or has other values.
     """
     geometry = read_geometry(path)
     if geometry is None:
         return None
+    if (channels := number_of_channels([path])) != 1:
+        raise UserError(f"{path}: a label map has one value a pixel, not {channels}: save it in grey levels")
     found = np.sort(pd.unique(_voxels(path).ravel()))  # hashing: much faster than np.unique on a scan
     if fractions := [float(value) for value in found if not float(value).is_integer()]:
         raise UserError(f"{path}: label values must be whole numbers, not {_some(fractions)}: is this an image?")
@@ -201,7 +217,7 @@ def _require_content(path: str) -> None:
 
 
 def _voxels(path: str) -> np.ndarray:
-    """All values of an image file, in any order and shape.
+    """All values of an image file, in any order and shape; of a picture as nnU-Net reads it, channels last.
 
     NIfTI files are read here because SimpleITK, without a word, makes up what is missing of a truncated one and turns
     NaN and infinity into 0; other formats it refuses, or reads as they are.
@@ -209,8 +225,10 @@ def _voxels(path: str) -> np.ndarray:
     try:
         if path.endswith(NIFTI_ENDINGS):
             return _nifti_voxels(path)
+        if path.endswith(PICTURE_ENDINGS):
+            return skimage.io.imread(path)
         return sitk.GetArrayFromImage(sitk.ReadImage(path))
-    except (RuntimeError, OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+    except (RuntimeError, OSError, EOFError, SyntaxError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         raise UserError(_unreadable(path, error)) from error
 
 

@@ -16,6 +16,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from tqdm import tqdm
 
 from nnunet_diffusion.data.checks import (
+    GEOMETRIC_ENDINGS,
     NIFTI_ENDINGS,
     check_channels,
     check_labeled_case,
@@ -158,8 +159,8 @@ def suitable_reader(images: Unlabeled, file_ending: str, num_threads: int) -> tu
 
 def _orientation(path: str) -> str | None:
     with suppress(UserError):  # told, with all other problems, by the checks
-        if geometry := read_geometry(path):
-            return orientation(geometry)
+        if path.endswith(GEOMETRIC_ENDINGS):
+            return orientation(read_geometry(path))
     return None
 
 

@@ -15,7 +15,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-from nnunet_diffusion.data.checks import check_labeled_case, label_values
+from nnunet_diffusion.data.checks import check_labeled_case, label_values, number_of_channels
 from nnunet_diffusion.data.pool import read_scan
 from nnunet_diffusion.data.unlabeled import unlabeled_cases
 from nnunet_diffusion.errors import UserError
@@ -137,8 +137,9 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
     if not dataset:
         raise UserError(f"{folder}: no labelled case; nnU-Net plans with at least one")
     channels = len(dataset_json["channel_names"])
-    if wrong := sorted(case for case, files in dataset.items() if len(files["images"]) != channels):
-        raise UserError(f"{folder}: {wrong} do not have one image for each of the {channels} channels")
+    if wrong := sorted(case for case, files in dataset.items() if number_of_channels(files["images"]) != channels):
+        raise UserError(f"{folder}: {wrong} do not have one image (or, as a picture, one value) for each of the "
+                        f"{channels} channels")
     return dataset_json, dataset
 
 

@@ -9,6 +9,8 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 
+from nnunet_diffusion.errors import UserError
+
 
 class ImageDataset(nnUNetBaseDataset):
     """Images of the labelled cases and of the pool in one nnU-Net data set; labels are read as all background.
@@ -62,6 +64,17 @@ def image_statistics(dataset: ImageDataset, most: int = 30) -> tuple[np.ndarray,
     if not (np.isfinite(rms).all() and (rms > 0).all()):
         raise ValueError(f"the preprocessed images' root mean square is {rms}: a channel is empty or not finite")
     return rms, float(min(lows)), float(max(highs))
+
+
+def refuse_other_channels(dataset: ImageDataset, channels: int) -> None:
+    """Raises UserError, naming the image, unless every one has that many channels."""
+    for identifier in dataset.identifiers:
+        found = dataset.load_case(identifier)[0].shape[0]
+        if found != channels:
+            raise UserError(
+                f"{identifier}.b2nd has {found} channel(s), the labelled images have {channels}: correct the image and "
+                "run nnunet_diffusion plan_and_preprocess again, or take it out of dataset.json"
+            )
 
 
 def hold_out(labelled: list[str], pool: list[str], share: float) -> tuple[list[str], list[str]]:

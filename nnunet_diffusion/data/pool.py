@@ -215,6 +215,8 @@ def preprocess_case(
 
 def _run_unlabeled(preprocessor, images, *plan) -> tuple:
     data, properties = read_scan(plan[0].image_reader_writer_class(), images)
+    if len(data) != (expected := len(plan[2]["channel_names"])):
+        raise UserError(f"{', '.join(images)}: has {len(data)} channel(s), the data set has {expected}")
     try:
         return preprocessor.run_case_npy(data, None, properties, *plan)
     except Exception as error:  # whatever a strange scan provokes must not cost the others
@@ -234,7 +236,8 @@ def read_scan(reader, images: list[str]) -> tuple[np.ndarray, dict]:
         (C, Z, Y, X) array and nnU-Net's properties.
 
     Raises:
-        UserError: If a file cannot be read, is not 3-D, is not aligned with the first, holds NaN or is constant.
+        UserError: If a file cannot be read, is not 3-D or a picture, is not aligned with the first, holds NaN or is
+            constant.
     """
     check_channels(images)
     try:

@@ -5,9 +5,11 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from nnunet_diffusion.data.checks import GEOMETRIC_ENDINGS
+from nnunet_diffusion.data.checks import GEOMETRIC_ENDINGS, PICTURE_ENDINGS
 from nnunet_diffusion.data.conversion import Converted, convert, refuse
 from nnunet_diffusion.errors import UserError
+
+IMAGE_ENDINGS = (*GEOMETRIC_ENDINGS, *PICTURE_ENDINGS)
 
 
 def convert_folders(
@@ -25,7 +27,8 @@ def convert_folders(
     Args:
         dataset_id: 1 to 999.
         name: What follows DatasetXXX_.
-        images: Folder with CASE_0000.nii.gz, ...; with one channel, CASE.nii.gz as well.
+        images: Folder with CASE_0000.nii.gz, ...; with one channel, CASE.nii.gz as well. A picture (png, bmp) may hold
+            all channels in one file.
         labels_folder: Folder with CASE.nii.gz for every case of `images`.
         unlabeled_folders: Folders with images of other cases.
         description: `channel_names` and `labels`, and what else dataset.json shall say.
@@ -40,9 +43,9 @@ def convert_folders(
     unlabeled_scans = [path for paths in pool for path in paths]
     ending = file_ending or the_ending([*scans, *maps, *unlabeled_scans])
     problems: list[str] = []
-    num_channels = len(description["channel_names"])
-    labeled = matched(grouped(scans, ending, num_channels, problems), single(maps, ending, problems), problems)
-    unlabeled = grouped(unlabeled_scans, ending, num_channels, problems)
+    num_files = files_per_case(scans, ending, len(description["channel_names"]))
+    labeled = matched(grouped(scans, ending, num_files, problems), single(maps, ending, problems), problems)
+    unlabeled = grouped(unlabeled_scans, ending, num_files, problems)
     refuse(problems)
     source = [images, labels_folder]
     return convert(dataset_id, name, labeled, unlabeled, {**description, "file_ending": ending}, source, **options)
@@ -53,21 +56,23 @@ def image_files(folder: str, file_ending: str | None = None) -> list[str]:
 
     Args:
         folder: Is not searched below.
-        file_ending: Take only files that end so; None takes every type that SimpleITK reads.
+        file_ending: Take only files that end so; None takes scans of every type that SimpleITK reads, or pictures where
+            there are no scans.
 
     Raises:
         UserError: If the folder cannot be listed or has no such file.
     """
-    endings = file_ending or GEOMETRIC_ENDINGS
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
         raise UserError(
             f"{folder}: cannot be listed ({error.strerror}): correct the path or its permissions"
         ) from error
-    paths = [os.path.join(os.path.abspath(folder), name) for name in names if is_image(name, endings)]
+    kinds = [file_ending] if file_ending else [GEOMETRIC_ENDINGS, PICTURE_ENDINGS]
+    found = ([name for name in names if is_image(name, endings)] for endings in kinds)
+    paths = [os.path.join(os.path.abspath(folder), name) for name in next(filter(None, found), [])]
     if not paths:
-        raise UserError(f"{folder}: has no {file_ending or ', '.join(GEOMETRIC_ENDINGS)} file: is it the right folder?")
+        raise UserError(f"{folder}: has no {file_ending or ', '.join(IMAGE_ENDINGS)} file: is it the right folder?")
     return paths
 
 
@@ -98,13 +103,19 @@ def the_ending(paths: list[str]) -> str:
     Raises:
         UserError: If there are several.
     """
-    examples = {next(ending for ending in GEOMETRIC_ENDINGS if path.endswith(ending)): path for path in paths}
+    examples = {next(ending for ending in IMAGE_ENDINGS if path.endswith(ending)): path for path in paths}
     if len(examples) > 1:
         raise UserError(
             f"files of several types, such as {' and '.join(examples.values())}: nnU-Net needs one type for images and "
             "labels; convert the files, or choose one with --file_ending"
         )
     return next(iter(examples))
+
+
+def files_per_case(images: list[str], file_ending: str, num_channels: int) -> int:
+    """One file a channel; of pictures one for all, unless there are files of a second channel."""
+    is_whole = file_ending in PICTURE_ENDINGS and not any(path.endswith(f"_0001{file_ending}") for path in images)
+    return 1 if is_whole else num_channels
 
 
 def grouped(paths: list[str], file_ending: str, num_channels: int, problems: list[str]) -> dict[str, list[str]]:

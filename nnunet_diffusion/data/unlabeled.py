@@ -2,6 +2,7 @@
 
 import os
 
+from nnunet_diffusion.data.checks import PICTURE_ENDINGS
 from nnunet_diffusion.errors import UserError
 
 
@@ -40,7 +41,8 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
         images = entry.get("images") if isinstance(entry, dict) else None
         if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
             raise UserError(f'{where}: unlabeled case {case!r} must be {{"images": [path per channel]}}, not {entry!r}')
-        if len(images) != num_channels:
+        is_whole_picture = len(images) == 1 and images[0].endswith(PICTURE_ENDINGS)  # its channels are counted later
+        if len(images) != num_channels and not is_whole_picture:
             raise UserError(f"{where}: unlabeled case {case!r} has {len(images)} images for {num_channels} channels")
         if not is_case_name(case):
             raise UserError(f"{where}: unlabeled case {case!r} cannot be a file's name: rename it")

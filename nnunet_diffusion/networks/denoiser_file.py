@@ -79,36 +79,48 @@ def save_denoiser(path: str, denoiser: Denoiser, timestep: int, process: dict, p
 
 
 def load_denoiser(path: str) -> dict[str, Any]:
-    """Reads a denoiser file without running anything that it may contain.
+    """The content of a denoiser file as `save_denoiser` wrote it; for the errors see `load_plain`."""
+    return load_plain(path, FORMAT, FORMAT_VERSION, "DenoisingDiffusionTrainer")
+
+
+def load_plain(path: str, file_format: str, format_version: int, trainer: str) -> dict[str, Any]:
+    """Reads a file of ours without running anything that it may contain.
+
+    Args:
+        path: The file.
+        file_format: What it says that it is, such as "nnunet_diffusion denoiser".
+        format_version: Which version of that this library reads.
+        trainer: What writes such files.
 
     Returns:
-        The content as `save_denoiser` wrote it, tensors on the CPU.
+        The content as it was written, tensors on the CPU.
 
     Raises:
         FileNotFoundError: If there is no such file.
         UserError: If it is truncated, holds anything but tensors and plain values, is another kind of checkpoint, or
             comes from a later version.
     """
+    what = file_format.split()[-1]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no denoiser {path}: check the path, or pre-train one") from None
+        raise FileNotFoundError(f"there is no {what} {path}: check the path, or pre-train one") from None
     except pickle.UnpicklingError:
         raise UserError(
             f"{path} holds more than tensors and plain values, as nnU-Net's checkpoints and harmful files do; nothing "
-            "in it was run: give a denoiser.pth that DenoisingDiffusionTrainer wrote"
+            f"in it was run: give a {what}.pth that {trainer} wrote"
         ) from None
     except (EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} cannot be read, it is truncated or no PyTorch file ({error}): copy it again, or delete it and "
             "repeat the pre-training command with --val"
         ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UserError(f"{path} is no denoiser of nnunet_diffusion: give a file that DenoisingDiffusionTrainer wrote")
-    if content.get("format_version") != FORMAT_VERSION:
+    if not isinstance(content, dict) or content.get("format") != file_format:
+        raise UserError(f"{path} is no {what} of nnunet_diffusion: give a file that {trainer} wrote")
+    if content.get("format_version") != format_version:
         raise UserError(
             f"{path} has format version {content.get('format_version')} (nnunet_diffusion "
-            f"{content.get('versions', {}).get('nnunet_diffusion')}), this library reads {FORMAT_VERSION}: install the "
+            f"{content.get('versions', {}).get('nnunet_diffusion')}), this library reads {format_version}: install the "
             "version that wrote it, or pre-train again"
         )
     return content
@@ -126,23 +138,33 @@ def rebuild(content: dict[str, Any], network: nn.Module) -> Denoiser:
     """
     weights = content["denoiser_weights"]
     denoiser = condition(network, len(weights["input_scale"]))
-    expected = denoiser.state_dict()
+    refuse_other_topology("denoiser", weights, denoiser.state_dict(), content["plan"])
+    denoiser.load_state_dict(weights)
+    return denoiser
+
+
+def refuse_other_topology(what: str, weights: dict, expected: dict, plan: dict) -> None:
+    """Raises UserError, with a table, if the weights of a file are not those that the plan's network has.
+
+    Args:
+        what: The file's kind, for the message.
+        weights: Its state dict.
+        expected: The network's state dict.
+        plan: The file's plan identity.
+    """
     rows = [
-        f"  {name}: denoiser {_shape(weights.get(name))}, planned network {_shape(expected.get(name))}"
+        f"  {name}: {what} {_shape(weights.get(name))}, planned network {_shape(expected.get(name))}"
         for name in sorted({**weights, **expected})
         if _shape(weights.get(name)) != _shape(expected.get(name))
     ]
     if rows:
-        plan = content["plan"]
         raise UserError(
-            f"the denoiser was made for another topology ({plan['dataset_name']}, {plan['plans_name']}, "
+            f"the {what} was made for another topology ({plan['dataset_name']}, {plan['plans_name']}, "
             f"{plan['configuration']}): {len(expected) - len(rows)} of {len(expected)} parameters match, these do not\n"
             + "\n".join(rows[:20] + [f"  and {len(rows) - 20} more"] * (len(rows) > 20))
             + "\npre-train with this plan, or move the pre-training plan to this data set "
             "(nnUNetv2_move_plans_between_datasets)"
         )
-    denoiser.load_state_dict(weights)
-    return denoiser
 
 
 def build(content: dict[str, Any]) -> Denoiser:

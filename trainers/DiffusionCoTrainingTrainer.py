@@ -1,0 +1,224 @@
+"""Trains the planned network together with a diffusion teacher, on labelled cases and on the unlabelled pool."""
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import isfile, join
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch import autocast
+
+from nnunet_diffusion.data.annotated import annotated_mask
+from nnunet_diffusion.data.images import ImageDataset, image_loader, image_statistics, refuse_other_channels
+from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
+from nnunet_diffusion.diffusion.diffusion import Diffusion
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.losses.co_training import ramp_up
+from nnunet_diffusion.networks.denoiser_file import plan_identity
+from nnunet_diffusion.networks.mask_diffusion import build_pair
+from nnunet_diffusion.networks.teacher_file import load_teacher, restore_teacher
+from nnunet_diffusion.networks.teachers import CrossPseudo, DiffusionTeacher, MeanTeacher, Teacher
+from nnunet_diffusion.networks.transfer import plan_differences, unwrap
+from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
+
+METHODS = ("co_training", "cross_pseudo", "mean_teacher", "supervised")
+
+
+class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
+    """The planned network as student of a diffusion teacher; each learns from the other's masks of the pool's images.
+
+    Ciampi et al. 2025 (arXiv 2504.01547), abstract: co-training with a diffusion teacher, several rounds of pseudo
+    labels. Ours: the student is the planned network, which starts from a denoiser (`scratch` for random weights), so
+    the model folder is stock; the paper's twin is DiffusionCoTrainingTwinTrainer. Ours, too, is the gate: an image on
+    whose masks student and teacher do not agree teaches nothing about masks. For comparison, `method` replaces the
+    teacher by a second network like the student (cross_pseudo), by the student's averaged weights (mean_teacher), or
+    by nothing (supervised).
+    """
+
+    method: str = "co_training"
+    teacher_file: str = ""  # path of a teacher.pth; empty: this data set's own, else random weights
+    schedule: str = "sigmoid"  # of a teacher that starts from random weights; else the file's
+    rounds: int = 1  # K; the prototype: 3, 5 or 10
+    chained: bool = True  # False: every round is a redraw from the teacher's first mask, as in the prototype
+    unlabeled_weight: float = 1.0  # of all that is learned from the pool, when it is ramped up
+    ramp: float = 1.0  # share of the epochs over which that weight grows from 0
+    gate: float = 0.5  # least agreement (mean Dice) of student and teacher on an image; 0: no gate
+    ema_decay: float = 0.99  # of mean_teacher
+    perturbation: float = 0.1  # standard deviation of the noise on mean_teacher's images
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        name = type(self).__name__
+        if self.label_manager.has_regions:
+            raise NotImplementedError(f"{name}: regions overlap, a mask has one class a voxel")
+        if self.is_cascaded:
+            raise NotImplementedError(f"{name}: {configuration} needs the masks of an earlier stage, the pool has none")
+        if self.is_ddp:
+            raise NotImplementedError(f"{name} trains on one GPU: leave out -num_gpus")
+        if self.method not in METHODS:
+            raise UserError(f"setting method is {self.method!r}: it must be one of {METHODS}")
+        if self.rounds < 1:
+            raise UserError(f"setting rounds is {self.rounds}: it must be at least 1 (without: method cross_pseudo)")
+
+    def initialize(self):
+        """Refuses a label that no training case annotates: its pseudo labels would be noise."""
+        super().initialize()
+        known = annotated_mask(self.do_split()[0], self.annotations, self.channels).any(0).tolist()
+        if unknown := [name for name, is_known in zip(self.channels, known, strict=True) if not is_known]:
+            raise UserError(
+                f"no training case annotates {unknown}: nothing tells student and teacher what that is; annotate it, "
+                "or take it out of the labels"
+            )
+
+    def configure_optimizers(self):
+        """One optimiser for student and teacher."""
+        self.teacher = self.build_teacher().to(self.device)
+        if self._do_i_compile():
+            for network in self.teacher.children():
+                network.compile()
+        return super().configure_optimizers()
+
+    def build_teacher(self) -> Teacher:
+        """The teacher of the chosen method, from random weights."""
+        channels, classes = self.num_input_channels, len(self.channels)
+        plan, batch_dice = (self.plans_manager, self.configuration_manager), self.configuration_manager.batch_dice
+        if self.method == "supervised":
+            return Teacher()
+        if self.method == "mean_teacher":
+            return MeanTeacher(unwrap(self.network), self.ema_decay, self.perturbation)
+        if self.method == "cross_pseudo":
+            second = self.build_network_architecture(*plan, channels, classes, self.enable_deep_supervision)
+            return CrossPseudo(second, self.gate, batch_dice)
+        diffusion = Diffusion(self.schedule, device=self.device)
+        pair = build_pair(*plan, channels, classes)
+        return DiffusionTeacher(pair, self.gate, batch_dice, diffusion, classes, self.rounds, self.chained)
+
+    def trained_networks(self) -> list[torch.nn.Module]:
+        """The teacher, too, if it learns by gradients."""
+        learns = any(parameter.requires_grad for parameter in self.teacher.parameters())
+        return [self.network, *([self.teacher] if learns else [])]
+
+    def on_train_start(self):
+        """Lets the teacher start from what it has learned without labels."""
+        if not self.was_initialized:
+            self.initialize()
+        super().on_train_start()
+        if not self.is_resumed:
+            self.teacher.start_from(unwrap(self.network))
+            if self.method == "co_training":
+                self.start_teacher()
+
+    def start_teacher(self):
+        """Loads teacher.pth; without one the teacher starts from random weights, and the log says so."""
+        own = self.own_results("DiffusionTeacherTrainer", "teacher.pth")
+        path = self.teacher_file or next(filter(isfile, own), None)
+        if path is None:
+            looked = "".join(f"\n  {candidate}" for candidate in own)
+            self.print_to_log_file(
+                f"WARNING: the teacher starts from random weights, there is no file of{looked}\nmake one with\n"
+                f"  {self.training_command('DiffusionTeacherTrainer')}"
+            )
+            return
+        content = load_teacher(path)
+        restore_teacher(content, self.teacher.network)
+        self.teacher.diffusion = Diffusion(**content["process"], device=self.device)
+        self.print_to_log_file(f"The teacher starts from {path}\n  {content['training']['health']}")
+        now = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)
+        for difference in plan_differences(content["plan"], now):
+            self.print_to_log_file(f"  WARNING: {difference}")
+
+    def get_dataloaders(self):
+        """nnU-Net's, and beside them one of the pool, augmented in the same way."""
+        self.pool_loader = self.get_pool_loader() if self.teacher.needs_pool else None
+        return super().get_dataloaders()
+
+    def get_pool_loader(self):
+        """Random patches of the unlabelled images; refuses a pool that is missing or does not fit."""
+        folder = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
+        pool = ImageDataset([join(folder, case) for case in pool_identifiers(folder)])
+        if not pool.identifiers:
+            raise UserError(
+                f"there is no unlabelled image in {folder}: name some (nnunet_diffusion convert ... --unlabeled) and "
+                "run nnunet_diffusion plan_and_preprocess, or set method to supervised"
+            )
+        refuse_other_channels(pool, self.num_input_channels)
+        self.print_to_log_file(f"{self.method} with {len(pool.identifiers)} unlabelled images")
+        if self.method == "co_training" and not self.is_resumed:
+            rms, low, high = image_statistics(pool)
+            self.teacher.network.input_scale.copy_(torch.as_tensor(rms))
+            self.teacher.network.image_range.copy_(torch.tensor([low, high]))
+        patch_size = self.configuration_manager.patch_size
+        rotation, dummy_2d, size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        return image_loader(
+            pool, self.batch_size, patch_size, size, self.label_manager,
+            transforms=self.get_training_transforms(patch_size, rotation, None, mirror_axes, dummy_2d),
+            workers=get_allowed_n_proc_DA(), pin_memory=self.device.type == "cuda",
+        )  # fmt: skip
+
+    def on_train_epoch_start(self):
+        """Ramps up the weight of the pool."""
+        super().on_train_epoch_start()
+        self.teacher.train()
+        self.pool_weight = self.unlabeled_weight * ramp_up(self.current_epoch, self.num_epochs, self.ramp)
+
+    def train_step(self, batch: dict) -> dict:
+        """A labelled batch, then one of the pool; their gradients add up."""
+        images = batch["data"].to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.knowing(batch), autocast(self.device.type, enabled=self.device.type == "cuda"):
+            loss = self.teacher.labelled(self.network, images, self.judge(batch["target"]))
+        self.backward(loss)
+        report = {"loss": loss.detach().cpu().numpy()}
+        if self.teacher.needs_pool:
+            images = next(self.pool_loader)["data"].to(self.device, non_blocking=True)
+            with autocast(self.device.type, enabled=self.device.type == "cuda"):
+                loss, figures = self.teacher.unlabelled(self.network, images)
+            self.backward(self.pool_weight * loss)
+            report |= {name: value.detach().cpu().numpy() for name, value in {"pool_loss": loss, **figures}.items()}
+        self.update(max_norm=12)  # nnU-Net's
+        self.teacher.after_step(unwrap(self.network))
+        return report
+
+    def judge(self, target):
+        """The loss of an output on the labels, with deep supervision if the output has it."""
+        targets = [t.to(self.device, non_blocking=True) for t in (target if isinstance(target, list) else [target])]
+        whole = self.loss.loss if self.enable_deep_supervision else self.loss
+
+        def judge(output):
+            return self.loss(output, targets) if isinstance(output, (list, tuple)) else whole(output, targets[0])
+
+        return judge
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        """Tells what the pool taught."""
+        super().on_train_epoch_end(train_outputs)
+        outputs = collate_outputs(train_outputs)
+        if "pool_loss" in outputs:
+            self.print_to_log_file(f"pool_loss {np.mean(outputs['pool_loss']):.4f}, its weight {self.pool_weight:.3f}")
+        if "agreement" in outputs:
+            agreed = outputs["agreement"]
+            self.print_to_log_file(
+                f"Student and teacher agree on the pool with a mean Dice of {np.mean(agreed):.3f}; the gate "
+                f"({self.gate}) kept {np.mean(agreed >= self.gate):.1%} of {agreed.size} images"
+            )
+
+    def on_train_end(self):
+        """Ends the pool's workers as well."""
+        super().on_train_end()
+        if isinstance(self.pool_loader, NonDetMultiThreadedAugmenter):
+            self.pool_loader._finish()
+
+    def extra_state(self) -> dict:
+        """The teacher goes into the checkpoint, so that a resumed run continues it."""
+        state = {"teacher": self.teacher.state_dict()}
+        if self.method == "co_training":
+            state["process"] = self.teacher.diffusion.description
+        return state
+
+    def load_checkpoint(self, filename_or_checkpoint):
+        """Continues the teacher, too."""
+        super().load_checkpoint(filename_or_checkpoint)
+        checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+        self.teacher.load_state_dict(checkpoint["teacher"])
+        if "process" in checkpoint:
+            self.teacher.diffusion = Diffusion(**checkpoint["process"], device=self.device)
