@@ -83,8 +83,6 @@ def train_as_one_of_many(args: argparse.Namespace) -> int:
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
     from torch import distributed
 
-    from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
-
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device(args.device)
     if device.type == "cuda":
@@ -96,7 +94,7 @@ def train_as_one_of_many(args: argparse.Namespace) -> int:
         trainer = get_trainer_from_args(
             args.dataset, args.configuration, fold, args.trainer, args.plans, args.c, device=device
         )
-        if not isinstance(trainer, ConfiguredTrainer):
+        if "ConfiguredTrainer" not in (base.__name__ for base in type(trainer).__mro__):
             raise UserError(f"-tr {args.trainer}: under torchrun only trainers of nnunet_diffusion know their device")
         trainer.disable_checkpointing = args.disable_checkpointing
         maybe_load_checkpoint(trainer, args.c, args.val, args.pretrained_weights)
