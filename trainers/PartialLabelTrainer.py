@@ -48,8 +48,8 @@ class PartialLabelTrainer(ConfiguredTrainer):
     def configure_optimizers(self):
         """The chosen optimiser for what trains, with a rate of their own for the heads."""
         named = [(name, p) for name, p in unwrap(self.network).named_parameters() if p.requires_grad]
-        rest = {"params": [p for name, p in named if not name.startswith(HEADS)]}
-        heads = {"params": [p for name, p in named if name.startswith(HEADS)]}
+        rest = {"params": [p for name, p in named if HEADS not in name]}
+        heads = {"params": [p for name, p in named if HEADS in name]}
         heads["lr"] = self.initial_lr * self.head_lr_factor
         groups = [group for group in (rest, heads) if group["params"]]
         if self.optimizer_name == "SGD":
