@@ -1,0 +1,134 @@
+"""Completes partly annotated cases by the networks of other groups: true labels win, a gate judges what is added.
+
+For `nnunet_diffusion mutual`; the steps are those of a round of pseudo labels, on the annotated cases themselves.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import blosc2
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from tqdm import tqdm
+
+from nnunet_diffusion.data.annotated import Channels, output_channels, read_annotations
+from nnunet_diffusion.data.completion import ignore_uncertain, keep_labels
+from nnunet_diffusion.data.pseudo import ENDING, ignoring, pseudo_cases, save_pseudo_label
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.evaluation.summary import text_table
+from nnunet_diffusion.files import write_json
+from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, measure
+from nnunet_diffusion.rounds.gate import GateSettings, judge
+from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case
+
+REPORT = "completed.json"
+
+
+def training_cases(base: str, teacher: Teacher, fold: str) -> dict[str, Case]:
+    """The preprocessed training cases of a fold, as nnU-Net splits them.
+
+    Args:
+        base: The data set's folder in nnUNet_preprocessed.
+        teacher: A model trained on that fold.
+        fold: A number, or all.
+
+    Raises:
+        UserError: If splits_final.json has no such fold.
+    """
+    predictor = teacher.predictor
+    configuration = predictor.configuration_manager
+    folder = os.path.join(base, configuration.data_identifier)
+    everything = infer_dataset_class(folder).get_identifiers(folder)
+    splits = load_json(os.path.join(base, "splits_final.json")) if fold != "all" else []
+    if fold != "all" and int(fold) >= len(splits):
+        raise UserError(f"{base}/splits_final.json has folds 0 to {len(splits) - 1}, not {fold}: add it, or take all")
+    names = everything if fold == "all" else splits[int(fold)]["train"]
+    annotations = read_annotations(
+        load_json(os.path.join(base, "dataset.json")), everything, output_channels(teacher.label_manager)
+    )
+    cases = {}
+    for name in sorted(names):
+        original = load_pickle(os.path.join(folder, name + ".pkl"))["spacing"]
+        through_slices = [original[axis] for axis in predictor.plans_manager.transpose_forward][:1]
+        spacing = [*through_slices, *configuration.spacing][-3:]  # a 2d configuration has that of its slices
+        cases[name] = Case(os.path.join(folder, name + ".b2nd"), tuple(map(float, spacing)), annotations[name])
+    return cases
+
+
+def complete_cases(teacher: Teacher, cases: Mapping[str, Case], folder: str, settings: GateSettings) -> dict[str, Any]:
+    """Completes cases, and saves what can be believed.
+
+    In each case the networks decide about the labels that nobody looked for there, where the case has no label. Killed
+    at any moment, it continues with the case at which it was.
+
+    Args:
+        teacher: The model of stage 1.
+        cases: With their annotations.
+        folder: Gets `<case>_seg.b2nd`, `predicted/` and `completed.json`; completed labels of other cases are removed.
+        settings: Of the gate; voxels below `voxel_confidence` are ignored.
+
+    Returns:
+        The content of completed.json: of each case the labels that were added and why others were not, the voxels that
+        are ignored, and of how many there are.
+    """
+    channels = output_channels(teacher.label_manager)
+    predicted = os.path.join(folder, "predicted")
+    for name, case in tqdm(cases.items(), "completing", unit="case"):
+        predict_case(teacher, name, case, predicted, os.path.join(folder, "before"), channels)
+    for name in set(pseudo_cases(folder)) - set(cases):
+        os.remove(os.path.join(folder, name + ENDING))
+    shown = anatomy([annotated_evidence(case, channels) for case in cases.values()])
+    entries = {name: _complete(teacher, name, case, folder, settings, shown) for name, case in cases.items()}
+    report = {"teacher": teacher.identity, "gate": settings.as_dict(), "cases": entries}
+    write_json(os.path.join(folder, REPORT), report)
+    return report
+
+
+def annotated_evidence(case: Case, channels: Channels) -> dict[str, Evidence]:
+    """How the organs that a case annotates look in it."""
+    labels = blosc2.open(urlpath=case.image.removesuffix(".b2nd") + ENDING, mode="r")[:][0]
+    return {k: v for k, v in measure(labels, channels, case.spacing_mm).items() if k in case.annotation.labels}
+
+
+def _complete(
+    teacher: Teacher, name: str, case: Case, folder: str, settings: GateSettings, shown: Mapping[str, Anatomy]
+) -> dict[str, Any]:
+    manager, channels = ignoring(teacher.label_manager), output_channels(teacher.label_manager)
+    prediction = load_prediction(os.path.join(folder, "predicted"), name)
+    added = {organ: found for organ, found in prediction.evidence.items() if organ not in case.annotation.labels}
+    verdict = judge(added, shown, settings, is_partly_annotated=True)
+    labels, annotation = keep_labels(
+        torch.from_numpy(prediction.labels), set(verdict.organs), case.annotation, channels
+    )
+    least = 0.0 if settings.is_open else settings.voxel_confidence
+    is_uncertain = ignore_uncertain(labels, torch.from_numpy(prediction.confidence), least, manager.ignore_label)
+    entry = {
+        "added": sorted(verdict.organs),
+        "reasons": verdict.reasons,
+        "ignored_voxels": int(np.count_nonzero((is_uncertain != labels).numpy())),
+        "voxels": labels.numel(),
+    }
+    patch_size = teacher.predictor.configuration_manager.patch_size
+    info = {"teacher": teacher.identity, **entry}
+    label = is_uncertain.numpy()
+    save_pseudo_label(folder, name, label, annotation, manager, patch_size, completes=case.annotation, info=info)
+    return entry
+
+
+def completion_table(report: Mapping[str, Any], cases: Mapping[str, Case], channels: Channels) -> str:
+    """A line for each label: where it was annotated, lacking, and added; then how much is ignored."""
+    names = [name for name, values in channels.items() if values != {0}]
+    annotated = [sum(name in case.annotation.labels for case in cases.values()) for name in names]
+    added = [sum(name in entry["added"] for entry in report["cases"].values()) for name in names]
+    entries = report["cases"].values()
+    ignored = sum(entry["ignored_voxels"] for entry in entries) / max(1, sum(entry["voxels"] for entry in entries))
+    rows = {
+        "label": [*names, "ignored voxels"],
+        "annotated in": [*map(str, annotated), ""],
+        "added in": [*map(str, added), f"{ignored:.2%}"],
+        "of": [*(str(len(cases) - number) for number in annotated), ""],
+    }
+    return text_table(rows)

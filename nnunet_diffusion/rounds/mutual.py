@@ -1,0 +1,112 @@
+"""The steps of mutual learning: partial-organ networks, completed cases, full-organ networks."""
+
+import hashlib
+import os
+from typing import Any
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+from nnunet_diffusion.data.annotated import output_channels
+from nnunet_diffusion.data.completed import completed_folder
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.rounds.completing import REPORT, complete_cases, completion_table, training_cases
+from nnunet_diffusion.rounds.gate import GateSettings
+from nnunet_diffusion.rounds.prediction import Teacher
+from nnunet_diffusion.settings import BLOCK
+from nnunet_diffusion.steps import Step, Steps, command_environment
+
+FINAL = "checkpoint_final.pth"
+
+
+class MutualLearning:
+    """Both stages on one fold, with logs and the state in a results folder of their own."""
+
+    def __init__(self, dataset: str, configuration: str, fold: str, plans: str, device: str, gate: list[str]):
+        """Checks what was asked for.
+
+        Args:
+            dataset: Id or name.
+            configuration: Of the plan.
+            fold: A number, or all.
+            plans: Name of the plan.
+            device: cpu or cuda.
+            gate: Settings of the gate, as KEY=VALUE.
+
+        Raises:
+            UserError: If there is no such data set, plan, configuration or fold.
+        """
+        try:
+            self.dataset = maybe_convert_to_dataset_name(dataset)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"-d {dataset}: {error}") from error
+        self.configuration, self.fold, self.plans, self.device = configuration, fold, plans, device
+        self.gate = GateSettings.from_pairs(gate)
+        self.base = os.path.join(nnUNet_preprocessed, self.dataset)
+        if not (fold.isdigit() or fold == "all"):
+            raise UserError(f"-f {fold}: give the number of a fold, or all")
+        path = os.path.join(self.base, plans + ".json")
+        if not os.path.isfile(path):
+            raise UserError(f"-p {plans}: there is no {path}: nnunet_diffusion plan_and_preprocess makes one")
+        self.block = load_json(path).get(BLOCK, {})
+        if configuration not in (known := load_json(path)["configurations"]):
+            raise UserError(f"-c {configuration}: the plan has {', '.join(known)}")
+        folder = os.path.join(nnUNet_results, self.dataset, f"mutual__{plans}__{configuration}", f"fold_{fold}")
+        self.steps = Steps(folder, command_environment(None, device), total=3)
+
+    def output_folder(self, trainer: str) -> str:
+        """The model folder of a trainer."""
+        return os.path.join(nnUNet_results, self.dataset, f"{trainer}__{self.plans}__{self.configuration}")
+
+    def train(self, trainer: str) -> None:
+        """Trains one stage unless it is finished."""
+        output = os.path.join(self.output_folder(trainer), f"fold_{self.fold}", FINAL)
+        choice = [self.dataset, self.configuration, self.fold, "-tr", trainer, "-p", self.plans]
+        step = Step(
+            f"train {trainer}",
+            ["nnUNetv2_train", *choice, "-device", self.device],
+            output,
+            counts=r"Epoch time: ",
+            depends_on=self.what_decides(trainer),
+            resume_with=["--c"],
+        )
+        self.steps.keep_finished(step)
+        self.steps.run(step)
+
+    def what_decides(self, trainer: str) -> dict[str, Any]:
+        """Settings, annotations, and for stage 2 the completed labels."""
+        tables = load_json(os.path.join(self.base, "dataset.json"))
+        completed = os.path.join(self.completed_folder, REPORT)
+        return {
+            "settings": self.block.get(trainer, {}),
+            "annotated_labels": tables.get("annotated_labels", {}),
+            "completed": digest(completed) if os.path.isfile(completed) and "Similarity" in trainer else "",
+        }
+
+    @property
+    def completed_folder(self) -> str:
+        """Where the completed labels are."""
+        plans = load_json(os.path.join(self.base, self.plans + ".json"))
+        return completed_folder(self.base, plans["configurations"][self.configuration]["data_identifier"], self.fold)
+
+    def complete(self, trainer: str) -> None:
+        """Completes the training cases with the networks of a trainer; what is there already stays."""
+        model = self.output_folder(trainer)
+        self.steps.number += 1
+        print(f"[{self.steps.number}/{self.steps.total}] complete the training cases", flush=True)
+        identity = digest(os.path.join(model, f"fold_{self.fold}", FINAL))
+        teacher = Teacher(model, [self.fold], identity, torch.device(self.device))
+        cases = training_cases(self.base, teacher, self.fold)
+        report = complete_cases(teacher, cases, self.completed_folder, self.gate)
+        print(completion_table(report, cases, output_channels(teacher.label_manager)), flush=True)
+
+
+def digest(path: str) -> str:
+    """A name for the very content of a file."""
+    content = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(2**24):
+            content.update(block)
+    return content.hexdigest()
