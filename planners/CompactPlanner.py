@@ -31,6 +31,7 @@ class CompactPlanner(ExperimentPlanner):
         "DiffusionPretrainedTrainer": FINE_TUNING,
         "DiffusionPretrainedDecoderTrainer": FINE_TUNING,
         "DiffusionPretrainedLinearTrainer": FINE_TUNING,
+        "PseudoLabelTrainer": FINE_TUNING,
     }
 
     def __init__(

@@ -33,11 +33,11 @@ def hard_counts(
     mask = None
     if label_manager.has_regions:
         predicted = (output > 0).long()
-        if label_manager.has_ignore_label:
+        if label_manager.ignore_label is not None:
             mask, target = 1 - target[:, -1:].float(), target[:, :-1]
     else:
         predicted = torch.zeros_like(output, dtype=torch.float32).scatter_(1, output.argmax(1, keepdim=True), 1)
-        if label_manager.has_ignore_label:
+        if label_manager.ignore_label is not None:
             is_known = target != label_manager.ignore_label
             mask, target = is_known.float(), torch.where(is_known, target, 0)
     counts = torch.stack(get_tp_fp_fn_tn(predicted, target, axes=axes, mask=mask)[:3])  # (3, B, C)

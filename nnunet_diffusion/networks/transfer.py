@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.networks.conditioning import first_convolution
+from nnunet_diffusion.stock import load_checkpoint
 
 HEADS = "decoder.seg_layers."
 
@@ -112,6 +113,20 @@ def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
         return weight
     total = weight.sum(1, keepdim=True)
     return (total / channels).expand(-1, channels, *[-1] * (weight.ndim - 2)).clone()
+
+
+def load_weights(network: nn.Module, path: str) -> None:
+    """Takes all weights of a checkpoint of nnU-Net's, changed in place.
+
+    Raises:
+        UserError: If the file is not there, no checkpoint, or of another network.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint to start from")
+    try:
+        network.load_state_dict(load_checkpoint(path)["network_weights"])
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the planned network: {error}") from error
 
 
 def plan_differences(trained: dict, now: dict) -> list[str]:

@@ -1,0 +1,145 @@
+"""The gate: which predictions may teach the next round. Pure functions of evidence and settings.
+
+An organ is believed, or dropped for this round. A case is kept with the organs that are believed, or waits for the next
+round, or is dropped for good when it has waited too often. To filter cases by cross-round disagreement is what the
+winner of FLARE22 (team blackbean) did; everything else here is ours.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.rounds.evidence import Anatomy, Evidence
+
+KEEP, WAIT, DROP = "keep", "wait", "drop"
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """The limits; all are ours and untuned.
+
+    Attributes:
+        is_open: Let everything through, every voxel: the loop without a gate.
+        voxel_confidence: Voxels below this probability are ignored in training.
+        organ_confidence: An organ's mean probability must not be below it.
+        max_disagreement: An organ's u with the round before must not be above it.
+        min_agreement: The mean Dice of an ensemble's models must not be below it.
+        volume_factor: An organ must not be smaller than the smallest annotated one by more than this factor, nor larger
+            than the largest.
+        position_margin: An organ's centre must not be farther outside the annotated ones' range, as a share of the
+            image's extent.
+        min_organs: A scan of the pool is kept if at least this share of its organs is believed.
+        patience: A case that was not kept in so many rounds, one after the other, is dropped.
+    """
+
+    is_open: bool = False
+    voxel_confidence: float = 0.7
+    organ_confidence: float = 0.8
+    max_disagreement: float = 0.5
+    min_agreement: float = 0.7
+    volume_factor: float = 2.0
+    position_margin: float = 0.15
+    min_organs: float = 0.5
+    patience: int = 3
+
+    @classmethod
+    def from_pairs(cls, pairs: Sequence[str]) -> "GateSettings":
+        """Settings from KEY=VALUE texts.
+
+        Raises:
+            UserError: If a key is unknown or a value has another type.
+        """
+        kinds = {field.name: type(field.default) for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for pair in pairs:
+            key, _, text = pair.partition("=")
+            if key not in kinds:
+                raise UserError(f"--gate {pair}: known are {', '.join(kinds)}, as KEY=VALUE")
+            try:
+                values[key] = {"true": True, "false": False}[text] if kinds[key] is bool else kinds[key](text)
+            except (ValueError, KeyError) as error:
+                raise UserError(f"--gate {pair}: the value must be of type {kinds[key].__name__}") from error
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class Verdict(NamedTuple):
+    """What becomes of one case."""
+
+    decision: str  # keep, wait or drop
+    organs: list[str]  # that are believed
+    reasons: dict[str, list[str]]  # organ -> why it is not believed; "case" -> why the case is not kept
+
+
+def doubts(evidence: Evidence, shown: Anatomy | None, settings: GateSettings) -> list[str]:
+    """Why an organ's prediction is not to be believed, in words with the numbers; nothing if it is.
+
+    Args:
+        evidence: Of the prediction.
+        shown: How annotated cases show the organ; None if no case annotates it.
+        settings: The limits.
+    """
+    found = []
+    if evidence.confidence is not None and evidence.confidence < settings.organ_confidence:
+        found.append(f"confidence {evidence.confidence:.2f} is below {settings.organ_confidence:g}")
+    if evidence.agreement is not None and evidence.agreement < settings.min_agreement:
+        found.append(f"the models agree by a Dice of {evidence.agreement:.2f} only, below {settings.min_agreement:g}")
+    if evidence.disagreement is not None and evidence.disagreement > settings.max_disagreement:
+        found.append(f"u with the round before is {evidence.disagreement:.2f}, above {settings.max_disagreement:g}")
+    if shown is None or not shown.annotated:
+        return [*found, "no annotated case shows what it looks like"]
+    return found + implausible(evidence, shown, settings)
+
+
+def implausible(evidence: Evidence, shown: Anatomy, settings: GateSettings) -> list[str]:
+    """What no annotated case shows: an absence, a size or a position."""
+    if evidence.volume_ml == 0:
+        is_always_there = len(shown.volumes_ml) == shown.annotated
+        return [f"it is nowhere, but in all {shown.annotated} annotated cases"] if is_always_there else []
+    if not shown.volumes_ml:
+        return [f"it is in none of the {shown.annotated} annotated cases"]
+    found = []
+    least, most = min(shown.volumes_ml), max(shown.volumes_ml)
+    if not least / settings.volume_factor <= evidence.volume_ml <= most * settings.volume_factor:
+        found.append(f"volume {evidence.volume_ml:.3g} ml, annotated ones have {least:.3g} to {most:.3g} ml")
+    for axis, share in enumerate(evidence.position):
+        low, high = (pick(position[axis] for position in shown.positions) for pick in (min, max))
+        if not low - settings.position_margin <= share <= high + settings.position_margin:
+            found.append(f"its centre is at {share:.0%} of axis {axis}, annotated ones are at {low:.0%} to {high:.0%}")
+    return found
+
+
+def judge(
+    evidence: Mapping[str, Evidence],
+    shown: Mapping[str, Anatomy],
+    settings: GateSettings,
+    waited: int = 0,
+    is_partly_annotated: bool = False,
+) -> Verdict:
+    """Decides about one case.
+
+    Args:
+        evidence: {organ: evidence} of the predicted organs; of a partly annotated case, of those that it lacks.
+        shown: The `anatomy` of the annotated training cases.
+        settings: The limits.
+        waited: In how many rounds before this one, one after the other, it was not kept.
+        is_partly_annotated: One believed organ is enough, and it is never dropped: its true labels teach anyway.
+    """
+    if settings.is_open:
+        return Verdict(KEEP, list(evidence), {})
+    reasons = {organ: doubts(entry, shown.get(organ), settings) for organ, entry in evidence.items()}
+    reasons = {organ: found for organ, found in reasons.items() if found}
+    organs = [organ for organ in evidence if organ not in reasons]
+    is_empty = not is_partly_annotated and not any(evidence[organ].volume_ml for organ in organs)
+    if organs and not is_empty and (is_partly_annotated or len(organs) >= settings.min_organs * len(evidence)):
+        return Verdict(KEEP, organs, reasons)
+    what = f"only {len(organs)} of {len(evidence)} organs can be believed" if organs else "no organ can be believed"
+    if is_empty and organs:
+        what = "no organ that can be believed is there"
+    if waited + 1 >= settings.patience and not is_partly_annotated:
+        return Verdict(DROP, [], reasons | {"case": [what, f"and so it was in {waited} round(s) before"]})
+    return Verdict(WAIT, [], reasons | {"case": [what]})

@@ -1,0 +1,178 @@
+"""Predictions in the network's space: nnU-Net's sliding window on preprocessed scans, without export or resampling.
+
+`predicted/<case>.b2nd` in a round's folder holds two int16 maps, the label of each voxel and how probable it is in
+1/255, and in its metadata the evidence for the gate. It is there whole or not at all, and belongs to one teacher: parts
+of the pool can be predicted at the same time by many processes, and what is there is not predicted again.
+"""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import blosc2
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunet_diffusion.data.annotated import Annotation
+from nnunet_diffusion.data.completion import most_probable, possible_classes
+from nnunet_diffusion.data.pseudo import open_array, write_array
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import atomic
+from nnunet_diffusion.rounds.evidence import Evidence, measure
+from nnunet_diffusion.stock import find_folds, trainers_of
+
+LEVELS = 255  # of the stored confidence
+
+
+class Case(NamedTuple):
+    """A preprocessed scan that is to be predicted."""
+
+    image: str  # its .b2nd
+    spacing_mm: tuple[float, ...]  # of the network's space
+    annotation: Annotation | None  # of a partly annotated case, whose label file lies beside the image
+
+
+class Prediction(NamedTuple):
+    """What a teacher said of one case."""
+
+    labels: np.ndarray  # (X, Y, Z) int16
+    confidence: np.ndarray  # (X, Y, Z) float32
+    evidence: dict[str, Evidence]
+    teacher: str
+
+
+class Teacher:
+    """A trained model folder, one or several folds, as nnU-Net's own predictor loads it."""
+
+    def __init__(self, folder: str, folds: list[str], identity: str, device: torch.device):
+        """Loads it.
+
+        Args:
+            folder: Model folder.
+            folds: Such as ["0"]; several are an ensemble, whose mean logits are taken, as nnU-Net does.
+            identity: A name for these very weights; predictions of others are made anew.
+            device: Where to predict.
+
+        Raises:
+            UserError: If a checkpoint is missing or its trainer cannot be found.
+        """
+        from nnunet_diffusion.installation import ext_trainer_folders, with_our_trainers
+
+        self.identity = identity
+        folds = find_folds(folder, folds, "checkpoint_final.pth")
+        on_cuda = device.type == "cuda"
+        with trainers_of(with_our_trainers(ext_trainer_folders())):
+            self.predictor = nnUNetPredictor(device=device, perform_everything_on_device=on_cuda, allow_tqdm=False)
+            self.predictor.initialize_from_trained_model_folder(folder, tuple(folds), "checkpoint_final.pth")
+        self.label_manager = self.predictor.label_manager
+
+    def logits(self, image: torch.Tensor) -> tuple[torch.Tensor, list[np.ndarray]]:
+        """Mean logits (C, X, Y, Z) of an image, on the CPU, and the label map of each model if there are several."""
+        total, members, models = None, [], self.predictor.list_of_parameters
+        for weights in models:
+            getattr(self.predictor.network, "_orig_mod", self.predictor.network).load_state_dict(weights)
+            with contextlib.redirect_stdout(io.StringIO()):
+                logits = self.predictor.predict_sliding_window_return_logits(image).cpu()
+            if len(models) > 1:
+                members.append(most_probable(logits, self.label_manager)[0].numpy())
+            total = logits if total is None else total.add_(logits)
+        return total.div_(len(models)), members
+
+
+def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: str, channels) -> None:
+    """Predicts one case and saves it, unless this teacher did already.
+
+    Args:
+        teacher: The model.
+        name: Of the case.
+        case: Where its image is, and what was annotated.
+        folder: Of the predictions of this round.
+        before: Of the round before; evidence compares with it where it has the case.
+        channels: The `output_channels`.
+
+    Raises:
+        UserError: If the image does not fit the plan, or a file is damaged.
+        OSError: If the prediction cannot be written.
+    """
+    if is_predicted(folder, name, teacher.identity):
+        return
+    image = torch.from_numpy(_read(case.image))
+    expected = len(teacher.predictor.dataset_json["channel_names"])
+    if image.ndim != 4 or len(image) != expected:
+        raise UserError(
+            f"{case.image} is {tuple(image.shape)}: the plan holds (channel, x, y, z) with {expected} channel(s): "
+            "preprocess the pool again for this plan"
+        )
+    logits, members = teacher.logits(image)
+    annotated = possible = None
+    if case.annotation is not None:
+        annotated = torch.from_numpy(_read(case.image.removesuffix(".b2nd") + "_seg.b2nd")[0].astype(np.int16))
+        possible = possible_classes(case.annotation, channels)
+    labels, confidence = most_probable(logits, teacher.label_manager, annotated, possible)
+    if annotated is None and any(teacher.predictor.configuration_manager.use_mask_for_norm):
+        labels[
+            (image == 0).all(0)
+        ] = -1  # outside the body, as nnU-Net's preprocessing marks it and its masking needs it
+    previous = load_prediction(before, name).labels if has_prediction(before, name) else None
+    spacing = case.spacing_mm
+    evidence = measure(labels.numpy(), channels, spacing, confidence.numpy(), members, previous)
+    save_prediction(folder, name, Prediction(labels.numpy(), confidence.numpy(), evidence, teacher.identity),
+                    teacher.predictor.configuration_manager.patch_size)  # fmt: skip
+
+
+def save_prediction(folder: str, name: str, prediction: Prediction, patch_size) -> None:
+    """Saves it, whole or not at all."""
+    confidence = np.round(prediction.confidence * LEVELS).astype(np.int16)
+    about = {"teacher": prediction.teacher, "evidence": {k: v._asdict() for k, v in prediction.evidence.items()}}
+    os.makedirs(folder, exist_ok=True)
+    with atomic(os.path.join(folder, name + ".b2nd")) as temporary:
+        write_array(temporary, np.stack([prediction.labels, confidence]), patch_size, json.dumps(about))
+
+
+def has_prediction(folder: str, name: str) -> bool:
+    """Whether any teacher predicted the case there."""
+    return os.path.isfile(os.path.join(folder, name + ".b2nd"))
+
+
+def is_predicted(folder: str, name: str, teacher: str) -> bool:
+    """Whether this teacher predicted the case there."""
+    return has_prediction(folder, name) and read_evidence(folder, name)[1] == teacher
+
+
+def read_evidence(folder: str, name: str) -> tuple[dict[str, Evidence], str]:
+    """The evidence for a prediction and its teacher, without the maps.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    return _about(open_array(os.path.join(folder, name + ".b2nd"))[1])
+
+
+def load_prediction(folder: str, name: str) -> Prediction:
+    """A prediction with its maps.
+
+    Raises:
+        UserError: If the file is damaged.
+    """
+    maps, text = open_array(os.path.join(folder, name + ".b2nd"))
+    labels, confidence = maps[:]
+    return Prediction(labels, confidence.astype(np.float32) / LEVELS, *_about(text))
+
+
+def _about(text: str) -> tuple[dict[str, Evidence], str]:
+    content: Mapping[str, Any] = json.loads(text)
+    return {name: Evidence(**entry) for name, entry in content["evidence"].items()}, content["teacher"]
+
+
+def _read(path: str) -> np.ndarray:
+    """A preprocessed array, which nnU-Net wrote."""
+    try:
+        return blosc2.open(urlpath=path, mode="r")[:]
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # blosc2 raises many kinds for a damaged file
+        raise UserError(f"{path} is damaged: remove it and preprocess again ({error!r})") from error

@@ -1,0 +1,97 @@
+"""Trains on annotated cases and on those that a round of pseudo labels kept."""
+
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
+from nnunetv2.paths import nnUNet_results
+
+from nnunet_diffusion.data.annotated import balanced_cases
+from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
+from nnunet_diffusion.data.pseudo import (
+    PseudoLabelDataset,
+    ignoring,
+    pseudo_folder,
+    usable_pseudo_labels,
+    with_annotated_share,
+)
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.networks.transfer import load_weights, pretrained_weights_argument, unwrap
+from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
+
+
+class PseudoLabelTrainer(DiffusionPretrainedTrainer):
+    """nnU-Net on true labels and pseudo labels; what a pseudo label says nothing about, it does not teach.
+
+    It starts from the denoiser (or, with `scratch`, from random weights) as DiffusionPretrainedTrainer does, or from a
+    checkpoint. Cases with pseudo labels are never validated on. In both paths below, `{fold}` stands for the fold.
+    """
+
+    pseudo_labels: str = ""  # folder below <data_identifier>_pseudo, such as nnUNetPlans__fold_{fold}/round_1
+    start_from: str = ""  # checkpoint, as it is or below the data set's results; empty: the denoiser
+    annotated_share: float = 0.5  # of the training cases that are drawn; 0: every case equally often
+
+    def initialize(self):
+        """Reads what the pseudo labels say something about."""
+        if self.is_cascaded:
+            raise NotImplementedError(
+                f"{self.configuration_name} is a cascade's second stage, and the pool has no prediction of the first: "
+                "train pseudo labels in a configuration without a previous stage"
+            )
+        if self.start_from and (self.scratch or pretrained_weights_argument()):
+            raise UserError("the setting start_from contradicts scratch and -pretrained_weights: give one of them")
+        self.label_manager = ignoring(self.label_manager)
+        super().initialize()
+        self.taught = {}
+        if self.pseudo_labels:
+            names = self.pseudo_labels.format(fold=self.fold).split("/")
+            identifier = self.configuration_manager.data_identifier
+            self.pseudo_folder = pseudo_folder(self.preprocessed_dataset_folder_base, identifier, *names)
+            self.taught = usable_pseudo_labels(self.pseudo_folder, self.annotations)
+            if not self.taught:
+                raise UserError(f"{self.pseudo_folder} has no pseudo labels: make them with nnunet_diffusion rounds")
+
+    def do_split(self):
+        """nnU-Net's; annotated cases that came after the splits were made are trained on, in every fold."""
+        train, validation = super().do_split()
+        splits = join(self.preprocessed_dataset_folder_base, "splits_final.json")
+        split = {*train, *validation}
+        if self.fold != "all" and isfile(splits):
+            split.update(case for parts in load_json(splits) for part in parts.values() for case in part)
+        return [*train, *sorted(set(self.annotations) - split)], validation
+
+    def find_images(self) -> dict[str, str]:
+        """The folder of each image that has a pseudo label: a partly annotated case lies with its true labels."""
+        pool = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
+        if missing := sorted(set(self.taught) - set(self.annotations) - set(pool_identifiers(pool))):
+            raise UserError(f"{self.pseudo_folder} has labels of {missing}, whose images are not in {pool}: preprocess")
+        return {case: self.preprocessed_dataset_folder if case in self.annotations else pool for case in self.taught}
+
+    def get_tr_and_val_datasets(self):
+        """Adds the cases with pseudo labels to those trained on."""
+        train, validation = super().get_tr_and_val_datasets()
+        if not self.taught:
+            return train, validation
+        if self.fold != "all" and (seen := sorted(set(self.taught) & set(validation.identifiers))):
+            raise UserError(f"{self.pseudo_folder} has labels of {seen}, which fold {self.fold} is validated on")
+        annotated = set(train.identifiers)
+        train = PseudoLabelDataset(train, self.find_images(), self.pseudo_folder)
+        if self.balanced:
+            train.identifiers = balanced_cases(train.identifiers, self.annotations | self.taught)
+        else:
+            train.identifiers = with_annotated_share(train.identifiers, annotated, self.annotated_share)
+        self.print_to_log_file(f"{len(annotated)} annotated cases, {len(self.taught)} cases with pseudo labels")
+        return train, validation
+
+    def train_step(self, batch: dict) -> dict:
+        """One step, judged by what the pseudo labels say something about; validation goes by the annotations."""
+        annotations, self.annotations = self.annotations, self.annotations | self.taught
+        try:
+            return super().train_step(batch)
+        finally:
+            self.annotations = annotations
+
+    def transfer_denoiser(self):
+        """Or takes over the weights of a checkpoint."""
+        if not self.start_from:
+            return super().transfer_denoiser()
+        path = join(nnUNet_results, self.plans_manager.dataset_name, self.start_from.format(fold=self.fold))
+        load_weights(unwrap(self.network), path)
+        self.print_to_log_file(f"Starts from {path}")
