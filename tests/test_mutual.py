@@ -27,7 +27,7 @@ BALLS, BOX = ["left ball", "right ball"], ["box"]
 ANNOTATED = {"tiny_000": BALLS, "tiny_001": BOX, "tiny_002": BALLS, "tiny_003": BALLS, "tiny_004": BOX}
 SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 2, "seed": 0}
 AT_ONCE = {**SHORT, "supervised_share": 0.0, "ramp_share": 0.0}
-BLOCK = {"MutualDifferenceTrainer": AT_ONCE, "MutualSimilarityTrainer": AT_ONCE}
+BLOCK = {"MutualDifferenceTrainer": AT_ONCE, "MutualSimilarityTrainer": {**AT_ONCE, "validate_members": False}}
 
 
 @pytest.fixture(scope="module")
@@ -203,22 +203,34 @@ def test_true_labels_win_and_everything_is_known(world, learned):
 
 
 def test_validation_says_how_each_member_does(learned):
+    trainer = tiny.trainer(MutualSimilarityTrainer)
+    trainer.load_checkpoint(str(results() / "fold_0" / "checkpoint_final.pth"))
+    trainer.validate_members = True
+    trainer.perform_actual_validation()
     summary = json.loads((results() / "fold_0" / "validation" / "summary.json").read_text())
     assert [member["group"] for member in summary["members"]] == [BALLS, BOX]
     assert all(np.isfinite(member["foreground_mean"]["Dice"]) for member in summary["members"])
-    log = next((results() / "fold_0").glob("training_log*")).read_text()
+    log = Path(trainer.log_file).read_text()
     assert "Mean Validation Dice: member 0 0." in log and ", all together 0." in log
 
 
-def test_the_same_command_does_nothing_twice(learned, capsys):
+def test_the_same_command_does_nothing_twice(world, learned, capsys):
     files = [results(trainer) / "fold_0" / "checkpoint_final.pth" for trainer in BLOCK]
     before = [file.stat().st_mtime_ns for file in files]
     assert main([*COMMAND, "--gate", "is_open=true"]) == 0
     out = capsys.readouterr().out
-    assert out.count("done before") == 2 and "[2/3] complete the training cases" in out
+    assert out.count("done before") == 3 and "[2/3] complete the training cases" in out
     assert [file.stat().st_mtime_ns for file in files] == before
     assert main([*COMMAND, "--gate", "voxel_confidence=0.9"]) == 1, "or a finished model would be lost"
-    assert "was made with other settings, labels or options" in capsys.readouterr().err
+    assert "was trained on labels that were completed by another model or gate" in capsys.readouterr().err
+    plans = world / f"{tiny.PLANS}.json"
+    before_plans = plans.read_text()
+    try:
+        plans.write_text(before_plans.replace('"supervised_share": 0.0', '"supervised_share": 0.5'))
+        assert main([*COMMAND, "--gate", "is_open=true"]) == 1
+    finally:
+        plans.write_text(before_plans)
+    assert "checkpoint_final.pth was made with other settings, labels or options" in capsys.readouterr().err
     assert [file.stat().st_mtime_ns for file in files] == before
 
 

@@ -4,7 +4,6 @@ import argparse
 
 HELP = "Mutual learning between groups of cases that each annotate other labels: both stages and what is in between."
 NEEDS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-TRAINERS = ("MutualDifferenceTrainer", "MutualSimilarityTrainer")
 EPILOG = """\
 1. trains a network for each group, of the labels that it annotates (MutualDifferenceTrainer);
 2. completes the training cases of the fold: true labels win, what is uncertain is ignored;
@@ -33,11 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs what is not finished; returns 0."""
-    from nnunet_diffusion.rounds.mutual import MutualLearning
+    from nnunet_diffusion.rounds.mutual import STAGES, MutualLearning
 
     learning = MutualLearning(args.dataset, args.configuration, args.fold, args.plans, args.device, args.gate)
-    learning.train(*TRAINERS[:1])
-    learning.complete(TRAINERS[0])
-    learning.train(*TRAINERS[1:])
-    print(f"{learning.output_folder(TRAINERS[1])}: predict with -tr {TRAINERS[1]}")
+    learning.train(STAGES[0])
+    learning.complete()
+    learning.train(STAGES[1])
+    print(f"{learning.output_folder(STAGES[1])}: predict with -tr {STAGES[1]}")
     return 0

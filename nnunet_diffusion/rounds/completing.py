@@ -77,7 +77,10 @@ def complete_cases(teacher: Teacher, cases: Mapping[str, Case], folder: str, set
     channels = output_channels(teacher.label_manager)
     predicted = os.path.join(folder, "predicted")
     for name, case in tqdm(cases.items(), "completing", unit="case"):
-        predict_case(teacher, name, case, predicted, os.path.join(folder, "before"), channels)
+        with torch.inference_mode():
+            predict_case(teacher, name, case, predicted, os.path.join(folder, "before"), channels)
+    if os.path.isfile(os.path.join(folder, REPORT)):
+        os.remove(os.path.join(folder, REPORT))  # it says that everything is there
     for name in set(pseudo_cases(folder)) - set(cases):
         os.remove(os.path.join(folder, name + ENDING))
     shown = anatomy([annotated_evidence(case, channels) for case in cases.values()])

@@ -8,6 +8,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.data.annotated import output_channels
 from nnunet_diffusion.data.completed import completed_folder
@@ -18,7 +19,7 @@ from nnunet_diffusion.rounds.prediction import Teacher
 from nnunet_diffusion.settings import BLOCK
 from nnunet_diffusion.steps import Step, Steps, command_environment
 
-FINAL = "checkpoint_final.pth"
+STAGES = ("MutualDifferenceTrainer", "MutualSimilarityTrainer")
 
 
 class MutualLearning:
@@ -50,9 +51,12 @@ class MutualLearning:
         path = os.path.join(self.base, plans + ".json")
         if not os.path.isfile(path):
             raise UserError(f"-p {plans}: there is no {path}: nnunet_diffusion plan_and_preprocess makes one")
-        self.block = load_json(path).get(BLOCK, {})
-        if configuration not in (known := load_json(path)["configurations"]):
-            raise UserError(f"-c {configuration}: the plan has {', '.join(known)}")
+        content = load_json(path)
+        self.block = content.get(BLOCK, {})
+        if configuration not in content["configurations"]:
+            raise UserError(f"-c {configuration}: the plan has {', '.join(content['configurations'])}")
+        identifier = PlansManager(content).get_configuration(configuration).data_identifier
+        self.completed_folder = completed_folder(self.base, identifier, fold)
         folder = os.path.join(nnUNet_results, self.dataset, f"mutual__{plans}__{configuration}", f"fold_{fold}")
         self.steps = Steps(folder, command_environment(None, device), total=3)
 
@@ -62,12 +66,11 @@ class MutualLearning:
 
     def train(self, trainer: str) -> None:
         """Trains one stage unless it is finished."""
-        output = os.path.join(self.output_folder(trainer), f"fold_{self.fold}", FINAL)
         choice = [self.dataset, self.configuration, self.fold, "-tr", trainer, "-p", self.plans]
         step = Step(
             f"train {trainer}",
             ["nnUNetv2_train", *choice, "-device", self.device],
-            output,
+            self.final(trainer),
             counts=r"Epoch time: ",
             depends_on=self.what_decides(trainer),
             resume_with=["--c"],
@@ -76,28 +79,44 @@ class MutualLearning:
         self.steps.run(step)
 
     def what_decides(self, trainer: str) -> dict[str, Any]:
-        """Settings, annotations, and for stage 2 the completed labels."""
-        tables = load_json(os.path.join(self.base, "dataset.json"))
-        completed = os.path.join(self.completed_folder, REPORT)
+        """Settings, cases and annotations, and the completed labels if the trainer reads them."""
+        splits = os.path.join(self.base, "splits_final.json")
+        known = load_json(splits) if self.fold != "all" and os.path.isfile(splits) else []
         return {
             "settings": self.block.get(trainer, {}),
-            "annotated_labels": tables.get("annotated_labels", {}),
-            "completed": digest(completed) if os.path.isfile(completed) and "Similarity" in trainer else "",
+            "annotated_labels": load_json(os.path.join(self.base, "dataset.json")).get("annotated_labels", {}),
+            "cases": known[int(self.fold)]["train"] if self.fold != "all" and int(self.fold) < len(known) else [],
+            "completed": self.completed() if trainer == STAGES[1] else {},
         }
 
-    @property
-    def completed_folder(self) -> str:
-        """Where the completed labels are."""
-        plans = load_json(os.path.join(self.base, self.plans + ".json"))
-        return completed_folder(self.base, plans["configurations"][self.configuration]["data_identifier"], self.fold)
+    def final(self, trainer: str) -> str:
+        """The checkpoint that a trainer ends with."""
+        return os.path.join(self.output_folder(trainer), f"fold_{self.fold}", "checkpoint_final.pth")
 
-    def complete(self, trainer: str) -> None:
-        """Completes the training cases with the networks of a trainer; what is there already stays."""
-        model = self.output_folder(trainer)
+    def completed(self) -> dict[str, Any]:
+        """What is known of the completed labels; nothing if they are not all there."""
+        path = os.path.join(self.completed_folder, REPORT)
+        return load_json(path) if os.path.isfile(path) else {}
+
+    def complete(self) -> None:
+        """Completes the training cases with the networks of stage 1, unless they are.
+
+        Raises:
+            UserError: If stage 2 has been trained on labels that were completed otherwise.
+        """
         self.steps.number += 1
-        print(f"[{self.steps.number}/{self.steps.total}] complete the training cases", flush=True)
-        identity = digest(os.path.join(model, f"fold_{self.fold}", FINAL))
-        teacher = Teacher(model, [self.fold], identity, torch.device(self.device))
+        heading = f"[{self.steps.number}/{self.steps.total}] complete the training cases"
+        identity, known = digest(self.final(STAGES[0])), self.completed()
+        if (known.get("teacher"), known.get("gate")) == (identity, self.gate.as_dict()):
+            print(f"{heading}: done before", flush=True)
+            return
+        if known and os.path.isfile(self.final(STAGES[1])):
+            raise UserError(
+                f"{self.output_folder(STAGES[1])} was trained on labels that were completed by another model or gate "
+                f"({known['gate']}): give that gate again, or move the folder away to make it anew"
+            )
+        print(heading, flush=True)
+        teacher = Teacher(self.output_folder(STAGES[0]), [self.fold], identity, torch.device(self.device))
         cases = training_cases(self.base, teacher, self.fold)
         report = complete_cases(teacher, cases, self.completed_folder, self.gate)
         print(completion_table(report, cases, output_channels(teacher.label_manager)), flush=True)
