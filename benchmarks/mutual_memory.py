@@ -1,9 +1,8 @@
 """Peak memory (resident set, CPU) of training K members: plain, with checkpointing, in turns.
 
 Each row is a process of its own that builds the members and the loss of stage 1 for a plan, and trains two steps on
-random images of the plan's batch and patch size; memory counts from before the first step.
+random images of the plan's batch and patch size; memory counts from before the first step. In the repository:
 
-example:
   python benchmarks/mutual_memory.py nnUNet_preprocessed/Dataset501_OpenKBP/nnUNetCompactPlans.json -c 2d
 """
 
@@ -39,7 +38,8 @@ def step_memory(plans_file: str, configuration: str, members: int, mode: str) ->
     optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.99, nesterov=True)
     group = torch.arange(size) % members
     annotation = merged_into_background(torch.cat([torch.ones(members, 1, dtype=torch.bool), owned[:, 1:]], 1)[group])
-    target = (torch.rand(size, 1, *chosen.patch_size) < 0.1) * (group + 1).reshape(-1, *[1] * (1 + len(chosen.patch_size)))
+    own_label = (group + 1).reshape(-1, *[1] * (1 + len(chosen.patch_size)))
+    target = own_label * (torch.rand(size, 1, *chosen.patch_size) < 0.1)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for step in range(2):
         start = time.time()
