@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -10,6 +11,8 @@ from concurrent.futures.process import BrokenProcessPool
 from tqdm import tqdm
 
 from nnunet_diffusion.errors import UserError
+
+ENDS_WITH = "nnunet_diffusion_ends_with"  # environment variable: the process that a command must not outlive
 
 
 def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, description: str) -> Iterator[tuple]:
@@ -46,6 +49,25 @@ def _end_with_parent() -> None:
 
     def watch():
         multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def end_with_starter() -> None:
+    """Ends this process, and its workers, when the one that the environment names and that started it has ended.
+
+    However that ended: a training must not go on beside the one that continues it.
+    """
+    starter = os.environ.pop(ENDS_WITH, "")
+    if not starter:
+        return
+
+    def watch():
+        while os.getppid() == int(starter):
+            time.sleep(0.1)
+        for worker in multiprocessing.active_children():
+            worker.kill()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

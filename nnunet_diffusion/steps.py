@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import time
 from typing import Any
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.processes import ENDS_WITH
 
 LOSS = re.compile(r"\b(?:train_loss|train loss)\s+(-?\d+\.\d+)")
 
@@ -45,19 +46,32 @@ class Step:
 class Steps:
     """Runs steps in order, in one folder with their logs and a file that says which are finished."""
 
-    def __init__(self, folder: str, environment: Mapping[str, str], total: int):
+    def __init__(
+        self,
+        folder: str,
+        environment: Mapping[str, str],
+        total: int,
+        state: dict | None = None,
+        save: Callable[[], None] | None = None,
+        inherited: Sequence[int] = (),
+    ):
         """Reads what is finished.
 
         Args:
             folder: Gets `steps.json` and `logs/`.
             environment: Of the commands: added to this process's own.
             total: How many steps there will be, for the headings.
+            state: What is finished, if it is kept elsewhere than in `steps.json`; changed in place.
+            save: Keeps it there.
+            inherited: Open files that the commands get, too.
         """
+        self.inherited = tuple(inherited)
         self.folder, self.environment, self.total = folder, os.environ | dict(environment), total
         self.state_file = os.path.join(folder, "steps.json")
         os.makedirs(os.path.join(folder, "logs"), exist_ok=True)
-        self.state = {}
-        if os.path.isfile(self.state_file):
+        self.state = {} if state is None else state
+        self.save = save or (lambda: write_json(self.state_file, self.state))
+        if save is None and os.path.isfile(self.state_file):
             with open(self.state_file, encoding="utf-8") as f:
                 self.state = json.load(f)
         self.number = 0
@@ -116,7 +130,7 @@ class Steps:
 
     def _remember(self, step: Step, seconds: float | None) -> None:
         self.state[step.title] = {"identity": step.identity, "seconds": seconds}
-        write_json(self.state_file, self.state)
+        self.save()
 
     def _execute(self, step: Step, command: list[str], log: str) -> tuple[int, list[str]]:
         """Runs the command with a progress bar; returns its exit code and the last lines that it wrote."""
@@ -124,7 +138,8 @@ class Steps:
         last_lines: deque[str] = deque(maxlen=15)
         process = subprocess.Popen(
             [program, *command[1:]],
-            env=self.environment | dict(step.environment),
+            env=self.environment | {ENDS_WITH: str(os.getpid())} | dict(step.environment),
+            pass_fds=self.inherited,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -4,6 +4,9 @@ import json
 import os
 import pickle
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -272,3 +275,17 @@ def test_batches_of_stage_2_hold_both_label_maps(learned):
     true, completed = batch.true[0], batch.completed[0]
     assert (completed[true > 0] == true[true > 0]).all()
     assert (batch.completed_annotation == torch.arange(4)).all() and sorted(batch.group.tolist()) == [0, 1]
+
+
+def test_two_processes_train_and_validate_both_stages(learned):
+    """On CPUs, under torchrun; each process has cases of both groups in its batch."""
+    train = "from nnunet_diffusion.cli import main; raise SystemExit(main())"
+    for trainer in ("MutualDifferenceTrainer", "MutualSimilarityTrainer"):
+        shutil.rmtree(results(trainer), ignore_errors=True)
+        program = results(trainer).with_suffix(".py")
+        program.write_text(f'if __name__ == "__main__":\n    {train}\n')
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
+        arguments = ["train", str(tiny.ID), "2d", "0", "-tr", trainer, "-p", tiny.PLANS, "-device", "cpu"]
+        done = subprocess.run([*launcher, str(program), *arguments], capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert (results(trainer) / "fold_0" / "validation" / "summary.json").is_file()

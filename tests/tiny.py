@@ -105,7 +105,7 @@ def write_plans(plans: dict, name: str = PLANS, **block: dict) -> None:
     """Saves plans under a name with a block of settings; every trainer runs two epochs of two steps."""
     short = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 2}
     trainers = ["ConfiguredTrainer", "PartialLabelTrainer", "DenoisingDiffusionTrainer"]
-    trainers += [f"DiffusionPretrained{part}Trainer" for part in ("", "Decoder", "Linear")]
+    trainers += [f"DiffusionPretrained{part}Trainer" for part in ("", "Decoder", "Linear")] + ["PseudoLabelTrainer"]
     settings = {trainer: {**short, **block.get(trainer, {})} for trainer in trainers}
     settings["DenoisingDiffusionTrainer"] = {
         "sample_every": 0,

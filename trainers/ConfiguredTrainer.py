@@ -7,6 +7,7 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import join, load_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffusion import settings
 from nnunet_diffusion.data.laterality import axes_not_to_mirror, lateral_pairs
@@ -31,11 +32,29 @@ class ConfiguredTrainer(nnUNetTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         settings.apply(self)
+        if self.is_ddp and (device.type != "cuda" or device.index is not None):
+            # nnU-Net takes the number of the process for that of its GPU, which holds on the first machine only
+            self.device = device
+            self.grad_scaler = self.grad_scaler if device.type == "cuda" else None
 
     def initialize(self):
         """Builds the network from seeded weights."""
         self.seed_everything(0)
         super().initialize()
+
+    def _set_batch_size_and_oversample(self):
+        """nnU-Net's; from here to the loss it thinks that one process trains, so that it does not wrap the network."""
+        super()._set_batch_size_and_oversample()
+        self.is_one_of_many, self.is_ddp = self.is_ddp, False
+
+    def _build_loss(self):
+        """nnU-Net's, after the network is wrapped as nnU-Net does, but for the device that it is on."""
+        self.is_ddp = self.is_one_of_many
+        if self.is_ddp:
+            on_cuda = self.device.type == "cuda"
+            network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.network) if on_cuda else self.network
+            self.network = DistributedDataParallel(network, device_ids=[self.device] if on_cuda else None)
+        return super()._build_loss()
 
     def on_train_epoch_start(self):
         """Makes an epoch depend on the seed and its number alone, so that a resumed run repeats it."""

@@ -12,7 +12,7 @@ from nnunet_diffusion import __version__
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.installation import require_folders
 
-COMMANDS = ("env", "convert", "plan_and_preprocess", "demo", "export", "evaluate", "mutual")
+COMMANDS = ("env", "convert", "plan_and_preprocess", "demo", "export", "evaluate", "train", "rounds", "mutual")
 
 
 def build_parser() -> argparse.ArgumentParser:

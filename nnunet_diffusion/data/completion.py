@@ -24,7 +24,7 @@ def possible_classes(annotation: Annotation, channels: Channels) -> Tensor:
 
     Returns:
         (V, C) bool, V being the highest label value plus one; row v says what a voxel of value v may be. Values that
-        cannot occur in the case's label file leave nothing.
+        cannot occur in the case's label file leave nothing: such voxels stay what they are.
     """
     index = {name: channel for channel, name in enumerate(channels)}
     value = {name: next(iter(values)) for name, values in channels.items()}
@@ -81,8 +81,9 @@ def most_probable(
 
 
 def _is_fixed(annotated: Tensor, possible: Tensor) -> Tensor:
-    """Whether a voxel is outside the body or ignored, which nothing is said about."""
-    return (annotated < 0) | (annotated >= len(possible))
+    """Whether a voxel is outside the body or ignored, or has a value that the annotation does not know."""
+    is_unknown = torch.cat([~possible.any(1), torch.tensor([True])])
+    return is_unknown[torch.where(annotated < 0, len(possible), annotated.clamp_max(len(possible))).long()]
 
 
 def _choice(annotated: Tensor, possible: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ def draw_overlay(
     title: str = "",
     is_ct: bool = True,
     slices: int = 2,
+    reference_name: str = "reference",
 ) -> None:
     """Writes a PNG of one case: the image, the reference, and every arm's prediction with the reference as outline.
 
@@ -37,12 +38,13 @@ def draw_overlay(
         title: Above the picture.
         is_ct: Show Hounsfield units in a soft-tissue window; else between the 1st and 99th percentile.
         slices: Number of rows.
+        reference_name: Heading of its column.
     """
     from matplotlib.figure import Figure  # without pyplot: needs no display and leaves no state behind
 
     image, spacing = read_axial(image_file)
     reference, _ = read_axial(reference_file)
-    columns = {"image": None, "reference": reference} | {arm: read_axial(f)[0] for arm, f in predictions.items()}
+    columns = {"image": None, reference_name: reference} | {arm: read_axial(f)[0] for arm, f in predictions.items()}
     colors = label_colors(labels)
     chosen = slices_to_show(reference, slices)
     top, bottom, left, right = bounding_box(image, is_ct)

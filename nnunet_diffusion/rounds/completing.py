@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import blosc2
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle
@@ -22,7 +21,7 @@ from nnunet_diffusion.evaluation.summary import text_table
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, measure
 from nnunet_diffusion.rounds.gate import GateSettings, judge
-from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case
+from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case, read_preprocessed
 
 REPORT = "completed.json"
 
@@ -77,8 +76,7 @@ def complete_cases(teacher: Teacher, cases: Mapping[str, Case], folder: str, set
     channels = output_channels(teacher.label_manager)
     predicted = os.path.join(folder, "predicted")
     for name, case in tqdm(cases.items(), "completing", unit="case"):
-        with torch.inference_mode():
-            predict_case(teacher, name, case, predicted, os.path.join(folder, "before"), channels)
+        predict_case(teacher, name, case, predicted, os.path.join(folder, "before"), channels)
     if os.path.isfile(os.path.join(folder, REPORT)):
         os.remove(os.path.join(folder, REPORT))  # it says that everything is there
     for name in set(pseudo_cases(folder)) - set(cases):
@@ -92,7 +90,7 @@ def complete_cases(teacher: Teacher, cases: Mapping[str, Case], folder: str, set
 
 def annotated_evidence(case: Case, channels: Channels) -> dict[str, Evidence]:
     """How the organs that a case annotates look in it."""
-    labels = blosc2.open(urlpath=case.image.removesuffix(".b2nd") + ENDING, mode="r")[:][0]
+    labels = read_preprocessed(case.image.removesuffix(".b2nd") + ENDING)[0]
     return {k: v for k, v in measure(labels, channels, case.spacing_mm).items() if k in case.annotation.labels}
 
 

@@ -69,7 +69,7 @@ class MutualLearning:
         choice = [self.dataset, self.configuration, self.fold, "-tr", trainer, "-p", self.plans]
         step = Step(
             f"train {trainer}",
-            ["nnUNetv2_train", *choice, "-device", self.device],
+            ["nnunet_diffusion", "train", *choice, "-device", self.device],
             self.final(trainer),
             counts=r"Epoch time: ",
             depends_on=self.what_decides(trainer),

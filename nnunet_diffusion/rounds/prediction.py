@@ -70,6 +70,7 @@ class Teacher:
             self.predictor.initialize_from_trained_model_folder(folder, tuple(folds), "checkpoint_final.pth")
         self.label_manager = self.predictor.label_manager
 
+    @torch.inference_mode()
     def logits(self, image: torch.Tensor) -> tuple[torch.Tensor, list[np.ndarray]]:
         """Mean logits (C, X, Y, Z) of an image, on the CPU, and the label map of each model if there are several."""
         total, members, models = None, [], self.predictor.list_of_parameters
@@ -83,6 +84,7 @@ class Teacher:
         return total.div_(len(models)), members
 
 
+@torch.inference_mode()
 def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: str, channels) -> None:
     """Predicts one case and saves it, unless this teacher did already.
 
@@ -100,7 +102,7 @@ def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: s
     """
     if is_predicted(folder, name, teacher.identity):
         return
-    image = torch.from_numpy(_read(case.image))
+    image = torch.from_numpy(read_preprocessed(case.image))
     expected = len(teacher.predictor.dataset_json["channel_names"])
     if image.ndim != 4 or len(image) != expected:
         raise UserError(
@@ -110,7 +112,8 @@ def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: s
     logits, members = teacher.logits(image)
     annotated = possible = None
     if case.annotation is not None:
-        annotated = torch.from_numpy(_read(case.image.removesuffix(".b2nd") + "_seg.b2nd")[0].astype(np.int16))
+        label_file = case.image.removesuffix(".b2nd") + "_seg.b2nd"
+        annotated = torch.from_numpy(read_preprocessed(label_file)[0].astype(np.int16))
         possible = possible_classes(case.annotation, channels)
     labels, confidence = most_probable(logits, teacher.label_manager, annotated, possible)
     if annotated is None and any(teacher.predictor.configuration_manager.use_mask_for_norm):
@@ -168,7 +171,7 @@ def _about(text: str) -> tuple[dict[str, Evidence], str]:
     return {name: Evidence(**entry) for name, entry in content["evidence"].items()}, content["teacher"]
 
 
-def _read(path: str) -> np.ndarray:
+def read_preprocessed(path: str) -> np.ndarray:
     """A preprocessed array, which nnU-Net wrote."""
     try:
         return blosc2.open(urlpath=path, mode="r")[:]

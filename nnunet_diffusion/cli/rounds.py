@@ -1,0 +1,108 @@
+"""`nnunet_diffusion rounds`: pseudo-label rounds from few annotations to a model trained on every scan."""
+
+import argparse
+
+from nnunet_diffusion.errors import UserError
+
+HELP = "train on what is annotated, predict the pool, keep what can be believed, train on both, repeat"
+NEEDS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+EPILOG = """\
+The data set must be preprocessed with its pool (nnunet_diffusion plan_and_preprocess). Killed at any moment, the same
+command continues; with more --rounds, or with new scans or annotations preprocessed meanwhile, it goes on from there.
+What changed behind its back is named, and nothing is mixed. The outcome lies where nnUNetv2_predict looks for
+-tr PseudoLabelTrainer; each round's report (report.md, pictures) lies in nnUNet_results/DATASET/rounds__PLANS__CONFIG.
+
+Many machines: --stop_after train, then --num_parts N --part_id 0 ... N-1 anywhere at the same time, then again without.
+
+example:
+  nnunet_diffusion rounds -d 22 -c 3d_fullres -f 0 --rounds 3
+  nnunet_diffusion rounds -d 22 -c 3d_fullres -f 0 --status
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.epilog = EPILOG
+    parser.add_argument("-d", dest="dataset", metavar="ID", required=True, help="data set id or name")
+    parser.add_argument("-c", dest="configuration", metavar="CONFIG", required=True, help="configuration of the plan")
+    parser.add_argument("-f", dest="fold", metavar="FOLD", required=True, help="a number, or all: nothing is held out")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument(
+        "-tr", dest="trainer", default="DiffusionPretrainedTrainer", metavar="TRAINER",
+        help="of the first model; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from", dest="model", default="", metavar="MODEL", help="model folder instead of a first training"
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--start", choices=("denoiser", "previous", "scratch"), default="denoiser",
+        help="weights that each round starts from; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument("--finetune", action="store_true", help="at the end train on annotated cases only")
+    parser.add_argument("--gate", nargs="+", default=[], metavar="KEY=VALUE", help="limits, see docs/rounds.md")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.01, metavar="DICE",
+        help="stop when the validation Dice is lower than the best before by more; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "-num_gpus", "--num_gpus", type=int, default=1, metavar="N", help="of each training; default: 1"
+    )
+    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    parser.add_argument("--stop_after", choices=("train", "predict", "gate"), default="", help="end after that stage")
+    parser.add_argument(
+        "--num_parts", type=int, metavar="N", help="predict a part of the pool for the round that is due"
+    )
+    parser.add_argument("--part_id", type=int, metavar="I", help="which part, 0 to N-1")
+    parser.add_argument("--dry_run", action="store_true", help="say what would be done")
+    parser.add_argument("--status", action="store_true", help="say what is done")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the rounds, a part of a prediction, or only looks."""
+    check_usage(args)
+
+    import os
+
+    from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
+    from nnunet_diffusion.installation import EXT_TRAINER, ext_trainer_folders, with_our_trainers
+    from nnunet_diffusion.rounds.gate import GateSettings
+    from nnunet_diffusion.rounds.loop import Request, Rounds
+    from nnunet_diffusion.rounds.state import locked
+
+    os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())
+    request = Request(
+        find_dataset(args.dataset), args.configuration, args.fold, args.plans, args.trainer, args.model, args.start,
+        args.finetune, GateSettings.from_pairs(args.gate), args.tolerance, args.device, args.num_gpus,
+    )  # fmt: skip
+    if args.status or args.dry_run:
+        rounds = Rounds(request)
+        print(rounds.table(args.rounds) if args.status else rounds.plan_of_work(args.rounds))
+    elif args.num_parts:
+        Rounds(request).predict_part(args.rounds, args.num_parts, args.part_id)
+    else:
+        with locked(lock_file(request)) as lock:
+            Rounds(request, lock).run(args.rounds, args.stop_after)
+    return 0
+
+
+def check_usage(args: argparse.Namespace) -> None:
+    """Raises UserError for arguments that contradict each other."""
+    if args.rounds < 1:
+        raise UserError(f"--rounds {args.rounds}: at least 1")
+    if not (args.fold == "all" or args.fold.isdigit()):
+        raise UserError(f"-f {args.fold}: must be a number, or all")
+    if (args.num_parts is None) != (args.part_id is None):
+        raise UserError("--num_parts and --part_id: give both or none")
+    if args.num_parts is not None and not 0 <= args.part_id < args.num_parts:
+        raise UserError(f"--part_id {args.part_id}: must be from 0 to {args.num_parts - 1}")
+
+
+def lock_file(request) -> str:
+    """The lock of a run lies with its reports, so that its folder can be removed to start anew."""
+    import os
+
+    from nnunetv2.paths import nnUNet_results
+
+    folder = f"rounds__{request.plans}__{request.configuration}"
+    return os.path.join(nnUNet_results, request.dataset, folder, f"fold_{request.fold}", "lock")

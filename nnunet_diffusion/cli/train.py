@@ -1,0 +1,109 @@
+"""`nnunet_diffusion train`: nnU-Net's training command, which torchrun can start on many machines as well."""
+
+import argparse
+import os
+
+from nnunet_diffusion.errors import UserError
+
+HELP = "train as nnUNetv2_train does, with the same arguments; also under torchrun, across machines or on CPUs"
+NEEDS = ("nnUNet_preprocessed", "nnUNet_results")
+EPILOG = """\
+Without torchrun this is nnUNetv2_train, except that it is never without our trainers. Under torchrun every process
+trains its share of the batch; -num_gpus is left out. Trainers of this package only.
+
+example:
+  nnunet_diffusion train 22 3d_fullres 0 -tr PartialLabelTrainer
+  torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
+      --no-python nnunet_diffusion train 22 3d_fullres 0 -tr PartialLabelTrainer
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments: nnUNetv2_train's."""
+    parser.epilog = EPILOG
+    parser.add_argument("dataset", help="data set id or name")
+    parser.add_argument("configuration", help="of the plan")
+    parser.add_argument("fold", help="a number, or all")
+    parser.add_argument("-tr", dest="trainer", default="nnUNetTrainer", metavar="TRAINER", help="default: %(default)s")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("-pretrained_weights", metavar="FILE", help="checkpoint, or denoiser.pth, to start from")
+    parser.add_argument("-num_gpus", type=int, default=1, metavar="N", help="of this machine; default: 1")
+    parser.add_argument("--npz", action="store_true", help="save probabilities of the validation cases")
+    parser.add_argument("--c", action="store_true", help="continue from the latest checkpoint")
+    parser.add_argument("--val", action="store_true", help="only validate; the training must be finished")
+    parser.add_argument("--val_best", action="store_true", help="validate with checkpoint_best")
+    parser.add_argument("--disable_checkpointing", action="store_true", help="write no checkpoints")
+    parser.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: cuda")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains in this process, in one for each GPU, or as one of torchrun's."""
+    from nnunet_diffusion.installation import EXT_TRAINER, ext_trainer_folders, with_our_trainers
+    from nnunet_diffusion.processes import end_with_starter
+
+    end_with_starter()
+    os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())
+    if args.c and args.val:
+        raise UserError("--c and --val: give one of them")
+    if args.val_best and args.disable_checkpointing:
+        raise UserError("--val_best and --disable_checkpointing: give one of them")
+    if not (args.fold == "all" or args.fold.isdigit()):
+        raise UserError(f"fold {args.fold}: must be a number, or all")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return train_as_one_of_many(args)
+
+    import torch
+    from nnunetv2.run.run_training import run_training
+
+    torch.set_num_threads(number_of_threads(args.device))
+    run_training(
+        args.dataset, args.configuration, args.fold, args.trainer, args.plans, args.pretrained_weights, args.num_gpus,
+        args.npz, args.c, args.val, args.disable_checkpointing, args.val_best, device=torch.device(args.device),
+    )  # fmt: skip
+    return 0
+
+
+def number_of_threads(device: str) -> int:
+    """As nnUNetv2_train: all cores on a CPU, where nobody has set fewer; one beside a GPU."""
+    from nnunet_diffusion.steps import number_of_cores
+
+    return int(os.environ.get("OMP_NUM_THREADS", number_of_cores())) if device == "cpu" else 1
+
+
+def train_as_one_of_many(args: argparse.Namespace) -> int:
+    """One of torchrun's processes: as nnU-Net's `run_ddp`, with the device of this machine's process.
+
+    Raises:
+        UserError: If the trainer is not of this package.
+    """
+    import torch
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+    from torch import distributed
+
+    from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
+
+    if args.num_gpus > 1:
+        raise UserError("-num_gpus: torchrun decides how many processes there are: leave it out")
+    local_rank = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(1)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        fold = args.fold if args.fold == "all" else int(args.fold)
+        trainer = get_trainer_from_args(
+            args.dataset, args.configuration, fold, args.trainer, args.plans, args.c, device=device
+        )
+        if not isinstance(trainer, ConfiguredTrainer):
+            raise UserError(f"-tr {args.trainer}: under torchrun only trainers of nnunet_diffusion know their device")
+        trainer.disable_checkpointing = args.disable_checkpointing
+        maybe_load_checkpoint(trainer, args.c, args.val, args.pretrained_weights)
+        if not args.val:
+            trainer.run_training()
+        if args.val_best:
+            trainer.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_best.pth"))
+        trainer.perform_actual_validation(args.npz)
+    finally:
+        distributed.destroy_process_group()
+    return 0

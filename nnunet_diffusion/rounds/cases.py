@@ -1,0 +1,142 @@
+"""The scans of a run of rounds: what is trained on, what is validated on, what is to be predicted."""
+
+import os
+from typing import Any
+
+import numpy as np
+from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_diffusion.data.annotated import Annotation, output_channels, read_annotations
+from nnunet_diffusion.data.pool import (
+    LABELED_FILES,
+    UNLABELED_FILES,
+    WORK,
+    complete_cases,
+    pool_folder,
+    preprocessing_identity,
+)
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.rounds.evidence import Anatomy, anatomy, measure
+from nnunet_diffusion.rounds.prediction import Case, read_preprocessed
+from nnunet_diffusion.rounds.state import Record, record
+
+
+class Cases:
+    """The preprocessed scans of one configuration and fold, as they are now."""
+
+    def __init__(self, base: str, plans: dict, configuration: str, fold: str):
+        """Reads what is there.
+
+        Args:
+            base: nnUNet_preprocessed/DatasetXXX_Name.
+            plans: The content of the plans file.
+            configuration: One of its configurations.
+            fold: A number, or "all".
+
+        Raises:
+            UserError: If nothing is preprocessed, the pool is empty or belongs to another plan.
+        """
+        self.base, self.fold, self.plans = base, fold, PlansManager(plans)
+        if configuration not in self.plans.available_configurations:
+            raise UserError(f"-c {configuration}: the plan has {', '.join(self.plans.available_configurations)}")
+        self.configuration = self.plans.get_configuration(configuration)
+        if self.configuration.previous_stage_name is not None:
+            raise NotImplementedError(f"-c {configuration}: a cascade's second stage has no rounds: take the first")
+        self.dataset_json = load_json(os.path.join(base, "dataset.json"))
+        self.label_manager = self.plans.get_label_manager(self.dataset_json)
+        self.channels = output_channels(self.label_manager)
+        self.labeled = os.path.join(base, self.configuration.data_identifier)
+        self.unlabeled = pool_folder(base, self.configuration.data_identifier)
+        annotated = complete_cases(self.labeled, LABELED_FILES)
+        if not annotated:
+            raise UserError(f"{self.labeled}: no preprocessed cases: run nnunet_diffusion plan_and_preprocess first")
+        self.annotations = read_annotations(self.dataset_json, annotated, self.channels)
+        self.pool = [case for case in complete_cases(self.unlabeled, UNLABELED_FILES) if case not in self.annotations]
+        self.refuse_unusable_pool()
+
+    def refuse_unusable_pool(self) -> None:
+        """Raises UserError if there is no pool, or its scans were preprocessed for another plan."""
+        if not self.pool:
+            raise UserError(
+                f"{self.unlabeled}: the pool is empty: list scans under 'unlabeled' in dataset.json (nnunet_diffusion "
+                "convert) and run nnunet_diffusion plan_and_preprocess"
+            )
+        file = os.path.join(self.unlabeled, WORK, "identity.json")
+        known = load_json(file) if os.path.isfile(file) else {}
+        now = preprocessing_identity(self.plans, self.configuration)
+        if differing := sorted(key for key in now if known.get(key) != now[key]):
+            raise UserError(
+                f"{self.unlabeled}: the pool was preprocessed with other {', '.join(differing)} than the plan has: run "
+                "nnunet_diffusion plan_and_preprocess again"
+            )
+
+    def split(self) -> tuple[list[str], list[str]]:
+        """The annotated cases to train on, those that no split knows included, and those to validate on.
+
+        Raises:
+            UserError: If the data set is not split, or has no such fold.
+        """
+        if self.fold == "all":
+            return list(self.annotations), []
+        file = os.path.join(self.base, "splits_final.json")
+        if not os.path.isfile(file):
+            raise UserError(f"{file}: no splits: train fold {self.fold} once, or write them")
+        splits = load_json(file)
+        if int(self.fold) >= len(splits):
+            raise UserError(f"-f {self.fold}: {file} has {len(splits)} folds")
+        validation = splits[int(self.fold)]["val"]
+        known = {case for split in splits for part in split.values() for case in part}
+        train = [*splits[int(self.fold)]["train"], *sorted(set(self.annotations) - known)]
+        return [case for case in train if case in self.annotations], validation
+
+    def to_predict(self) -> dict[str, Case]:
+        """The pool, and the annotated training cases of which labels are missing; none of those validated on."""
+        cases = {case: Case(self._image(self.unlabeled, case), self._spacing(self.unlabeled, case), None)
+                 for case in self.pool}  # fmt: skip
+        if not self.label_manager.has_regions:
+            for case in self.split()[0]:
+                if self.lacking(self.annotations[case]):
+                    spacing = self._spacing(self.labeled, case)
+                    cases[case] = Case(self._image(self.labeled, case), spacing, self.annotations[case])
+        return cases
+
+    def lacking(self, annotation: Annotation) -> list[str]:
+        """The labels or regions that a case was not annotated for."""
+        return [name for name in self.channels if name not in annotation.labels and name != "background"]
+
+    def anatomy(self) -> dict[str, Anatomy]:
+        """How the organs look in the annotated training cases; those validated on are not looked at."""
+        shown = []
+        for case in self.split()[0]:
+            labels = read_preprocessed(self._image(self.labeled, case).removesuffix(".b2nd") + "_seg.b2nd")[0]
+            evidence = measure(labels, self.channels, self._spacing(self.labeled, case))
+            shown.append({name: e for name, e in evidence.items() if name in self.annotations[case].labels})
+        return anatomy(shown)
+
+    def records(self, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Record]]]:
+        """The content of all files of all cases: {"annotated" or "pool": {case: {ending: record}}}."""
+        kinds = {
+            "annotated": (self.labeled, list(self.annotations), LABELED_FILES),
+            "pool": (self.unlabeled, self.pool, UNLABELED_FILES),
+        }
+        return {
+            kind: {
+                case: {
+                    end: record(os.path.join(folder, case + end), known.get(kind, {}).get(case, {}).get(end))
+                    for end in endings
+                }
+                for case in cases
+            }
+            for kind, (folder, cases, endings) in kinds.items()
+        }
+
+    def _image(self, folder: str, case: str) -> str:
+        return os.path.join(folder, case + ".b2nd")
+
+    def _spacing(self, folder: str, case: str) -> tuple[float, ...]:
+        spacing = [float(value) for value in self.configuration.spacing]
+        if len(spacing) == 2:  # 2d keeps the distance between slices
+            original = load_pickle(os.path.join(folder, case + ".pkl"))["spacing"]
+            spacing.insert(0, float(np.asarray(original)[self.plans.transpose_forward[0]]))
+        return tuple(spacing)

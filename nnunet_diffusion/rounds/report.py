@@ -1,0 +1,95 @@
+"""What a round kept and dropped, and why: for a person, for programs, in pictures."""
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+
+import numpy as np
+import SimpleITK as sitk
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
+
+from nnunet_diffusion.evaluation.overlays import draw_overlay
+from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.rounds.evidence import Evidence
+from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, Verdict
+from nnunet_diffusion.rounds.prediction import Case, load_prediction, read_preprocessed
+
+PICTURES = 2  # of the best, and of the worst
+
+
+def quality(evidence: Mapping[str, Evidence]) -> float:
+    """How good a prediction seems, to rank cases: the mean confidence of its organs, minus their mean u."""
+    confidence = [entry.confidence for entry in evidence.values() if entry.confidence is not None]
+    u = [entry.disagreement for entry in evidence.values() if entry.disagreement is not None]
+    return float(np.mean(confidence or [0])) - float(np.mean(u or [0]))
+
+
+def write_report(
+    folder: str, title: str, verdicts: Mapping[str, Verdict], evidence: Mapping[str, Mapping[str, Evidence]]
+) -> None:
+    """Writes report.json and report.md, each whole or not at all.
+
+    Args:
+        folder: Is created if need be.
+        title: Of the report.
+        verdicts: {case: verdict}.
+        evidence: {case: {organ: evidence}}.
+    """
+    os.makedirs(folder, exist_ok=True)
+    cases = {
+        case: {**verdict._asdict(), "evidence": {organ: e._asdict() for organ, e in evidence[case].items()}}
+        for case, verdict in verdicts.items()
+    }
+    counts = Counter(verdict.decision for verdict in verdicts.values())
+    organs = Counter(organ for verdict in verdicts.values() for organ in verdict.organs)
+    summary = {"decisions": {decision: counts[decision] for decision in (KEEP, WAIT, DROP)}, "organs": dict(organs)}
+    write_json(os.path.join(folder, "report.json"), {"title": title, **summary, "cases": cases})
+    lines = [f"# {title}", "", f"Kept {counts[KEEP]}, waiting {counts[WAIT]}, dropped {counts[DROP]}.", ""]
+    lines += ["| organ | believed in |", "|---|---|", *(f"| {name} | {n} |" for name, n in organs.most_common()), ""]
+    lines += ["| case | decision | seems | not believed, and why |", "|---|---|---|---|"]
+    for case in sorted(verdicts, key=lambda name: quality(evidence[name])):
+        verdict = verdicts[case]
+        why = "; ".join(f"{organ}: {', '.join(found)}" for organ, found in verdict.reasons.items())
+        lines.append(f"| {case} | {verdict.decision} | {quality(evidence[case]):.2f} | {why or '-'} |")
+    lines += ["", "Cases are listed from worst to best, by mean confidence minus mean u; u needs a round before."]
+    with atomic(os.path.join(folder, "report.md")) as temporary, open(temporary, "w", encoding="utf-8") as f:
+        f.write("\n".join(lines) + "\n")
+
+
+def draw(
+    folder: str, cases: Mapping[str, Case], chosen: Mapping[str, str], predicted: str, plans, labels: dict
+) -> None:
+    """Draws predictions of scans, in the patient's own orientation as far as it is known.
+
+    Args:
+        folder: Gets a PNG for each.
+        cases: {case: where its image is}.
+        chosen: {case: what is said of it above its picture}.
+        predicted: The folder of the predictions.
+        plans: The `PlansManager`, which knows the order of the axes.
+        labels: dataset.json's.
+    """
+    os.makedirs(folder, exist_ok=True)
+    for case, heading in chosen.items():
+        properties = load_pickle(cases[case].image.removesuffix(".b2nd") + ".pkl")
+        prediction, image = load_prediction(predicted, case), read_preprocessed(cases[case].image)[0]
+        spacing = [cases[case].spacing_mm[axis] for axis in plans.transpose_backward]
+        with tempfile.TemporaryDirectory() as temporary:
+            files = []
+            for name, array in (("image", image), ("labels", np.maximum(prediction.labels, 0))):
+                written = sitk.GetImageFromArray(array.transpose(plans.transpose_backward))
+                written.SetSpacing(spacing[::-1])
+                if "sitk_stuff" in properties:
+                    written.SetDirection(properties["sitk_stuff"]["direction"])
+                files.append(os.path.join(temporary, name + ".nii.gz"))
+                sitk.WriteImage(written, files[-1])
+            picture = os.path.join(folder, case + ".png")
+            draw_overlay(picture, *files, {}, labels, f"{case}: {heading}", is_ct=False, reference_name="predicted")
+
+
+def to_draw(verdicts: Mapping[str, Verdict], evidence: Mapping[str, Mapping[str, Evidence]]) -> dict[str, str]:
+    """The best of what was kept, and the worst of all, with what became of them."""
+    order = sorted(verdicts, key=lambda case: quality(evidence[case]))
+    best = [case for case in order if verdicts[case].decision == KEEP][-PICTURES:]
+    return {case: verdicts[case].decision for case in [*order[:PICTURES], *best]}

@@ -1,0 +1,453 @@
+"""Rounds of pseudo labels: evidence, gate and state by hand; the loop on the real nnU-Net, killed and resumed."""
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import tiny
+
+from nnunet_diffusion.cli import main
+from nnunet_diffusion.data.annotated import Annotation
+from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases, save_pseudo_label
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, centre, disagreement, measure, pairwise_dice
+from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, doubts, judge
+from nnunet_diffusion.rounds.state import load_state, locked, record, refuse_changed_cases, save_state
+
+KILLS = int(os.environ.get("NNUNET_DIFFUSION_KILLS", "3"))
+
+# ---------------------------------------------------------------- evidence
+
+
+def test_disagreement_by_hand():
+    before, now = np.array([0, 1, 1, 2, 0]), np.array([0, 1, 2, 2, 2])
+    assert disagreement(before, now) == 2 / 4, "two voxels changed, four are foreground now"
+    assert disagreement(before, before) == 0
+    assert disagreement(np.array([1, 1, 0, 0]), np.array([0, 0, 1, 1])) == 2, "as large, but elsewhere"
+
+
+def test_disagreement_of_empty_foregrounds():
+    empty, full = np.zeros(4, int), np.ones(4, int)
+    assert disagreement(empty, empty) == 0
+    assert disagreement(full, empty) == 4, "all that vanished"
+    assert disagreement(empty, full) == 1
+    assert disagreement(-full, empty) == 0, "outside the body is no foreground"
+
+
+def test_pairwise_dice_is_the_mean_over_pairs():
+    a, b, c = (np.array(mask, bool) for mask in ([1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]))
+    assert pairwise_dice([a, b, c]) == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert pairwise_dice([c, c]) == 1 and pairwise_dice([a]) is None and pairwise_dice([]) is None
+
+
+def test_centre_equals_the_mean_of_coordinates():
+    mask = np.random.default_rng(0).random((5, 6, 7)) > 0.7
+    expected = (np.argwhere(mask).mean(0) + 0.5) / mask.shape
+    assert centre(mask) == pytest.approx(tuple(expected))
+    assert centre(np.zeros((2, 2, 2), bool)) is None
+
+
+def test_measure_by_hand():
+    labels = np.array([[[1, 1, 0, -1]]])
+    channels = {"background": frozenset({0}), "liver": frozenset({1}), "spleen": frozenset({2})}
+    confidence = np.array([[[0.5, 0.9, 1.0, 1.0]]])
+    found = measure(labels, channels, (10, 10, 5), confidence, [labels, labels * 0], np.array([[[1, 0, 2, 0]]]))
+    assert found["liver"] == Evidence(1.0, (0.5, 0.5, 0.25), pytest.approx(0.7), 0.0, 0.5)
+    assert found["spleen"] == Evidence(0.0, None, None, 1.0, 1.0)
+    regions = measure(labels, {"body": frozenset({1, 2})}, (10, 10, 5))
+    assert regions == {"body": Evidence(1.0, (0.5, 0.5, 0.25), None, None, None)}
+
+
+def test_anatomy_counts_absences():
+    there, absent = Evidence(2.0, (0.1, 0.2, 0.3), None, None, None), Evidence(0.0, None, None, None, None)
+    assert anatomy([{"liver": there}, {"liver": absent, "spleen": there}]) == {
+        "liver": Anatomy(2, (2.0,), ((0.1, 0.2, 0.3),)),
+        "spleen": Anatomy(1, (2.0,), ((0.1, 0.2, 0.3),)),
+    }
+
+
+# ---------------------------------------------------------------- gate
+
+SHOWN = Anatomy(3, (100.0, 120.0, 150.0), ((0.5, 0.5, 0.5), (0.55, 0.5, 0.5), (0.6, 0.5, 0.5)))
+GOOD = Evidence(110.0, (0.5, 0.5, 0.5), 0.95, 0.9, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({}, None),
+        ({"confidence": None, "agreement": None, "disagreement": None}, None),
+        ({"confidence": 0.79}, "confidence 0.79 is below 0.8"),
+        ({"agreement": 0.69}, "agree by a Dice of 0.69"),
+        ({"disagreement": 0.51}, "u with the round before is 0.51, above 0.5"),
+        ({"volume_ml": 301.0}, "volume 301 ml, annotated ones have 100 to 150 ml"),
+        ({"volume_ml": 300.0}, None),
+        ({"volume_ml": 49.0}, "volume 49 ml"),
+        ({"position": (0.34, 0.5, 0.5)}, "at 34% of axis 0, annotated ones are at 50% to 60%"),
+        ({"position": (0.5, 0.5, 0.66)}, "at 66% of axis 2"),
+        ({"volume_ml": 0.0, "position": None, "confidence": None}, "nowhere, but in all 3 annotated cases"),
+    ],
+)
+def test_every_doubt_is_named(change, reason):
+    found = doubts(GOOD._replace(**change), SHOWN, GateSettings())
+    assert len(found) == (reason is not None) and all(reason in text for text in found)
+
+
+def test_what_no_annotated_case_shows_is_not_believed():
+    assert "no annotated case" in doubts(GOOD, None, GateSettings())[0]
+    assert "in none of the 3" in doubts(GOOD, Anatomy(3, (), ()), GateSettings())[0]
+    absent = GOOD._replace(volume_ml=0.0, position=None, confidence=None)
+    assert doubts(absent, Anatomy(3, (), ()), GateSettings()) == []
+    assert doubts(absent, Anatomy(3, (100.0,), ((0.5, 0.5, 0.5),)), GateSettings()) == [], "some patients lack it"
+
+
+def test_a_case_is_kept_waits_and_is_dropped():
+    shown, bad = dict.fromkeys("abc", SHOWN), GOOD._replace(confidence=0.1)
+    verdict = judge({"a": GOOD, "b": GOOD, "c": bad}, shown, GateSettings())
+    assert (verdict.decision, verdict.organs) == (KEEP, ["a", "b"]) and list(verdict.reasons) == ["c"]
+    evidence = {"a": GOOD, "b": bad, "c": bad}
+    assert [judge(evidence, shown, GateSettings(), waited).decision for waited in (0, 1, 2)] == [WAIT, WAIT, DROP]
+    assert "only 1 of 3 organs" in judge(evidence, shown, GateSettings()).reasons["case"][0]
+    partly = judge(evidence, shown, GateSettings(), 5, is_partly_annotated=True)
+    assert (partly.decision, partly.organs) == (KEEP, ["a"])
+    assert judge({"a": bad}, shown, GateSettings(), 5, is_partly_annotated=True).decision == WAIT
+    assert judge(evidence, shown, GateSettings(is_open=True)).organs == ["a", "b", "c"]
+
+
+def test_gate_settings_are_read_and_mistakes_are_named():
+    settings = GateSettings.from_pairs(["is_open=true", "patience=5", "organ_confidence=0.5"])
+    assert (settings.is_open, settings.patience, settings.organ_confidence) == (True, 5, 0.5)
+    for pair, message in (("x=1", "known are"), ("patience=a", "type int"), ("is_open=1", "type bool")):
+        with pytest.raises(UserError, match=message):
+            GateSettings.from_pairs([pair])
+
+
+# ---------------------------------------------------------------- state
+
+
+def test_a_state_that_was_edited_cut_or_written_by_another_version_is_named(tmp_path):
+    path = str(tmp_path / "state.json")
+    assert load_state(path) is None
+    save_state(path, {"format": 1, "rounds": [{"agreement": 0.5}]})
+    assert load_state(path) == {"format": 1, "rounds": [{"agreement": 0.5}]}
+    text = Path(path).read_text()
+    for content, message in (
+        (text.replace("0.5", "0.9"), "was edited"),
+        (text[: len(text) // 2], "truncated"),
+        ("[]", "truncated"),
+        (text.replace('"format": 1', '"format": 2'), "has format 2, this version writes 1"),
+    ):
+        Path(path).write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_state(path)
+
+
+def test_changed_and_missing_cases_are_named_and_new_ones_are_welcome(tmp_path):
+    (tmp_path / "a").write_text("1")
+    known = {"a": {"": record(str(tmp_path / "a"))}, "b": {"": record(str(tmp_path / "a"))}}
+    os.utime(tmp_path / "a", (1, 1))
+    same = {"": record(str(tmp_path / "a"), known["a"][""])}
+    refuse_changed_cases("s", "pool", known, {"a": same, "b": same, "new": same})
+    (tmp_path / "a").write_text("2")
+    with pytest.raises(UserError, match="missing: b; changed: a"):
+        refuse_changed_cases("s", "pool", known, {"a": {"": record(str(tmp_path / "a"), same[""])}})
+    refuse_changed_cases("s", "pool", known, {"a": same}, moved={"b"})
+
+
+def test_a_second_command_on_the_same_run_is_refused(tmp_path):
+    path = str(tmp_path / "lock")
+    with locked(path), pytest.raises(UserError, match="another command"), locked(path, 0.2):
+        pass
+    with locked(path, 0.2):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds 0"),
+        (["--num_parts", "2"], "give both"),
+        (["--num_parts", "2", "--part_id", "2"], "from 0 to 1"),
+    ],
+)
+def test_usage_is_checked_before_anything_is_loaded(arguments, message, nnunet_folders, capsys):
+    assert main(["rounds", "-d", "1", "-c", "2d", "-f", "0", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- the loop
+
+COMMAND = ["rounds", "-d", str(tiny.ID), "-c", "2d", "-f", "0", "-p", "R", "-device", "cpu", "--start", "scratch"]
+# after two epochs of two steps, nothing is certain: only the most uncertain organs are to be dropped
+GATE = ["organ_confidence=0.39", "volume_factor=1e9", "position_margin=1", "voxel_confidence=0.3", "min_organs=0.3"]
+COMMAND += ["--tolerance", "1", "--gate", *GATE]
+
+
+def write_partly_annotated_raw(write):
+    """The tiny data set; case 1 is annotated for the box alone."""
+
+    def write_raw(*args, **kwargs):
+        raw = write(*args, **kwargs)
+        label = raw / "labelsTr" / "tiny_001.nii.gz"
+        seg = sitk.GetArrayFromImage(sitk.ReadImage(str(label)))
+        tiny.save(np.where(seg == 3, 3, 0).astype(np.uint8), label)
+        content = json.loads((raw / "dataset.json").read_text())
+        content["annotated_labels"] = {"tiny_001": ["box"]}
+        (raw / "dataset.json").write_text(json.dumps(content))
+        return raw
+
+    return write_raw
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The preprocessed data set and what one uninterrupted round made of it: folder, seconds, the data before."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name)))
+        patch.setattr(tiny, "write_raw", write_partly_annotated_raw(tiny.write_raw))
+        folder = tiny.prepare()
+        settings = {"seed": 1, "save_every": 1}
+        plans = json.loads((folder / f"{tiny.PLANS}.json").read_text())
+        tiny.write_plans(plans, "R", DiffusionPretrainedTrainer={"scratch": True, **settings},
+                         PseudoLabelTrainer=settings)  # fmt: skip
+        fresh = tmp_path_factory.mktemp("fresh") / folder.name
+        shutil.copytree(folder, fresh)
+        start = time.monotonic()
+        assert main([*COMMAND, "--rounds", "1"]) == 0
+        yield folder, time.monotonic() - start, fresh
+
+
+@pytest.fixture
+def results(world):
+    return Path(os.environ["nnUNet_results"]) / tiny.NAME
+
+
+def run_folder(folder):
+    return folder / "nnUNetCompactPlans_2d_pseudo" / "R__2d__fold_0"
+
+
+def the_run(**changes):
+    from nnunet_diffusion.rounds.loop import Request, Rounds
+
+    gate = GateSettings.from_pairs(GATE)
+    return Rounds(Request(tiny.NAME, "2d", "0", "R", start="scratch", gate=gate, tolerance=1, device="cpu", **changes))
+
+
+@pytest.mark.slow
+def test_one_command_trains_predicts_gates_and_trains_again(world, results):
+    folder, _, _ = world
+    state = json.loads((run_folder(folder) / "state.json").read_text())
+    entry = state["rounds"][1]
+    kept = sorted(case for case, verdict in entry["verdicts"].items() if verdict[0] == KEEP)
+    assert kept and kept == pseudo_cases(run_folder(folder) / "round_1")
+    assert all(0 <= round_["agreement"] <= 1 for round_ in state["rounds"])
+    report = json.loads((results / "rounds__R__2d" / "fold_0" / "round_1" / "report.json").read_text())
+    assert sorted(report["cases"]) == ["tiny_001", "tiny_100", "tiny_101", "tiny_102"]
+    assert list((results / "rounds__R__2d" / "fold_0" / "round_1").glob("*.png"))
+    final, last = (results / f"PseudoLabelTrainer__R{part}__2d" / "fold_0" for part in ("", "_round1"))
+    assert (final / "checkpoint_final.pth").read_bytes() == (last / "checkpoint_final.pth").read_bytes()
+    log = next(last.glob("training_log*")).read_text()
+    assert f"2 annotated cases, {len(kept)}" in log or f"3 annotated cases, {len(kept)}" in log
+
+
+@pytest.mark.slow
+def test_true_labels_and_everything_annotated_are_untouched(world):
+    folder, _, fresh = world
+    for name in ("nnUNetCompactPlans_2d", "nnUNetCompactPlans_2d_unlabeled", "gt_segmentations"):
+        assert contents(folder / name) == contents(fresh / name)
+
+
+@pytest.mark.slow
+def test_a_partly_annotated_case_gets_pseudo_labels_for_what_is_missing_only(world):
+    folder, _, _ = world
+    label = open_pseudo_label(run_folder(folder) / "round_1", "tiny_001")
+    true = blosc2.open(str(folder / "nnUNetCompactPlans_2d" / "tiny_001_seg.b2nd"))[:]
+    assert label.completes == Annotation(frozenset({"background", "box"})) and "box" in label.annotation.labels
+    assert label.annotation.labels & {"left ball", "right ball"}
+    assert np.array_equal(label.segmentation[:] == 3, true == 3)
+
+
+@pytest.mark.slow
+def test_validation_cases_are_neither_predicted_nor_trained_on_nor_looked_at(world):
+    from nnunet_diffusion.trainers.PseudoLabelTrainer import PseudoLabelTrainer
+
+    folder, _, _ = world
+    rounds = the_run()
+    validation = {"tiny_003", "tiny_004"}
+    assert set(rounds.cases.split()[1]) == validation and not validation & set(rounds.cases.to_predict())
+    assert rounds.cases.anatomy()["box"].annotated == 3 and rounds.cases.anatomy()["left ball"].annotated == 2
+    trainer = tiny.trainer(PseudoLabelTrainer, plans="R_round1")
+    trainer.initialize()
+    train, held_out = trainer.get_tr_and_val_datasets()
+    assert set(held_out.identifiers) == validation and not validation & set(train.identifiers)
+    assert set(train.identifiers) == {"tiny_000", "tiny_001", "tiny_002", *pseudo_cases(run_folder(folder) / "round_1")}
+    planted = folder / "nnUNetCompactPlans_2d_pseudo" / "planted"
+    known = Annotation(frozenset({"background", "box", "left ball", "right ball"}))
+    save_pseudo_label(planted, "tiny_003", np.zeros((2, 2, 2)), known, trainer.label_manager, (2, 2), known)
+    trainer.pseudo_folder, trainer.taught = str(planted), {"tiny_003": known}
+    with pytest.raises(UserError, match="tiny_003.*which fold 0 is validated on"):
+        trainer.get_tr_and_val_datasets()
+
+
+@pytest.mark.slow
+def test_a_model_that_may_have_seen_the_validation_cases_is_refused(world, results, tmp_path):
+    rounds = the_run()
+    source = results / "DiffusionPretrainedTrainer__R__2d"
+    for name, prepare, message in (
+        ("unvalidated", lambda model: shutil.rmtree(model / "fold_0" / "validation"), "may have learned from them"),
+        ("other", lambda model: edit_json(model / "dataset.json", labels={"background": 0}), "labels differ"),
+        ("empty", lambda model: (model / "plans.json").unlink(), "is no model folder"),
+    ):
+        shutil.copytree(source, tmp_path / name)
+        prepare(tmp_path / name)
+        object.__setattr__(rounds.request, "model", str(tmp_path / name))
+        with pytest.raises(UserError, match=message):
+            rounds.check_given_model()
+    object.__setattr__(rounds.request, "model", str(source))
+    rounds.check_given_model()
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.slow
+def test_what_changed_is_named_and_not_mixed(world, results, capsys):
+    folder, _, _ = world
+    assert main([*COMMAND, "--status"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["3", "-"]
+    with pytest.raises(UserError, match="trainer: was 'DiffusionPretrainedTrainer', now 'PartialLabelTrainer'"):
+        the_run(trainer="PartialLabelTrainer")
+    changes = {
+        folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_101.b2nd": "pool cases .*changed: tiny_101",
+        folder / "nnUNetCompactPlans_2d" / "tiny_002_seg.b2nd": "annotated cases .*changed: tiny_002",
+        results / "PseudoLabelTrainer__R_round1__2d" / "fold_0" / "checkpoint_final.pth": "that round 1 ended with",
+    }
+    for path, message in changes.items():
+        content = path.read_bytes()
+        path.write_bytes(content + b"x")
+        with pytest.raises(UserError, match=message):
+            the_run()
+        path.write_bytes(content)
+    plans = (folder / "R.json").read_text()
+    edit_json(folder / "R.json", more=1)
+    with pytest.raises(UserError, match="plan: was"):
+        the_run()
+    (folder / "R.json").write_text(plans)
+    the_run()
+
+
+@pytest.mark.slow
+def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world):
+    """The next round is predicted by two parts; what one process predicts is the same, bit by bit."""
+    folder, _, _ = world
+    pool, state = folder / "nnUNetCompactPlans_2d_unlabeled", run_folder(folder) / "state.json"
+    before = state.read_text()
+    for ending in (".pkl", ".b2nd"):
+        shutil.copyfile(pool / f"tiny_100{ending}", pool / f"tiny_200{ending}")
+    try:
+        rounds = the_run()
+        assert rounds.new_cases == ["tiny_200"] and "tiny_200" not in rounds.entry(1)["cases"]
+        rounds.begin(2)
+        assert rounds.entry(2)["cases"] == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
+        arguments = [*COMMAND, "--num_parts", "2", "--part_id"]
+        assert main([*arguments, "1"]) == 0
+        assert sorted(p.name for p in Path(rounds.predicted(2)).iterdir()) == ["tiny_100.b2nd", "tiny_102.b2nd"]
+        assert main([*arguments, "0"]) == 0
+        by_parts = contents(rounds.predicted(2))
+        shutil.rmtree(rounds.predicted(2))
+        rounds.predict(2)
+        assert contents(rounds.predicted(2)) == by_parts and len(by_parts) == 5
+        rounds.gate(2)
+        u = json.loads(Path(rounds.reports, "round_2", "report.json").read_text())["cases"]["tiny_100"]["evidence"]
+        assert all(math.isfinite(entry["disagreement"]) for entry in u.values())
+    finally:
+        for path in pool.glob("tiny_200*"):
+            path.unlink()
+        shutil.rmtree(run_folder(folder) / "round_2", ignore_errors=True)
+        state.write_text(before)
+
+
+@pytest.mark.slow
+def test_the_loop_stops_when_agreement_falls_and_keeps_the_best_model(world):
+    rounds = the_run()
+    rounds.state["rounds"] = [
+        {"round": n, "agreement": a, "checkpoints": {}} for n, a in enumerate([0.5, 0.6, 0.595, 0.58])
+    ]
+    object.__setattr__(rounds.request, "tolerance", 0.01)
+    assert rounds.fallen() == 3 and rounds.last_good(3) == 2
+    rounds.state["rounds"][3]["agreement"] = None
+    assert rounds.fallen() is None and rounds.last_good(3) == 3
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path):
+    """Three kills, or as many as NNUNET_DIFFUSION_KILLS says; kept cases, pseudo labels and weights are the same."""
+    import torch
+
+    folder, seconds, fresh = world
+    shutil.copytree(fresh, tmp_path / "preprocessed" / tiny.NAME)
+    environment = os.environ | {
+        "nnUNet_preprocessed": str(tmp_path / "preprocessed"),
+        "nnUNet_results": str(tmp_path / "results"),
+    }
+    command = [sys.executable, "-c", "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"]
+    command += [*COMMAND, "--rounds", "1"]
+    rng = random.Random(0)
+    for _ in range(KILLS):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            process.wait(rng.uniform(0.1, 0.7) * seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    mine = run_folder(tmp_path / "preprocessed" / tiny.NAME)
+    verdicts = [
+        json.loads((run / "state.json").read_text())["rounds"][1]["verdicts"] for run in (mine, run_folder(folder))
+    ]
+    assert verdicts[0] == verdicts[1]
+    assert pseudo_cases(mine / "round_1") == pseudo_cases(run_folder(folder) / "round_1")
+    for case in pseudo_cases(mine / "round_1"):
+        maps = [open_pseudo_label(run / "round_1", case).segmentation[:] for run in (mine, run_folder(folder))]
+        assert np.array_equal(*maps)
+    name = Path(tiny.NAME, "PseudoLabelTrainer__R__2d", "fold_0", "checkpoint_final.pth")
+    weights = [
+        torch.load(root / name, map_location="cpu", weights_only=False)["network_weights"]
+        for root in (tmp_path / "results", Path(os.environ["nnUNet_results"]))
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+@pytest.mark.slow
+def test_an_empty_pool_and_a_pool_of_another_plan_are_named(world):
+    folder, _, _ = world
+    pool = folder / "nnUNetCompactPlans_2d_unlabeled"
+    identity = pool / ".nnunet_diffusion" / "identity.json"
+    content = identity.read_text()
+    edit_json(identity, spacing=[9, 9])
+    with pytest.raises(UserError, match="preprocessed with other spacing"):
+        the_run()
+    identity.write_text(content)
+    pool.rename(folder / "away")
+    try:
+        with pytest.raises(UserError, match="the pool is empty"):
+            the_run()
+    finally:
+        (folder / "away").rename(pool)

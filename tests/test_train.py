@@ -1,0 +1,115 @@
+"""`nnunet_diffusion train`: under torchrun, two processes on a CPU train what one trains on the joint batch."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from nnunet_diffusion.cli import main
+
+# What each process does: nnU-Net's own steps on its half of three fixed batches; without torchrun, on the whole ones.
+PROGRAM = """
+import os, sys
+sys.path.insert(0, os.environ["TESTS"])
+import tiny, torch
+from torch import distributed
+from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
+
+size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+if size > 1:
+    distributed.init_process_group("gloo")
+trainer = tiny.trainer(PartialLabelTrainer, plans=sys.argv[1])
+trainer.initialize()
+trainer.network.train()
+assert (type(trainer.network).__name__ == "DistributedDataParallel") == (size > 1), type(trainer.network)
+assert trainer.batch_size == 2 // size and trainer.is_ddp == (size > 1) and trainer.grad_scaler is None
+generator = torch.Generator().manual_seed(0)
+for _ in range(3):
+    data = torch.randn(2, 1, 16, 16, generator=generator)
+    target = torch.randint(0, 4, (2, 1, 16, 16), generator=generator)
+    mine = slice(rank, rank + 1) if size > 1 else slice(0, 2)
+    scales = range(len(trainer._get_deep_supervision_scales()))
+    targets = [target[mine, :, :: 2**s, :: 2**s] for s in scales]
+    trainer.train_step({"data": data[mine], "target": targets, "keys": ["tiny_000", "tiny_001"][mine]})
+if rank == 0:
+    weights = getattr(trainer.network, "module", trainer.network).state_dict()
+    torch.save(weights, sys.argv[2])
+if size > 1:
+    distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The tiny data set, with plans for both kinds of Dice."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name)))
+        folder = tiny.prepare()
+        plans = json.loads((folder / f"{tiny.PLANS}.json").read_text())
+        for batch_dice in (False, True):
+            plans["configurations"]["2d"]["batch_dice"] = batch_dice
+            # plain SGD steps of this size tell gradients that differ; AdamW would take the sign of rounding errors
+            tiny.write_plans(plans, f"Dice{batch_dice}", PartialLabelTrainer={"seed": 1, "initial_lr": 0.1})
+        yield folder
+
+
+def torchrun(number, *command):
+    """Runs a command in so many processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), *command]
+    environment = os.environ | {"TESTS": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_dice", [False, True])
+def test_two_processes_learn_what_one_learns_from_the_joint_batch(world, tmp_path, batch_dice):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    arguments = [str(tmp_path / "program.py"), f"Dice{batch_dice}"]
+    environment = os.environ | {"TESTS": os.path.dirname(__file__)}
+    subprocess.run([sys.executable, *arguments, str(tmp_path / "one.pth")], env=environment, check=True)
+    done = torchrun(2, *arguments, str(tmp_path / "two.pth"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("one", "two"))
+    for name, weight in one.items():
+        assert torch.allclose(weight, two[name], rtol=1e-4, atol=1e-5), name
+
+
+@pytest.mark.slow
+def test_the_command_trains_and_validates_under_torchrun(world):
+    program = "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"
+    path = os.path.join(os.environ["nnUNet_results"], "command.py")
+    with open(path, "w") as f:
+        f.write(f'if __name__ == "__main__":\n    {program}\n')
+    arguments = ["train", str(tiny.ID), "2d", "0", "-tr", "PartialLabelTrainer", "-p", "DiceTrue", "-device", "cpu"]
+    done = torchrun(2, path, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    fold = os.path.join(os.environ["nnUNet_results"], tiny.NAME, "PartialLabelTrainer__DiceTrue__2d", "fold_0")
+    for name in ("checkpoint_final.pth", "validation/tiny_003.nii.gz", "validation/summary.json"):
+        assert os.path.isfile(os.path.join(fold, name)), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["1", "2d", "x"], {}, "fold x"),
+        (["1", "2d", "0", "--c", "--val"], {}, "--c and --val"),
+        (["1", "2d", "0", "--val_best", "--disable_checkpointing"], {}, "--val_best"),
+        (["1", "2d", "0", "-num_gpus", "2"], {"WORLD_SIZE": "2"}, "torchrun decides"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folders, monkeypatch, capsys):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("nnUNet_extTrainer", "")  # restored afterwards
+    assert main(["train", *arguments]) == 1
+    assert message in capsys.readouterr().err
