@@ -32,6 +32,8 @@ class CompactPlanner(ExperimentPlanner):
         "DiffusionPretrainedDecoderTrainer": FINE_TUNING,
         "DiffusionPretrainedLinearTrainer": FINE_TUNING,
         "PseudoLabelTrainer": FINE_TUNING,
+        "MutualDifferenceTrainer": FINE_TUNING,
+        "MutualSimilarityTrainer": FINE_TUNING,
     }
 
     def __init__(
