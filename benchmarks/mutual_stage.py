@@ -22,7 +22,7 @@ from nnunet_diffusion.data.completed import completed_folder
 from nnunet_diffusion.data.pseudo import open_pseudo_label
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.networks.transfer import unwrap
-from nnunet_diffusion.rounds.completing import complete_cases, training_cases
+from nnunet_diffusion.rounds.completing import complete_cases, describe_cases
 from nnunet_diffusion.rounds.gate import GateSettings
 from nnunet_diffusion.rounds.mutual import digest
 from nnunet_diffusion.rounds.prediction import Teacher, load_prediction
@@ -73,7 +73,8 @@ def stage_1(job: dict, trainer) -> dict:
     trainer.save_checkpoint(checkpoint)
     teacher = Teacher(trainer.output_folder_base, ["0"], digest(checkpoint), torch.device(job["device"]))
     folder = completed_folder(job["completed"], trainer.configuration_manager.data_identifier, 0)
-    report = complete_cases(teacher, training_cases(base, teacher, "0"), folder, GateSettings(**job["gate"]))
+    cases = describe_cases(base, teacher, sorted(job["cases"]))
+    report = complete_cases(teacher, cases, folder, GateSettings(**job["gate"]))
     ignored = sum(entry["ignored_voxels"] for entry in report["cases"].values())
     voxels = sum(entry["voxels"] for entry in report["cases"].values())
     return {**score_completion(job, folder, output_channels(trainer.label_manager)), "ignored": ignored / voxels}

@@ -20,6 +20,7 @@ from nnunet_diffusion.cli import main
 from nnunet_diffusion.data.groups import KEY
 from nnunet_diffusion.data.pseudo import open_pseudo_label
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.rounds.completing import training_cases_of
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 from nnunet_diffusion.trainers.MutualDifferenceTrainer import MutualDifferenceTrainer
 from nnunet_diffusion.trainers.MutualSimilarityTrainer import MutualSimilarityTrainer
@@ -243,6 +244,24 @@ def test_the_same_command_does_nothing_twice(world, learned, capsys):
         plans.write_text(before_plans)
     assert "checkpoint_final.pth was made with other settings, labels or options" in capsys.readouterr().err
     assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_wrong_arguments_and_missing_splits(world, learned, tmp_path, capsys):
+    for arguments, message in [
+        (["-f", "7"], "splits_final.json has folds 0 to 0: add it there, or take all"),
+        (["-f", "x"], "-f x: give the number of a fold, or all"),
+        (["-c", "3d_lowres"], "-c 3d_lowres: the plan has"),
+        (["-p", "NoPlans"], "-p NoPlans: there is no"),
+        (["--gate", "voxels=1"], "--gate voxels=1: known are"),
+    ]:
+        assert main([*COMMAND, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    identifier = learned.parent.name.removesuffix("_pseudo")
+    (tmp_path / identifier).symlink_to(world / identifier)
+    cases = training_cases_of(str(tmp_path), identifier, "1")
+    written = json.loads((tmp_path / "splits_final.json").read_text())
+    assert len(written) == 5 and cases == written[1]["train"], "five folds, as nnU-Net makes them"
+    assert training_cases_of(str(tmp_path), identifier, "all") == sorted(ANNOTATED)
 
 
 def test_stock_predictor_takes_the_mean_and_an_export_one_member(learned, tmp_path, capsys):

@@ -4,13 +4,14 @@ For `nnunet_diffusion mutual`; the steps are those of a round of pseudo labels, 
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.crossval_split import generate_crossval_split
 from tqdm import tqdm
 
 from nnunet_diffusion.data.annotated import Channels, output_channels, read_annotations
@@ -26,33 +27,44 @@ from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, p
 REPORT = "completed.json"
 
 
-def training_cases(base: str, teacher: Teacher, fold: str) -> dict[str, Case]:
-    """The preprocessed training cases of a fold, as nnU-Net splits them.
+def training_cases_of(base: str, data_identifier: str, fold: str) -> list[str]:
+    """The preprocessed training cases of a fold, as nnU-Net splits them; it is split if it was not.
 
     Args:
         base: The data set's folder in nnUNet_preprocessed.
-        teacher: A model trained on that fold.
+        data_identifier: Of the configuration.
         fold: A number, or all.
 
     Raises:
-        UserError: If splits_final.json has no such fold.
+        UserError: If nothing is preprocessed, or splits_final.json has no such fold.
     """
+    folder = os.path.join(base, data_identifier)
+    if not os.path.isdir(folder):
+        raise UserError(f"{folder}: no preprocessed cases: run nnunet_diffusion plan_and_preprocess first")
+    names = sorted(infer_dataset_class(folder).get_identifiers(folder))
+    if fold == "all":
+        return names
+    path = os.path.join(base, "splits_final.json")
+    if not os.path.isfile(path):
+        write_json(path, generate_crossval_split(names, seed=12345, n_splits=5))  # as nnU-Net's do_split
+    splits = load_json(path)
+    if int(fold) >= len(splits):
+        raise UserError(f"-f {fold}: {path} has folds 0 to {len(splits) - 1}: add it there, or take all")
+    return sorted(splits[int(fold)]["train"])
+
+
+def describe_cases(base: str, teacher: Teacher, names: Sequence[str]) -> dict[str, Case]:
+    """Where preprocessed cases are, their spacing in the network's space, and what they annotate."""
     predictor = teacher.predictor
-    configuration = predictor.configuration_manager
+    configuration, channels = predictor.configuration_manager, output_channels(teacher.label_manager)
     folder = os.path.join(base, configuration.data_identifier)
     everything = infer_dataset_class(folder).get_identifiers(folder)
-    splits = load_json(os.path.join(base, "splits_final.json")) if fold != "all" else []
-    if fold != "all" and int(fold) >= len(splits):
-        raise UserError(f"{base}/splits_final.json has folds 0 to {len(splits) - 1}, not {fold}: add it, or take all")
-    names = everything if fold == "all" else splits[int(fold)]["train"]
-    annotations = read_annotations(
-        load_json(os.path.join(base, "dataset.json")), everything, output_channels(teacher.label_manager)
-    )
+    annotations = read_annotations(load_json(os.path.join(base, "dataset.json")), everything, channels)
     cases = {}
-    for name in sorted(names):
+    for name in names:
         original = load_pickle(os.path.join(folder, name + ".pkl"))["spacing"]
-        through_slices = [original[axis] for axis in predictor.plans_manager.transpose_forward][:1]
-        spacing = [*through_slices, *configuration.spacing][-3:]  # a 2d configuration has that of its slices
+        between_slices = original[predictor.plans_manager.transpose_forward[0]]
+        spacing = [between_slices, *configuration.spacing][-3:]  # a 2d configuration has no spacing of its own there
         cases[name] = Case(os.path.join(folder, name + ".b2nd"), tuple(map(float, spacing)), annotations[name])
     return cases
 

@@ -13,7 +13,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_diffusion.data.annotated import output_channels
 from nnunet_diffusion.data.completed import completed_folder
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.rounds.completing import REPORT, complete_cases, completion_table, training_cases
+from nnunet_diffusion.rounds.completing import (
+    REPORT,
+    complete_cases,
+    completion_table,
+    describe_cases,
+    training_cases_of,
+)
 from nnunet_diffusion.rounds.gate import GateSettings
 from nnunet_diffusion.rounds.prediction import Teacher
 from nnunet_diffusion.settings import BLOCK
@@ -57,6 +63,7 @@ class MutualLearning:
             raise UserError(f"-c {configuration}: the plan has {', '.join(content['configurations'])}")
         identifier = PlansManager(content).get_configuration(configuration).data_identifier
         self.completed_folder = completed_folder(self.base, identifier, fold)
+        self.cases = training_cases_of(self.base, identifier, fold)
         folder = os.path.join(nnUNet_results, self.dataset, f"mutual__{plans}__{configuration}", f"fold_{fold}")
         self.steps = Steps(folder, command_environment(None, device), total=3)
 
@@ -80,12 +87,10 @@ class MutualLearning:
 
     def what_decides(self, trainer: str) -> dict[str, Any]:
         """Settings, cases and annotations, and the completed labels if the trainer reads them."""
-        splits = os.path.join(self.base, "splits_final.json")
-        known = load_json(splits) if self.fold != "all" and os.path.isfile(splits) else []
         return {
             "settings": self.block.get(trainer, {}),
             "annotated_labels": load_json(os.path.join(self.base, "dataset.json")).get("annotated_labels", {}),
-            "cases": known[int(self.fold)]["train"] if self.fold != "all" and int(self.fold) < len(known) else [],
+            "cases": self.cases,
             "completed": self.completed() if trainer == STAGES[1] else {},
         }
 
@@ -117,7 +122,7 @@ class MutualLearning:
             )
         print(heading, flush=True)
         teacher = Teacher(self.output_folder(STAGES[0]), [self.fold], identity, torch.device(self.device))
-        cases = training_cases(self.base, teacher, self.fold)
+        cases = describe_cases(self.base, teacher, self.cases)
         report = complete_cases(teacher, cases, self.completed_folder, self.gate)
         print(completion_table(report, cases, output_channels(teacher.label_manager)), flush=True)
 
