@@ -298,3 +298,26 @@ def test_killed_and_continued_is_as_if_never_killed(dataset):
 
 def pool_files(folder) -> list[str]:
     return [name for name in os.listdir(folder) if name[0] == "u"] if os.path.isdir(folder) else []
+
+
+def test_parts_of_the_pool_are_done_beside_each_other(dataset):
+    _, preprocessed, plans_manager = dataset
+    folder, failures = preprocess(plans_manager)
+    whole = pool_identifiers(folder)
+    arrays = {case: blosc2.open(join(folder, case + ".b2nd"))[:] for case in whole}
+    shutil.rmtree(folder)
+
+    def part(part_id, plan=plans_manager):
+        return preprocess_pool(tiny_dataset.NAME, plan, "3d_fullres", 1, 2, part_id)
+
+    assert part(1) == {} and pool_identifiers(folder) == whole[1::2]
+    busy = join(folder, ".nnunet_diffusion", "another machine works here")
+    for name in (busy, join(folder, ".nnunet_diffusion", whole[0])):  # the second is what a dead part left
+        os.makedirs(name)
+    assert part(0) == {} and pool_identifiers(folder) == whole and os.path.isdir(busy)
+    assert all(np.array_equal(blosc2.open(join(folder, c + ".b2nd"))[:], arrays[c]) for c in whole)
+    other = plans()
+    other["configurations"]["3d_fullres"]["spacing"] = [2.0, 2.0, 2.0]
+    with pytest.raises(UserError, match="made with another plan"):
+        part(0, PlansManager(other))
+    assert pool_identifiers(folder) == whole

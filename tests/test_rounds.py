@@ -243,7 +243,8 @@ def run_folder(folder):
 
 
 def the_run(**changes):
-    from nnunet_diffusion.rounds.loop import Request, Rounds
+    from nnunet_diffusion.rounds.loop import Rounds
+    from nnunet_diffusion.rounds.run import Request
 
     gate = GateSettings.from_pairs(GATE)
     return Rounds(Request(tiny.NAME, "2d", "0", "R", start="scratch", gate=gate, tolerance=1, device="cpu", **changes))
@@ -311,16 +312,20 @@ def test_a_model_that_may_have_seen_the_validation_cases_is_refused(world, resul
     source = results / "DiffusionPretrainedTrainer__R__2d"
     for name, prepare, message in (
         ("unvalidated", lambda model: shutil.rmtree(model / "fold_0" / "validation"), "may have learned from them"),
-        ("other", lambda model: edit_json(model / "dataset.json", labels={"background": 0}), "labels differ"),
+        (
+            "other",
+            lambda model: edit_json(model / "dataset.json", labels={"background": 0}),
+            "labels differ from this run",
+        ),
         ("empty", lambda model: (model / "plans.json").unlink(), "is no model folder"),
     ):
         shutil.copytree(source, tmp_path / name)
         prepare(tmp_path / name)
         object.__setattr__(rounds.request, "model", str(tmp_path / name))
         with pytest.raises(UserError, match=message):
-            rounds.check_given_model()
+            rounds.check_model()
     object.__setattr__(rounds.request, "model", str(source))
-    rounds.check_given_model()
+    rounds.check_model()
 
 
 def edit_json(path, **values):
@@ -345,6 +350,11 @@ def test_what_changed_is_named_and_not_mixed(world, results, capsys):
         with pytest.raises(UserError, match=message):
             the_run()
         path.write_bytes(content)
+    description = (folder / "dataset.json").read_text()
+    edit_json(folder / "dataset.json", annotated_labels={"tiny_001": ["left ball"]})
+    with pytest.raises(UserError, match="annotated cases .*changed: tiny_001"):
+        the_run()
+    (folder / "dataset.json").write_text(description)
     plans = (folder / "R.json").read_text()
     edit_json(folder / "R.json", more=1)
     with pytest.raises(UserError, match="plan: was"):

@@ -23,22 +23,23 @@ from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
 size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
 if size > 1:
     distributed.init_process_group("gloo")
-trainer = tiny.trainer(PartialLabelTrainer, plans=sys.argv[1])
-trainer.initialize()
-trainer.network.train()
-assert (type(trainer.network).__name__ == "DistributedDataParallel") == (size > 1), type(trainer.network)
-assert trainer.batch_size == 2 // size and trainer.is_ddp == (size > 1) and trainer.grad_scaler is None
-generator = torch.Generator().manual_seed(0)
-for _ in range(3):
-    data = torch.randn(2, 1, 16, 16, generator=generator)
-    target = torch.randint(0, 4, (2, 1, 16, 16), generator=generator)
-    mine = slice(rank, rank + 1) if size > 1 else slice(0, 2)
-    scales = range(len(trainer._get_deep_supervision_scales()))
-    targets = [target[mine, :, :: 2**s, :: 2**s] for s in scales]
-    trainer.train_step({"data": data[mine], "target": targets, "keys": ["tiny_000", "tiny_001"][mine]})
-if rank == 0:
-    weights = getattr(trainer.network, "module", trainer.network).state_dict()
-    torch.save(weights, sys.argv[2])
+for plans in ("DiceFalse", "DiceTrue"):
+    trainer = tiny.trainer(PartialLabelTrainer, plans=plans)
+    trainer.initialize()
+    trainer.network.train()
+    assert (type(trainer.network).__name__ == "DistributedDataParallel") == (size > 1), type(trainer.network)
+    assert trainer.batch_size == 2 // size and trainer.is_ddp == (size > 1) and trainer.grad_scaler is None
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        data = torch.randn(2, 1, 16, 16, generator=generator)
+        target = torch.randint(0, 4, (2, 1, 16, 16), generator=generator)
+        mine = slice(rank, rank + 1) if size > 1 else slice(0, 2)
+        scales = range(len(trainer._get_deep_supervision_scales()))
+        targets = [target[mine, :, :: 2**s, :: 2**s] for s in scales]
+        trainer.train_step({"data": data[mine], "target": targets, "keys": ["tiny_000", "tiny_001"][mine]})
+    if rank == 0:
+        weights = getattr(trainer.network, "module", trainer.network).state_dict()
+        torch.save(weights, sys.argv[1] + plans)
 if size > 1:
     distributed.destroy_process_group()
 """
@@ -71,17 +72,17 @@ def torchrun(number, *command):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_dice", [False, True])
-def test_two_processes_learn_what_one_learns_from_the_joint_batch(world, tmp_path, batch_dice):
-    (tmp_path / "program.py").write_text(PROGRAM)
-    arguments = [str(tmp_path / "program.py"), f"Dice{batch_dice}"]
+def test_two_processes_learn_what_one_learns_from_the_joint_batch(world, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
     environment = os.environ | {"TESTS": os.path.dirname(__file__)}
-    subprocess.run([sys.executable, *arguments, str(tmp_path / "one.pth")], env=environment, check=True)
-    done = torchrun(2, *arguments, str(tmp_path / "two.pth"))
+    subprocess.run([sys.executable, str(program), str(tmp_path / "one")], env=environment, check=True)
+    done = torchrun(2, str(program), str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in ("one", "two"))
-    for name, weight in one.items():
-        assert torch.allclose(weight, two[name], rtol=1e-4, atol=1e-5), name
+    for plans in ("DiceFalse", "DiceTrue"):
+        one, two = (torch.load(tmp_path / f"{name}{plans}", weights_only=True) for name in ("one", "two"))
+        for name, weight in one.items():
+            assert torch.allclose(weight, two[name], rtol=1e-4, atol=1e-5), (plans, name)
 
 
 @pytest.mark.slow

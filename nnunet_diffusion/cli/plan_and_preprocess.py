@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -46,6 +47,10 @@ def add_arguments(parser):
     parser.add_argument("-np", dest="num_processes", metavar="N", type=int, help="processes; default: nnU-Net's")
     parser.add_argument("--replan", action="store_true", help="replace an existing plan")
     parser.add_argument("--no_pool", action="store_true", help="leave out the unlabelled scans")
+    parser.add_argument(
+        "--num_parts", metavar="N", type=int, help="only preprocess a part of the pool, after --no_pool"
+    )
+    parser.add_argument("--part_id", metavar="I", type=int, help="which part, 0 to N-1; all may run at the same time")
 
 
 def run(args):
@@ -57,8 +62,18 @@ def run(args):
     from nnunet_diffusion.data.pool import preprocess_labeled, preprocess_pool
 
     num_processes = args.num_processes or default_num_processes
+    if (args.num_parts is None) != (args.part_id is None):
+        raise UserError("--num_parts and --part_id: give both or none")
+    if args.num_parts is not None and not 0 <= args.part_id < args.num_parts:
+        raise UserError(f"--part_id {args.part_id}: must be from 0 to {args.num_parts - 1}")
     name = find_dataset(args.dataset)
     planner_class = find_planner(args.planner)
+    if args.num_parts is not None:
+        plans_manager = PlansManager(existing_plan(name, planner_class))
+        failed = {}
+        for configuration in choose(args.configurations, plans_manager):
+            failed |= preprocess_pool(name, plans_manager, configuration, num_processes, args.num_parts, args.part_id)
+        return report(failed)
     fingerprint_labeled(name, num_processes)
     check_annotations(name, num_processes)
     failed = {}
@@ -70,11 +85,31 @@ def run(args):
         if not args.no_pool:
             failed |= preprocess_pool(name, plans_manager, configuration, num_processes)
     copy_labels(name)
+    return report(failed)
+
+
+def report(failed: dict[str, str]) -> int:
+    """Names the scans that were skipped; returns the exit code."""
     for case in sorted(failed):
         print(f"skipped {case}: {failed[case]}", file=sys.stderr)
     if failed:
         print(f"{len(failed)} unlabelled scans were skipped, everything else is done", file=sys.stderr)
     return 1 if failed else 0
+
+
+def existing_plan(name: str, planner_class: type) -> str:
+    """The path of the plans file that a planner has made.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from nnunetv2.paths import nnUNet_preprocessed
+
+    plans_name = inspect.signature(planner_class.__init__).parameters["plans_name"].default
+    path = os.path.join(nnUNet_preprocessed, name, plans_name + ".json")
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no plan yet: run the command with --no_pool first, then the parts")
+    return path
 
 
 def find_dataset(name_or_id: str) -> str:

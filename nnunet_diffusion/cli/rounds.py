@@ -67,7 +67,8 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
     from nnunet_diffusion.installation import EXT_TRAINER, ext_trainer_folders, with_our_trainers
     from nnunet_diffusion.rounds.gate import GateSettings
-    from nnunet_diffusion.rounds.loop import Request, Rounds
+    from nnunet_diffusion.rounds.loop import Rounds
+    from nnunet_diffusion.rounds.run import Request
     from nnunet_diffusion.rounds.state import locked
 
     os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())

@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--val_best and --disable_checkpointing: give one of them")
     if not (args.fold == "all" or args.fold.isdigit()):
         raise UserError(f"fold {args.fold}: must be a number, or all")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if is_one_of_many and args.num_gpus > 1:
+        raise UserError("-num_gpus: torchrun decides how many processes there are: leave it out")
+    if is_one_of_many:
         return train_as_one_of_many(args)
 
     import torch
@@ -82,8 +85,6 @@ def train_as_one_of_many(args: argparse.Namespace) -> int:
 
     from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
-    if args.num_gpus > 1:
-        raise UserError("-num_gpus: torchrun decides how many processes there are: leave it out")
     local_rank = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device(args.device)
     if device.type == "cuda":

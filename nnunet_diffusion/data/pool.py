@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from os.path import basename, exists, getmtime, isdir, isfile, join
 
@@ -47,8 +48,18 @@ def complete_cases(folder: str, endings: Iterable[str]) -> list[str]:
     return sorted(name for name in names if all(name + ending in files for ending in endings))
 
 
-def preprocess_pool(dataset_name, plans_manager, configuration, num_processes=default_num_processes) -> dict[str, str]:
+def preprocess_pool(
+    dataset_name, plans_manager, configuration, num_processes=default_num_processes, num_parts=1, part_id=0
+) -> dict[str, str]:
     """Preprocesses the unlabelled scans with the plan's own preprocessor; arguments as `preprocess_labeled`.
+
+    Args:
+        dataset_name: As said.
+        plans_manager: As said.
+        configuration: As said.
+        num_processes: As said.
+        num_parts: Of so many parts, which may be done at the same time by many machines, only one is done here.
+        part_id: Which one, from 0. Scans that are no longer in the table stay until all is done as one part.
 
     Returns:
         What is wrong with each scan that was left out: case -> message.
@@ -60,7 +71,8 @@ def preprocess_pool(dataset_name, plans_manager, configuration, num_processes=de
     folder = pool_folder(join(nnUNet_preprocessed, dataset_name), identifier)
     if not cases and not isdir(folder):
         return {}
-    return _preprocess(cases, folder, UNLABELED_FILES, plans_manager, configuration, dataset_json, num_processes)
+    part = (num_parts, part_id)
+    return _preprocess(cases, folder, UNLABELED_FILES, plans_manager, configuration, dataset_json, num_processes, part)
 
 
 def preprocess_labeled(dataset_name, plans_manager, configuration, num_processes=default_num_processes) -> None:
@@ -84,13 +96,20 @@ def preprocess_labeled(dataset_name, plans_manager, configuration, num_processes
     _preprocess(cases, folder, LABELED_FILES, plans_manager, configuration, dataset_json, num_processes)
 
 
-def _preprocess(cases, folder, endings, plans_manager, configuration, dataset_json, num_processes) -> dict[str, str]:
+def _preprocess(
+    cases, folder, endings, plans_manager, configuration, dataset_json, num_processes, part=(1, 0)
+) -> dict[str, str]:
     configuration_manager = plans_manager.get_configuration(configuration)
     identity = preprocessing_identity(plans_manager, configuration_manager)
     if endings is LABELED_FILES:
         identity["labels"] = [dataset_json["labels"], dataset_json.get("regions_class_order")]
-    _prepare(folder, identity)
-    _remove_unlisted(folder, set(cases))
+    num_parts, part_id = part
+    if num_parts > 1:
+        cases = {case: cases[case] for case in sorted(cases)[part_id::num_parts]}
+        _prepare_part(folder, identity, cases)
+    else:
+        _prepare(folder, identity)
+        _remove_unlisted(folder, set(cases))
     complete = set(complete_cases(folder, endings))
     todo = [c for c, files in cases.items() if c not in complete or _has_changed(join(folder, c + ".b2nd"), files)]
     work = partial(
@@ -130,6 +149,23 @@ def _prepare(folder: str, identity: dict) -> None:
         if isdir(join(folder, WORK, name)):
             shutil.rmtree(join(folder, WORK, name))
     write_json(identity_file, identity)
+
+
+def _prepare_part(folder: str, identity: dict, cases: Iterable[str]) -> None:
+    """Readies a folder that others may be working in: removes nothing but what a dead process left of these cases.
+
+    Raises:
+        UserError: If the folder was made with another identity.
+    """
+    identity_file = join(folder, WORK, "identity.json")
+    os.makedirs(join(folder, WORK), exist_ok=True)
+    if not isfile(identity_file) and not complete_cases(folder, (".b2nd",)):
+        with suppress(FileNotFoundError):  # another part wrote it just now
+            write_json(identity_file, identity)
+    if not isfile(identity_file) or load_json(identity_file) != identity:
+        raise UserError(f"{folder}: was made with another plan: run the command once without --num_parts")
+    for case in cases:
+        shutil.rmtree(join(folder, WORK, case), ignore_errors=True)
 
 
 def _remove_unlisted(folder: str, cases: set[str]) -> None:

@@ -19,7 +19,7 @@ from nnunet_diffusion.data.pool import (
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.rounds.evidence import Anatomy, anatomy, measure
 from nnunet_diffusion.rounds.prediction import Case, read_preprocessed
-from nnunet_diffusion.rounds.state import Record, record
+from nnunet_diffusion.rounds.state import Record, digest, record
 
 
 class Cases:
@@ -115,12 +115,12 @@ class Cases:
         return anatomy(shown)
 
     def records(self, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Record]]]:
-        """The content of all files of all cases: {"annotated" or "pool": {case: {ending: record}}}."""
+        """All files of all cases, and what dataset.json says of them: {"annotated", "pool": {case: {what: record}}}."""
         kinds = {
             "annotated": (self.labeled, list(self.annotations), LABELED_FILES),
             "pool": (self.unlabeled, self.pool, UNLABELED_FILES),
         }
-        return {
+        records = {
             kind: {
                 case: {
                     end: record(os.path.join(folder, case + end), known.get(kind, {}).get(case, {}).get(end))
@@ -130,6 +130,10 @@ class Cases:
             }
             for kind, (folder, cases, endings) in kinds.items()
         }
+        for case, annotation in self.annotations.items():
+            says = [sorted(annotation.labels), annotation.unions]
+            records["annotated"][case]["dataset.json"] = {"sha256": digest(says)}
+        return records
 
     def _image(self, folder: str, case: str) -> str:
         return os.path.join(folder, case + ".b2nd")

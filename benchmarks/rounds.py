@@ -1,0 +1,271 @@
+"""Benchmark of pseudo-label rounds: few annotated cases, the rest of an annotated data set as pool.
+
+The contours of the pool are hidden from training, and score its pseudo labels. For each number of annotated cases and
+seed:
+
+  supervised  the first model, on the annotated cases alone
+  gated       rounds as they are
+  ungated     rounds with an open gate, from the same first model
+
+Validation Dice is on fold 0's validation cases, which choose nothing here (the early stop is off). Dice of pseudo
+labels is in the network's space: of all that was predicted, and of what the gate let through. With --by_hand, the
+seconds of a round outside its training are compared with nnU-Net's own prediction of the same raw scans and
+nnUNetv2_preprocess of the result.
+Finished runs go on where they are, so the same command continues after a crash.
+
+example, on a preprocessed, completely annotated data set:
+  python benchmarks/rounds.py -d 501 -c 2d -p nnUNetCompactPlans --annotated 4 8 --seeds 0 1 2 -o results --device cpu
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from itertools import product
+from pathlib import Path
+
+import blosc2
+import numpy as np
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from train_and_test import describe_machine, link_cases
+
+from nnunet_diffusion.cli import main as run_command
+from nnunet_diffusion.data.pool import WORK
+from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases
+from nnunet_diffusion.files import write_json
+from nnunet_diffusion.rounds.prediction import load_prediction
+from nnunet_diffusion.steps import command_environment
+
+TRAINERS = ("DiffusionPretrainedTrainer", "PseudoLabelTrainer")
+ARMS = {"gated": [], "ungated": ["is_open=true"]}
+
+
+def prepare(args: argparse.Namespace, base: Path, work: Path, number: int, seed: int) -> list[str]:
+    """Links a data set with few annotated cases into a folder of its own; returns those whose contours are hidden."""
+    split = json.loads((base / "splits_final.json").read_text())[0]
+    plans = json.loads((base / f"{args.p}.json").read_text())
+    rng = np.random.default_rng(seed)
+    train, validation = sorted(split["train"]), sorted(split["val"])[: args.validation]
+    annotated = sorted(rng.choice(train, number, replace=False).tolist())
+    hidden = [case for case in train if case not in annotated][: args.pool]
+    target = work / "preprocessed" / base.name
+    if target.exists():
+        return hidden
+    identifier = plans["configurations"][args.c]["data_identifier"]
+    temporary = target.with_name("new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    link_cases(base / identifier, temporary / identifier, annotated + validation, (".b2nd", "_seg.b2nd", ".pkl"))
+    link_cases(base / identifier, temporary / f"{identifier}_unlabeled", hidden, (".b2nd", ".pkl"))
+    shutil.copytree(base / f"{identifier}_unlabeled" / WORK, temporary / f"{identifier}_unlabeled" / WORK)
+    dataset_json = json.loads((base / "dataset.json").read_text())
+    ending = dataset_json["file_ending"]
+    (temporary / "gt_segmentations").mkdir()
+    for case in annotated + validation:
+        (temporary / "gt_segmentations" / (case + ending)).symlink_to(base / "gt_segmentations" / (case + ending))
+    write_json(temporary / "dataset.json", dataset_json)
+    write_json(temporary / "splits_final.json", [{"train": annotated, "val": validation}])
+    shutil.copyfile(base / "dataset_fingerprint.json", temporary / "dataset_fingerprint.json")
+    block = plans.setdefault("nnunet_diffusion", {})
+    for trainer in TRAINERS:
+        given = {"num_epochs": args.num_epochs, "num_iterations_per_epoch": args.num_iterations_per_epoch}
+        start = {"denoiser": str(Path(args.denoiser).resolve())} if args.denoiser else {"scratch": True}
+        block[trainer] = {**block.get(trainer, {}), **given, **start, "seed": seed}
+    for arm in ARMS:
+        write_json(temporary / f"{arm}.json", {**plans, "plans_name": arm})
+    temporary.rename(target)
+    return hidden
+
+
+def run_arm(args: argparse.Namespace, dataset: str, work: Path, arm: str) -> dict:
+    """Runs the rounds of one arm; returns its state."""
+    results = work / "results" / dataset
+    arguments = ["rounds", "-d", dataset, "-c", args.c, "-f", "0", "-p", arm, "--rounds", str(args.rounds)]
+    arguments += ["-device", args.device, "--tolerance", "1", "--start", "denoiser" if args.denoiser else "scratch"]
+    if arm == "ungated":
+        arguments += ["--from", str(results / f"{TRAINERS[0]}__gated__{args.c}")]
+    if gate := [*ARMS[arm], *args.gate]:
+        arguments += ["--gate", *gate]
+    if run_command(arguments) != 0:
+        raise RuntimeError(f"{arm}: rounds failed in {work}")
+    return json.loads(next(work.glob(f"preprocessed/*/*_pseudo/{arm}__*/state.json")).read_text())
+
+
+def dice(labels: np.ndarray, true: np.ndarray, values: list[int], is_counted: np.ndarray) -> list[float | None]:
+    """Dice of each value over the voxels that count; None where neither has it."""
+    scores = []
+    for value in values:
+        a, b = (labels == value) & is_counted, (true == value) & is_counted
+        total = a.sum() + b.sum()
+        scores.append(float(2 * (a & b).sum() / total) if total else None)
+    return scores
+
+
+def score_pseudo_labels(base: Path, work: Path, arm: str, number: int, hidden: list[str]) -> dict:
+    """Mean Dice of a round's predictions of the hidden cases, of all and of what the gate let through."""
+    folder = next(work.glob(f"preprocessed/*/*_pseudo/{arm}__*/round_{number}"))
+    identifier = folder.parent.parent.name.removesuffix("_pseudo")
+    labels = json.loads((base / "dataset.json").read_text())["labels"]
+    names = {name: value for name, value in labels.items() if value and name != "ignore"}
+    everything, kept, ignored = {name: [] for name in names}, {name: [] for name in names}, []
+    let_through = set(pseudo_cases(str(folder)))
+    for case in hidden:
+        true = blosc2.open(str(base / identifier / f"{case}_seg.b2nd"))[:][0]
+        if not (folder / "predicted" / f"{case}.b2nd").exists():
+            continue  # dropped in a round before
+        predicted = load_prediction(str(folder / "predicted"), case).labels
+        add(everything, dice(predicted, true, list(names.values()), np.ones(true.shape, bool)))
+        if case in let_through:
+            label = open_pseudo_label(str(folder), case)
+            segmentation = label.segmentation[:][0]
+            is_counted = segmentation <= max(names.values())
+            ignored.append(1 - is_counted.mean())
+            scores = dice(segmentation, true, list(names.values()), is_counted)
+            add(kept, [s if n in label.annotation.labels else None for n, s in zip(names, scores, strict=True)])
+    return {
+        "predicted": summary(everything),
+        "kept": summary(kept),
+        "kept_cases": len(let_through),
+        "of": len(hidden),
+        "ignored": float(np.mean(ignored)) if ignored else None,
+    }
+
+
+def add(lists: dict[str, list], scores: list) -> None:
+    """Appends the scores that are defined."""
+    for found, value in zip(lists.values(), scores, strict=True):
+        if value is not None:
+            found.append(value)
+
+
+def summary(lists: dict[str, list[float]]) -> dict[str, float | None]:
+    """Mean of each organ, and the mean of those."""
+    means = {name: float(np.mean(found)) if found else None for name, found in lists.items()}
+    defined = [value for value in means.values() if value is not None]
+    return {**means, "mean": float(np.mean(defined)) if defined else None}
+
+
+def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) -> dict[str, float]:
+    """Seconds of what a person does: predict the raw scans, make a data set of the result, preprocess it."""
+    ours = os.environ | command_environment(None, args.device)
+    hand = {f"nnUNet_{kind}": str(work / "hand" / kind) for kind in ("raw", "preprocessed")}
+    description = json.loads((raw / "dataset.json").read_text())
+    files = get_filenames_of_train_images_and_targets(str(raw), description)
+    ending, inputs, outputs = description["file_ending"], work / "hand" / "images", work / "hand" / "labels"
+    shutil.rmtree(work / "hand", ignore_errors=True)
+    inputs.mkdir(parents=True)
+    for case in hidden:
+        for channel, image in enumerate(files[case]["images"]):
+            (inputs / f"{case}_{channel:04d}{ending}").symlink_to(Path(image).resolve())
+    model = work / "results" / raw.name / f"{TRAINERS[0]}__gated__{args.c}"
+    start = time.time()
+    command = ["nnUNetv2_predict_from_modelfolder", "-i", inputs, "-o", outputs, "-m", model, "-f", "0"]
+    subprocess.run([*command, "-device", args.device], check=True, env=ours, stdout=subprocess.DEVNULL)
+    predicted = time.time()
+    table = {
+        case: {"images": [os.path.abspath(i) for i in files[case]["images"]], "label": str(outputs / (case + ending))}
+        for case in hidden
+    }
+    for folder in ("raw", "preprocessed"):
+        (work / "hand" / folder / raw.name).mkdir(parents=True)
+    description = {**description, "dataset": table, "numTraining": len(table), "unlabeled": {}}
+    for folder in ("raw", "preprocessed"):
+        write_json(work / "hand" / folder / raw.name / "dataset.json", description)
+    source = work / "preprocessed" / raw.name
+    for name in ("gated.json", "dataset_fingerprint.json"):
+        shutil.copyfile(source / name, work / "hand" / "preprocessed" / raw.name / name)
+    command = ["nnUNetv2_preprocess", "-d", str(int(raw.name[7:10])), "-plans_name", "gated", "-c", args.c]
+    command += ["-np", str(args.processes)]
+    subprocess.run(command, check=True, env=ours | hand, stdout=subprocess.DEVNULL)
+    return {"predict": predicted - start, "preprocess": time.time() - predicted}
+
+
+def run(args: argparse.Namespace, base: Path, raw: Path, number: int, seed: int) -> dict:
+    """All arms of one number of annotated cases and seed."""
+    work = (Path(args.o) / f"{number}_annotated_seed_{seed}").resolve()
+    hidden = prepare(args, base, work, number, seed)
+    (work / "results").mkdir(exist_ok=True)
+    os.environ |= {"nnUNet_preprocessed": str(work / "preprocessed"), "nnUNet_results": str(work / "results")}
+    result = {"annotated": number, "seed": seed, "pool": len(hidden), "machine": describe_machine(args.device)}
+    for arm in ARMS:
+        state = run_arm(args, base.name, work, arm)
+        result[arm] = [
+            {
+                "round": entry["round"],
+                "validation_dice": entry["agreement"],
+                "seconds": entry.get("seconds"),
+                **(
+                    {"pseudo_labels": score_pseudo_labels(base, work, arm, entry["round"], hidden)}
+                    if entry["round"]
+                    else {}
+                ),
+            }
+            for entry in state["rounds"]
+        ]
+    if args.by_hand:
+        ours = result["gated"][1]["seconds"]
+        hand = by_hand(args, raw, work, hidden)
+        result["seconds_outside_training"] = {
+            "rounds": ours["predict"] + ours["gate"],
+            "by_hand": sum(hand.values()),
+            "by_hand_parts": hand,
+        }
+    write_json(work / "result.json", result)
+    return result
+
+
+def table(results: list[dict]) -> str:
+    """Validation Dice by arm and round, mean and standard deviation over the seeds."""
+    lines = ["annotated  arm      round  validation Dice      pool predicted  pool kept  kept cases"]
+    for number in sorted({r["annotated"] for r in results}):
+        for arm, index in product(ARMS, range(len(results[0]["gated"]))):
+            rounds = [r[arm][index] for r in results if r["annotated"] == number and len(r[arm]) > index]
+            values = [r["validation_dice"] for r in rounds if r["validation_dice"] is not None]
+            cells = [f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"]
+            for kind in ("predicted", "kept"):
+                found = [r["pseudo_labels"][kind]["mean"] for r in rounds if "pseudo_labels" in r]
+                found = [value for value in found if value is not None]
+                cells.append(f"{np.mean(found):.3f}" if found else "-")
+            cells.append(f"{np.mean([r['pseudo_labels']['kept_cases'] for r in rounds]):.1f}" if index else "-")
+            name = arm if index else "supervised"
+            lines.append(
+                f"{number:>9}  {name:<11} {index:>3}  {cells[0]:>15}  {cells[1]:>18}  {cells[2]:>9}  {cells[3]:>10}"
+            )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Runs the benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True, type=int, help="data set id")
+    parser.add_argument("-c", required=True, help="configuration")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans name (default: %(default)s)")
+    parser.add_argument("-o", required=True, help="output folder")
+    parser.add_argument("--annotated", nargs="+", type=int, default=[4, 8])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pool", type=int, help="scans of the pool (default: all)")
+    parser.add_argument("--validation", type=int, help="validation cases (default: all of fold 0)")
+    parser.add_argument("--denoiser", help="denoiser.pth to start from (default: random weights)")
+    parser.add_argument("--gate", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--num_epochs", type=int, default=60)
+    parser.add_argument("--num_iterations_per_epoch", type=int, default=50)
+    parser.add_argument("--by_hand", action="store_true", help="time a round by hand as well")
+    parser.add_argument("--processes", type=int, default=1, help="of nnUNetv2_preprocess (default: %(default)s)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    args = parser.parse_args()
+    base, raw = (
+        next(Path(os.environ[root]).glob(f"Dataset{args.d:03d}_*")) for root in ("nnUNet_preprocessed", "nnUNet_raw")
+    )
+    results = []
+    for number, seed in product(args.annotated, args.seeds):
+        results.append(run(args, base.resolve(), raw.resolve(), number, seed))
+        write_json(Path(args.o) / "rounds.json", results)
+        print(table(results), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
