@@ -94,11 +94,11 @@ def test_stage_1_trains_and_validates(world, configuration, kind, settings):
 
 
 def test_organs_of_both_groups_are_learned(world):
-    settings = {"optimizer_name": "AdamW", "initial_lr": 1e-2, "num_epochs": 6, "num_iterations_per_epoch": 30}
+    settings = {"optimizer_name": "AdamW", "initial_lr": 1e-2, "num_epochs": 8, "num_iterations_per_epoch": 30}
     trainer = build(world, MutualDifferenceTrainer, **settings, num_val_iterations_per_epoch=10)
     trainer.run_training()
     left, right, box = np.nanmax(trainer.logger.get_value("dice_per_class_or_region", step=None), 0)
-    assert box > 0.6 and max(left, right) > 0.2, "which ball it is, a small patch hardly tells"
+    assert box > 0.6 and max(left, right) > 0.3, "which ball it is, a small patch hardly tells"
 
 
 def test_a_member_learns_of_its_own_group_alone_without_mutual_terms(world):
