@@ -213,7 +213,8 @@ def train_and_test(job: dict, out: Path, threads: int | None) -> bool:
     folders = {f"nnUNet_{kind}": str(work / kind) for kind in ("preprocessed", "results")}
     limits = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL")} if threads else {}
     environment = defaults | os.environ | folders | limits
-    command = [sys.executable, str(Path(__file__).with_name("train_and_test.py")), str(work / "job.json")]
+    script = Path(__file__).with_name(job.get("script", "train_and_test.py"))
+    command = [sys.executable, str(script), str(work / "job.json")]
     with open(log, "w") as stream:
         code = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode
     if code == 0:

@@ -108,6 +108,22 @@ class Steps:
         ending = "\n".join(f"  | {line}" for line in last_lines)
         raise UserError(f"step {self.number}, {step.title}, failed (exit code {code})\n{ending}\nits log: {log}")
 
+    def keep_finished(self, step: Step) -> None:
+        """Never makes anew what is finished: if it was made without these steps, it is taken as it is.
+
+        Raises:
+            UserError: If it was made with these steps, by another command or from something else.
+        """
+        if not os.path.exists(step.output):
+            return
+        if step.title not in self.state:
+            self._remember(step, 0.0)
+        elif self.state[step.title]["identity"] != step.identity:
+            raise UserError(
+                f"{step.output} was made with other settings, labels or options: give those again, or move its folder "
+                "away to make it anew"
+            )
+
     def seconds(self) -> dict[str, float]:
         """How long each finished step took."""
         return {title: round(s["seconds"], 1) for title, s in self.state.items() if s["seconds"] is not None}

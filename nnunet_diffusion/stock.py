@@ -20,13 +20,16 @@ from tqdm import tqdm
 from nnunet_diffusion import installation
 from nnunet_diffusion.errors import UserError
 
+PARTIAL = "owned"  # among the weights of networks that know a part of the labels each
 DESCRIPTIONS = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 # The numbers in nnU-Net's training log are numpy scalars; otherwise its checkpoints hold tensors and plain values.
 PLAIN_NUMPY = [np.dtype, np.ndarray, np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
 PLAIN_NUMPY += [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]
 
 
-def export_stock(source: str, destination: str, folds: list[str] | None, checkpoint_name: str) -> list[str]:
+def export_stock(
+    source: str, destination: str, folds: list[str] | None, checkpoint_name: str, member: int | None = None
+) -> list[str]:
     """Copies a model folder so that it names nnU-Net's own trainer, and proves that it predicts the same.
 
     Args:
@@ -34,6 +37,7 @@ def export_stock(source: str, destination: str, folds: list[str] | None, checkpo
         destination: Folder to create; it appears when everything has been proven, or not at all.
         folds: Such as ["0", "all"]; None takes every fold that has the checkpoint.
         checkpoint_name: File in each `fold_X` to export.
+        member: Of a model of several networks, the one to export.
 
     Returns:
         The exported folds.
@@ -50,11 +54,12 @@ def export_stock(source: str, destination: str, folds: list[str] | None, checkpo
     temporary = os.path.join(parent, f".tmp{os.getpid()}_{name}")
     try:
         for fold in folds:
-            rewrite_checkpoint(*(os.path.join(root, f"fold_{fold}", checkpoint_name) for root in (source, temporary)))
+            paths = (os.path.join(root, f"fold_{fold}", checkpoint_name) for root in (source, temporary))
+            rewrite_checkpoint(*paths, member)
         for file in DESCRIPTIONS:
             if os.path.exists(os.path.join(source, file)):
                 shutil.copyfile(os.path.join(source, file), os.path.join(temporary, file))
-        prove_same(source, temporary, folds, checkpoint_name)
+        prove_same(source, temporary, folds, checkpoint_name, member)
         os.rename(temporary, destination)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,10 +81,12 @@ def find_folds(folder: str, folds: list[str] | None, checkpoint_name: str) -> li
     return folds
 
 
-def rewrite_checkpoint(source: str, destination: str) -> None:
+def rewrite_checkpoint(source: str, destination: str, member: int | None = None) -> None:
     """Copies a checkpoint under nnU-Net's own trainer name; the rest, the mirroring axes too, stays as it is."""
     checkpoint = load_checkpoint(source)
-    refuse_other_topology(os.path.dirname(os.path.dirname(source)), checkpoint)
+    if member is not None:
+        take_member(checkpoint, member)
+    refuse_other_topology(os.path.dirname(os.path.dirname(source)), checkpoint, member)
     checkpoint["exported_from"] = checkpoint["trainer_name"]
     checkpoint["trainer_name"] = nnUNetTrainer.__name__
     os.makedirs(os.path.dirname(destination), exist_ok=True)
@@ -102,7 +109,25 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def refuse_other_topology(folder: str, checkpoint: dict[str, Any]) -> None:
+def take_member(checkpoint: dict[str, Any], member: int) -> None:
+    """Leaves of a checkpoint of several networks the weights of one, and no optimiser.
+
+    Raises:
+        UserError: If there is no such member, or the members know a part of the labels only.
+    """
+    name, weights = checkpoint["trainer_name"], checkpoint["network_weights"]
+    found = sorted({int(key.split(".")[1]) for key in weights if key.startswith("members.")})
+    if member not in found:
+        known = f"members 0 to {found[-1]}" if found else "one network: leave out --member"
+        raise UserError(f"--member {member}: the model of {name} has {known}")
+    if PARTIAL in weights:
+        raise UserError(f"the members of {name} know a part of the labels each: export one of MutualSimilarityTrainer")
+    prefix = f"members.{member}."
+    own = {key.removeprefix(prefix): weight for key, weight in weights.items() if key.startswith(prefix)}
+    checkpoint.update(network_weights=own, optimizer_state=None, exported_member=member)
+
+
+def refuse_other_topology(folder: str, checkpoint: dict[str, Any], member: int | None = None) -> None:
     """Raises UserError unless the checkpoint's trainer builds the network that nnU-Net builds from the same plan.
 
     Compares the names and shapes of all weights: of both networks, and of what the checkpoint holds.
@@ -111,8 +136,10 @@ def refuse_other_topology(folder: str, checkpoint: dict[str, Any]) -> None:
     with trainers_of(installation.with_our_trainers(installation.ext_trainer_folders())):
         trainer = recursive_find_trainer_class_by_name(name)
     planned = build(folder, configuration, nnUNetTrainer)
+    built = build(folder, configuration, trainer)
+    built = built if member is None else built.members[member]
     expected = shapes(planned.state_dict())
-    for found in (shapes(build(folder, configuration, trainer).state_dict()), shapes(checkpoint["network_weights"])):
+    for found in (shapes(built.state_dict()), shapes(checkpoint["network_weights"])):
         differing = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
         if differing:
             key = differing[0]
@@ -120,6 +147,7 @@ def refuse_other_topology(folder: str, checkpoint: dict[str, Any]) -> None:
                 f"{name} cannot be exported as stock: {len(differing)} weights are not as in the network that nnU-Net "
                 f"plans, such as {key!r} ({found.get(key, 'absent')}, planned: {expected.get(key, 'absent')}). "
                 "Predict with nnUNet_extTrainer set instead (nnunet_diffusion env)"
+                + (", or export one of its members with --member" if hasattr(built, "members") else "")
             )
     foreign = {type(m).__module__ for m in planned.modules() if type(m).__module__.startswith("nnunet_diffusion")}
     if foreign:
@@ -141,7 +169,9 @@ def shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(weight.shape) for key, weight in weights.items()}
 
 
-def prove_same(source: str, exported: str, folds: list[str], checkpoint_name: str) -> None:
+def prove_same(
+    source: str, exported: str, folds: list[str], checkpoint_name: str, member: int | None = None
+) -> None:
     """Predicts one random patch with both folders, loaded by nnU-Net, the exported one with its own trainers only.
 
     Raises:
@@ -149,6 +179,8 @@ def prove_same(source: str, exported: str, folds: list[str], checkpoint_name: st
     """
     with trainers_of(installation.with_our_trainers(installation.ext_trainer_folders())):
         ours = load_predictor(source, folds, checkpoint_name)
+    if member is not None:
+        ours.network.only = member
     with trainers_of(""):
         stock = load_predictor(exported, folds, checkpoint_name)
     assert ours.allowed_mirroring_axes == stock.allowed_mirroring_axes

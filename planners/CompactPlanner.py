@@ -35,6 +35,8 @@ class CompactPlanner(ExperimentPlanner):
         "DiffusionTeacherTrainer": {**SHORT_TRAINING, "initial_lr": 1e-3, "warmup_epochs": 2},
         "DiffusionCoTrainingTrainer": FINE_TUNING,
         "DiffusionCoTrainingTwinTrainer": FINE_TUNING,
+        "MutualDifferenceTrainer": FINE_TUNING,
+        "MutualSimilarityTrainer": FINE_TUNING,
     }
 
     def __init__(

@@ -14,6 +14,7 @@ import co_training  # noqa: E402
 from flare22 import comparison, write_plans  # noqa: E402
 from flare22 import parse_arguments as flare22_arguments  # noqa: E402
 from label_efficiency import parse_arguments, read_arm  # noqa: E402
+from mutual import deal, of_one_member  # noqa: E402
 from regimes import draw, group_by_patient, hold_out, keep_labels, keep_slices, parse_budget  # noqa: E402
 from report import mean_per_organ, summarize, write_arms_figure, write_figure  # noqa: E402
 from train_and_test import erase_labels  # noqa: E402
@@ -150,6 +151,20 @@ def test_erased_labels_are_background_and_are_not_sampled(tmp_path):
     assert erased[:].ravel().tolist() == [-1, 0, 0, 2, 0, 4]
     assert list(properties["class_locations"]) == [2]
     assert nnUNetDatasetBlosc2(str(source), ["a"]).load_case("a")[1][:].tolist() == seg.tolist()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_every_group_is_dealt_as_many_cases(seed):
+    groups = [["a"], ["b", "c"], ["d"]]
+    dealt = deal(CASES, groups, seed)
+    assert sorted(list(dealt.values()).count(group) for group in groups) == [6, 7, 7]
+    assert dealt == deal(CASES[::-1], groups, seed) != deal(CASES, groups, seed + 2)
+
+
+def test_one_member_is_the_mean_over_members():
+    members = [{"b": {"liver": 0.2, "spleen": None}}, {"b": {"liver": 0.4, "spleen": None}}]
+    run = of_one_member({"arm": "ps", "dice": {}, "members": members})
+    assert run["arm"] == "ps, one member" and run["dice"] == {"b": {"liver": pytest.approx(0.3), "spleen": None}}
 
 
 def make_run(arm, seed, dice):

@@ -64,13 +64,18 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
             self.plans_manager, self.configuration_manager, channels, channels, False
         )
         folded = fold(rebuild(content, planned), self.timestep).state_dict()
-        report = transfer(unwrap(self.network), folded, len(self.dataset_json["channel_names"]))
+        channels = len(self.dataset_json["channel_names"])
+        report = [transfer(network, folded, channels) for network in self.planned_networks()][0]
         report.source, report.timestep = path, self.timestep
         now = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)
         report.warnings = plan_differences(content["plan"], now)
         self.print_to_log_file(report)
         if self.local_rank == 0:
             write_json(join(self.output_folder, "transfer_report.json"), report.as_dict())
+
+    def planned_networks(self) -> list:
+        """The networks that start from the denoiser."""
+        return [unwrap(self.network)]
 
     def find_denoiser(self) -> str:
         """The path of the denoiser that this training starts from."""

@@ -13,7 +13,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.installation import require_folders
 
 COMMANDS = ("env", "convert", "plan_and_preprocess", "demo", "export", "evaluate", "train", "rounds")
-COMMANDS += ("sample", "evaluate_samples", "report")
+COMMANDS += ("mutual", "sample", "evaluate_samples", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint of each fold [%(default)s]"
     )
+    parser.add_argument("--member", type=int, metavar="K", help="of a model of several networks, the one to export")
     parser.add_argument(
         "-o", metavar="FOLDER", help="model folder to create [nnUNetTrainer__PLANS__CONFIGURATION beside the model]"
     )
@@ -42,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"-d {args.d}: {error}") from error
     destination = args.o or get_output_folder(args.d, "nnUNetTrainer", args.p, args.c)
-    folds = export_stock(source, destination, args.f, args.chk)
-    print(f"{destination}: fold {', '.join(folds)}; plain nnU-Net predicts the same, bit by bit")
+    folds = export_stock(source, destination, args.f, args.chk, args.member)
+    what = "" if args.member is None else f"member {args.member}, "
+    print(f"{destination}: {what}fold {', '.join(folds)}; plain nnU-Net predicts the same, bit by bit")
     return 0

@@ -115,16 +115,27 @@ def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_siz
     )
     # An ignore label restricts patches to annotated voxels, which says nothing about images.
     loader.has_ignore = False
-    workers = kwargs.get("workers", 0)
+    return in_background(loader, kwargs.get("workers", 0), 6, kwargs.get("pin_memory", False))
+
+
+def in_background(loader: nnUNetDataLoader, workers: int, cached: int, pin_memory: bool):
+    """An iterator over a loader's batches, which other processes make ahead, as nnU-Net's trainer has it.
+
+    Args:
+        loader: nnU-Net's.
+        workers: Number of processes; 0: batches are made in this one, when they are asked for.
+        cached: How many batches are ready at least.
+        pin_memory: For CUDA.
+    """
     if workers == 0:
         return SingleThreadedAugmenter(loader, None)
     return NonDetMultiThreadedAugmenter(
         data_loader=loader,
         transform=None,
         num_processes=workers,
-        num_cached=max(6, workers // 2),
+        num_cached=max(cached, workers // 2),
         seeds=None,
-        pin_memory=kwargs.get("pin_memory", False),
+        pin_memory=pin_memory,
         wait_time=0.002,
     )
 

@@ -65,9 +65,13 @@ def exclusion_loss(merged: MergedSoftmax) -> Tensor:
     """
     is_unannotated = merged.group == 0
     is_unannotated[:, 0] = False
-    labeled = _stands_for_itself(merged.voxels, merged.group)[:, 1:].sum(1, keepdim=True)
-    overlap = 2 * (merged.mass - merged.inside) / (merged.mass + labeled).clamp_min(1)  # of less than a voxel: none
+    overlap = 2 * (merged.mass - merged.inside) / (merged.mass + labeled_voxels(merged)[:, None]).clamp_min(1)
     return torch.where(is_unannotated, overlap, 0).sum() / is_unannotated.sum().clamp_min(1)
+
+
+def labeled_voxels(merged: MergedSoftmax) -> Tensor:
+    """(B,) how many voxels have an annotated label."""
+    return _stands_for_itself(merged.voxels, merged.group)[:, 1:].sum(1)
 
 
 def _stands_for_itself(values: Tensor, group: Tensor) -> Tensor:

@@ -1,0 +1,172 @@
+"""Mutual-learning benchmark: what each term buys, on a complete data set that is split into partly labelled groups.
+
+The training patients are dealt to groups that each keep some labels. Stage 1 is scored by the Dice of the labels that
+it completes training cases with, against what was erased there, stage 2 on held-out complete cases:
+
+  stage 1  none, pd, fd, pd+fd: without mutual terms, with prediction difference, feature difference, both
+  stage 2  none, ps, dfs, ps+dfs: completed labels alone, with prediction similarity and the other groups' true labels,
+           dynamic feature similarity, both; the mean of the members, and one member (mean over them)
+  beside   partial: PartialLabelTrainer on the same labels; upper: all labels of all training cases
+
+Stage 2 starts from the labels that one arm of stage 1 completed (--teacher). One JSON a run; finished runs are skipped,
+so the same command continues after a crash.
+
+example, on a preprocessed data set without annotated_labels of its own:
+  python benchmarks/mutual.py -d 501 -c 2d -p nnUNetCompactPlans --test_cases 20 --jobs 2 --device cpu
+      --groups Brainstem,SpinalCord RightParotid,LeftParotid Mandible
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+from pathlib import Path
+
+from label_efficiency import VALIDATION_ITERATIONS, dataset_folder, read_value, run_all, split_patients
+from report import mean_per_organ, summarize, write_arms_figure
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import write_json
+
+STAGE_1 = {
+    "none": {"prediction_weight": 0.0, "feature_weight": 0.0},
+    "pd": {"feature_weight": 0.0},
+    "fd": {"prediction_weight": 0.0},
+    "pd+fd": {},
+}
+STAGE_2 = {"none": STAGE_1["none"], "ps": STAGE_1["pd"], "dfs": STAGE_1["fd"], "ps+dfs": {}}
+BESIDE = {"partial": {"is_told": True}, "upper": {"is_told": False}}
+TRAINERS = {1: "MutualDifferenceTrainer", 2: "MutualSimilarityTrainer", 0: "PartialLabelTrainer"}
+CONTROLS = {1: "none", 2: "partial"}
+
+
+def deal(cases: list[str], groups: list[list[str]], seed: int) -> dict[str, list[str]]:
+    """Deals cases to groups of about equal size: {case: the labels that it keeps}."""
+    order = random.Random(f"groups {seed}").sample(sorted(cases), len(cases))
+    return {case: groups[place % len(groups)] for place, case in enumerate(order)}
+
+
+def describe_run(args: argparse.Namespace, stage: int, arm: str, seed: int, train: list[str], test: list[str]) -> dict:
+    """The job description of one arm and seed; all arms of a seed get the same groups."""
+    base, trainer = args.base, TRAINERS[stage]
+    dataset_json = json.loads((base / "dataset.json").read_text())
+    if dataset_json.get("annotated_labels") or dataset_json.get("union_labels"):
+        raise UserError(f"{base / 'dataset.json'}: the benchmark simulates groups on complete cases only")
+    labels = [name for name, value in dataset_json["labels"].items() if name != "ignore" and value != 0]
+    groups = [text.split(",") for text in args.groups]
+    if sorted(label for group in groups for label in group) != sorted(labels):
+        raise UserError(f"--groups {' '.join(args.groups)}: each of {labels} must be in one group")
+    kept = dict.fromkeys(train, labels) if arm == "upper" else deal(train, groups, seed)
+    common = [pair.split("=", 1) for pair in args.setting]
+    own = [(key.split(".")[1], value) for key, value in common if key.startswith(trainer + ".")]
+    block = json.loads((base / f"{args.p}.json").read_text()).get("nnunet_diffusion", {})
+    settings = {
+        **block.get(TRAINERS[0], {}),  # the same optimiser for all
+        "num_epochs": args.num_epochs,
+        "num_iterations_per_epoch": args.num_iterations_per_epoch,
+        "num_val_iterations_per_epoch": VALIDATION_ITERATIONS,
+        **{key: read_value(value) for key, value in [*(pair for pair in common if "." not in pair[0]), *own]},
+        **{1: STAGE_1, 2: STAGE_2}.get(stage, {}).get(arm, {}),
+    }
+    gate = dict(pair.split("=", 1) for pair in args.gate)
+    protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, "settings": settings, "groups": groups}
+    if stage:
+        protocol["gate"] = {key: read_value(value) for key, value in gate.items()}
+    if stage == 2:
+        protocol["teacher"] = args.teacher
+    name = f"stage{stage}_{arm}_seed{seed}" if stage else f"{arm}_seed{seed}"
+    teacher = arm if stage == 1 else args.teacher
+    job = {"arm": arm, "name": name, "budget": f"stage {stage}" if stage == 1 else "test", "seed": seed, "stage": stage,
+           "trainer": trainer, "settings": settings, "protocol": protocol, "cases": dict.fromkeys(kept),
+           "kept_labels": kept, "is_told": arm != "upper", "test_cases": test, "preprocessed": str(base),
+           "configuration": args.c, "plans": args.p, "device": args.device, "gate": protocol.get("gate", {}),
+           "completed": str(args.out / "completed" / f"{teacher}_seed{seed}"),
+           "result": str(args.out / "runs" / f"{name}.json")}
+    return {**job, "script": "mutual_stage.py"} if stage else job
+
+
+def of_one_member(run: dict) -> dict:
+    """A run as if one member had been tested: its Dice per case and organ is the mean over the members."""
+    members = run["members"]
+    cases = {case: list(organs) for case, organs in members[0].items()}
+    dice = {}
+    for case, organs in cases.items():
+        found = {organ: [m[case][organ] for m in members if m[case][organ] is not None] for organ in organs}
+        dice[case] = {organ: sum(values) / len(values) if values else None for organ, values in found.items()}
+    return {**run, "arm": f"{run['arm']}, one member", "dice": dice}
+
+
+def report(args: argparse.Namespace, stage: int, runs: list[dict]) -> None:
+    """Prints and writes table, JSON and figure of a stage."""
+    if stage == 2:
+        runs = [view for run in runs for view in ([of_one_member(run), run] if "members" in run else [run])]
+    table, summary = summarize(runs, CONTROLS[stage])
+    if stage == 1:
+        summary["gated"] = [
+            {"arm": run["arm"], "seed": run["seed"], "ignored": round(run["ignored"], 5),
+             "dice_per_organ": {o: v and round(v, 4) for o, v in mean_per_organ(run["gated"]).items()}}
+            for run in runs
+        ]  # fmt: skip
+    write_json(args.out / f"mutual_stage{stage}.json", summary)
+    write_arms_figure(summary, args.out / f"mutual_stage{stage}.png", CONTROLS[stage])
+    print(f"{table}\n{args.out / f'mutual_stage{stage}.json'}", flush=True)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-d", required=True, type=int, help="data set id")
+    parser.add_argument("-c", required=True, help="configuration")
+    parser.add_argument("-p", default="nnUNetPlans", help="plans name (default: %(default)s)")
+    parser.add_argument("--groups", nargs="+", required=True, metavar="LABEL,LABEL", help="what each group annotates")
+    parser.add_argument("--stage_1", nargs="+", default=list(STAGE_1), choices=list(STAGE_1))
+    parser.add_argument("--stage_2", nargs="*", default=list(STAGE_2), choices=list(STAGE_2))
+    parser.add_argument("--beside", nargs="*", default=list(BESIDE), choices=list(BESIDE))
+    parser.add_argument("--teacher", default="pd+fd", choices=list(STAGE_1), help="whose completed labels stage 2 gets")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--gate", nargs="*", default=[], metavar="KEY=VALUE", help="limits of the gate")
+    parser.add_argument("--setting", nargs="+", default=[], metavar="[TRAINER.]KEY=VALUE",
+                        help="for every trainer, or for one")
+    parser.add_argument("--test_cases", help="how many patients to hold out, or a file with one case a line "
+                        "(default: as before, else fold 0's validation cases, else a fifth)")
+    parser.add_argument("--split_seed", type=int, default=0, help="draws the test patients (default: %(default)s)")
+    parser.add_argument("--patients", help="JSON with case -> patient (default: every case is a patient)")
+    parser.add_argument("--num_epochs", type=int, default=100)
+    parser.add_argument("--num_iterations_per_epoch", type=int, default=50)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with 2 or more each has one thread")
+    parser.add_argument("--device", choices=("cuda", "cpu", "mps"), default="cuda")
+    parser.add_argument("-o", help="output folder (default: in nnUNet_results)")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the benchmark; returns 1 if a run failed."""
+    args = parse_arguments()
+    args.base = dataset_folder(args, "nnUNet_preprocessed")
+    default = Path(os.environ.get("nnUNet_results", "."), args.base.name, f"mutual_benchmark__{args.p}__{args.c}")
+    args.out = Path(args.o or default).resolve()
+    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    test, rest = split_patients(args, args.base, args.out)
+    train = [case for cases in rest.values() for case in cases]
+    beside = [(0, arm) for arm in args.beside]
+    arms = {1: [(1, arm) for arm in args.stage_1], 2: [(2, arm) for arm in args.stage_2] + beside}
+    failed = []
+    for stage, wanted in arms.items():
+        jobs = [describe_run(args, *arm, seed, train, test) for seed in args.seeds for arm in wanted]
+        lost = run_all(jobs, args.out, args.jobs)
+        failed += lost
+        runs = [json.loads(Path(job["result"]).read_text()) for job in jobs if job not in lost]
+        if runs:
+            report(args, stage, runs)
+    for job in failed:
+        print(f"FAILED {job['name']}: see {args.out / 'logs' / job['name']}.log", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (UserError, OSError) as error:
+        print(f"mutual: error: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,42 @@
+"""`nnunet_diffusion mutual`: both stages of mutual learning between partially labelled data sets."""
+
+import argparse
+
+HELP = "Mutual learning between groups of cases that each annotate other labels: both stages and what is in between."
+NEEDS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
+EPILOG = """\
+1. trains a network for each group, of the labels that it annotates (MutualDifferenceTrainer);
+2. completes the training cases of the fold: true labels win, what is uncertain is ignored;
+3. trains a network of all labels for each group (MutualSimilarityTrainer), whose mean predicts.
+Killed at any point, the same command continues. What is finished is never trained anew. Settings of both trainers
+are in plans.json; limits of the gate: docs/mutual_learning.md.
+
+example:
+  nnunet_diffusion mutual -d 600 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans
+  nnUNetv2_predict -d 600 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans -tr MutualSimilarityTrainer -i IMAGES -o OUT
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.epilog = EPILOG
+    parser.add_argument("-d", dest="dataset", metavar="ID", required=True, help="data set id or name")
+    parser.add_argument("-c", dest="configuration", metavar="CONFIG", required=True, help="configuration")
+    parser.add_argument("-f", dest="fold", metavar="FOLD", required=True, help="fold, or all")
+    parser.add_argument("-p", dest="plans", metavar="PLANS", default="nnUNetPlans", help="plans [%(default)s]")
+    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="[%(default)s]")
+    parser.add_argument(
+        "--gate", nargs="+", default=[], metavar="KEY=VALUE", help="limits of the gate, such as voxel_confidence=0.7"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what is not finished; returns 0."""
+    from nnunet_diffusion.rounds.mutual import STAGES, MutualLearning
+
+    learning = MutualLearning(args.dataset, args.configuration, args.fold, args.plans, args.device, args.gate)
+    learning.train(STAGES[0])
+    learning.complete()
+    learning.train(STAGES[1])
+    print(f"{learning.output_folder(STAGES[1])}: predict with -tr {STAGES[1]}")
+    return 0

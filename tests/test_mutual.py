@@ -1,0 +1,318 @@
+"""Mutual learning end to end in nnU-Net's own loop, on a tiny data set of which each case annotates some labels."""
+
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+from nnunet_diffusion import stock
+from nnunet_diffusion.cli import main
+from nnunet_diffusion.data.groups import KEY
+from nnunet_diffusion.data.pseudo import open_pseudo_label
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.rounds.completing import training_cases_of
+from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
+from nnunet_diffusion.trainers.MutualDifferenceTrainer import MutualDifferenceTrainer
+from nnunet_diffusion.trainers.MutualSimilarityTrainer import MutualSimilarityTrainer
+
+pytestmark = pytest.mark.slow
+
+BALLS, BOX = ["left ball", "right ball"], ["box"]
+ANNOTATED = {"tiny_000": BALLS, "tiny_001": BOX, "tiny_002": BALLS, "tiny_003": BALLS, "tiny_004": BOX}
+SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 2, "seed": 0}
+AT_ONCE = {**SHORT, "supervised_share": 0.0, "ramp_share": 0.0}
+BLOCK = {"MutualDifferenceTrainer": AT_ONCE, "MutualSimilarityTrainer": {**AT_ONCE, "validate_members": False}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """The tiny data set; cases 0, 2 and 3 annotate the balls, 1 and 4 the box."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+            patch.setenv(name, str(tmp_path_factory.mktemp(name)))
+        folder = tiny.prepare()
+        for identifier in {path.parent for path in folder.glob("*/tiny_000_seg.b2nd")}:
+            keep_annotated(identifier)
+        path = folder / "dataset.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "annotated_labels": ANNOTATED}))
+        tiny.write_plans(json.loads((folder / f"{tiny.PLANS}.json").read_text()), **BLOCK)
+        yield folder
+
+
+def keep_annotated(folder):
+    """Erases the other labels from preprocessed cases: nobody looked for them."""
+    dataset = nnUNetDatasetBlosc2(str(folder), list(ANNOTATED))
+    for case, names in ANNOTATED.items():
+        values = [tiny.LABELS[name] for name in names]
+        _, seg, _, properties = dataset.load_case(case)
+        seg = np.where(np.isin(seg[:], [-1, *values]), seg[:], 0).astype(np.int8)
+        properties["class_locations"] = {v: found for v, found in properties["class_locations"].items() if v in values}
+        (folder / f"{case}_seg.b2nd").unlink()
+        nnUNetDatasetBlosc2.save_seg(seg, str(folder / f"{case}_seg"), (1, *seg.shape[1:]), (1, *seg.shape[1:]))
+        (folder / f"{case}.pkl").write_bytes(pickle.dumps(properties))
+
+
+def build(world, cls, configuration="2d", plans="Mutual", resume=False, change=lambda plans: plans, **settings):
+    content = change(json.loads((world / f"{tiny.PLANS}.json").read_text()))
+    tiny.write_plans(content, plans, **{cls.__name__: {**AT_ONCE, **settings}})
+    return tiny.trainer(cls, configuration, plans=plans, resume=resume)
+
+
+def copied(state):
+    return {name: tensor.clone() for name, tensor in state.items()}
+
+
+# ---------------------------------------------------------------- stage 1
+
+
+@pytest.mark.parametrize(
+    ("configuration", "kind", "settings"),
+    [("2d", "ResidualEncoderUNet", {"alternate": True}), ("3d_fullres", "PlainConvUNet", {"checkpointing": True})],
+)
+def test_stage_1_trains_and_validates(world, configuration, kind, settings):
+    change = lambda plans: tiny.shrunk(plans, kind, "InstanceNorm")  # noqa: E731
+    trainer = build(world, MutualDifferenceTrainer, configuration, change=change, **settings)
+    trainer.run_training()
+    trainer.perform_actual_validation()
+    assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
+    plans = json.loads(Path(trainer.output_folder).parent.joinpath("plans.json").read_text())
+    assert plans[KEY] == [BALLS, BOX]
+    summary = json.loads(Path(trainer.output_folder, "validation", "summary.json").read_text())
+    assert {name: entry["annotated"] for name, entry in summary["counted_pairs"].items()} == {
+        "left ball": 1, "right ball": 1, "box": 1,
+    }  # fmt: skip
+
+
+def test_organs_of_both_groups_are_learned(world):
+    settings = {"optimizer_name": "AdamW", "initial_lr": 1e-2, "num_epochs": 8, "num_iterations_per_epoch": 30}
+    trainer = build(world, MutualDifferenceTrainer, **settings, num_val_iterations_per_epoch=10)
+    trainer.run_training()
+    left, right, box = np.nanmax(trainer.logger.get_value("dice_per_class_or_region", step=None), 0)
+    assert box > 0.6 and max(left, right) > 0.3, "which ball it is, a small patch hardly tells"
+
+
+def test_a_member_learns_of_its_own_group_alone_without_mutual_terms(world):
+    """The same weights as a member that sees the other group's cases, but learns nothing from them."""
+    trainers = [build(world, MutualDifferenceTrainer, prediction_weight=0.0, feature_weight=0.0) for _ in range(2)]
+    trainers[1].supervised_share = 1.0
+    for trainer in trainers:
+        trainer.num_epochs = 1
+        trainer.run_training()
+    assert trainers[0].strength == 1 and trainers[1].strength == 0
+    weights = [trainer.network.state_dict() for trainer in trainers]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_resumed_training_is_the_uninterrupted_one(world):
+    settings = {"num_epochs": 4, "save_every": 2, "alternate": True, "num_iterations_per_epoch": 3}
+    whole = build(world, MutualDifferenceTrainer, plans="Resume", **settings)
+    whole.run_training()
+    weights = copied(whole.network.state_dict())
+
+    class Interrupted(MutualDifferenceTrainer):
+        def on_epoch_start(self):
+            if self.current_epoch == 2:
+                raise KeyboardInterrupt
+            super().on_epoch_start()
+
+    Interrupted.__name__ = "MutualDifferenceTrainer"
+    with pytest.raises(KeyboardInterrupt):
+        build(world, Interrupted, plans="Resume", **settings).run_training()
+    second = build(world, MutualDifferenceTrainer, plans="Resume", resume=True, **settings)
+    second.load_checkpoint(os.path.join(second.output_folder, "checkpoint_latest.pth"))
+    second.run_training()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in second.network.state_dict().items())
+
+
+def test_all_members_start_from_the_denoiser_with_heads_of_their_own(world):
+    pretraining = tiny.trainer(DenoisingDiffusionTrainer, fold="all")
+    pretraining.run_training()
+    denoiser = Path(pretraining.output_folder, "denoiser.pth")
+    settings = {"scratch": False, "denoiser": str(denoiser)}
+    trainer = build(world, MutualDifferenceTrainer, plans="FromDenoiser", **settings)
+    trainer.on_train_start()
+    first, second = (member.state_dict() for member in trainer.network.members)
+    assert all(torch.equal(first[key], second[key]) for key in first if "seg_layers" not in key)
+    assert not torch.equal(first["decoder.seg_layers.1.weight"], second["decoder.seg_layers.1.weight"])
+    heads = trainer.configure_optimizers()[0].param_groups[1]["params"]
+    assert len(heads) == 8, "two members, two stages, weight and bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(labels={"background": 0, "all": [1, 2], "one": 1}, regions_class_order=[1, 2]), "regions"),
+        (lambda d: d.pop("annotated_labels"), "two groups or more"),
+        (lambda d: d["annotated_labels"].update(tiny_002=[*BALLS, *BOX]), "groups overlap"),
+    ],
+)
+def test_unfit_data_sets_are_refused_by_name(world, change, message):
+    path = world / "dataset.json"
+    before = path.read_text()
+    content = json.loads(before)
+    change(content)
+    try:
+        path.write_text(json.dumps(content))
+        with pytest.raises((UserError, NotImplementedError), match=message):
+            build(world, MutualDifferenceTrainer, plans="Unfit").initialize()
+    finally:
+        path.write_text(before)
+
+
+def test_cascades_and_pretrained_weights_are_refused_by_name(world, monkeypatch):
+    def cascade(plans):
+        plans["configurations"]["2d"]["previous_stage"] = "3d_fullres"
+        return plans
+
+    with pytest.raises(NotImplementedError, match="MutualDifferenceTrainer: 2d is a cascade's second stage"):
+        build(world, MutualDifferenceTrainer, plans="Cascade", change=cascade)
+    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", "x.pth"])
+    with pytest.raises(UserError, match="-pretrained_weights x.pth is for one network"):
+        build(world, MutualDifferenceTrainer).initialize()
+
+
+# ---------------------------------------------------------------- both stages
+
+
+@pytest.fixture(scope="module")
+def learned(world):
+    """Both stages by the command, and what it printed when it ran again; returns the folder of completed labels."""
+    with pytest.raises(UserError, match="no completed labels of 3 training case.*nnunet_diffusion mutual"):
+        tiny.trainer(MutualSimilarityTrainer).run_training()
+    assert main([*COMMAND, "--gate", "is_open=true"]) == 0
+    return next(world.glob("*_pseudo/mutual_fold_0"))
+
+
+COMMAND = ["mutual", "-d", str(tiny.ID), "-c", "2d", "-f", "0", "-p", tiny.PLANS, "-device", "cpu"]
+
+
+def results(trainer="MutualSimilarityTrainer"):
+    return Path(os.environ["nnUNet_results"]) / tiny.NAME / f"{trainer}__{tiny.PLANS}__2d"
+
+
+def test_true_labels_win_and_everything_is_known(world, learned):
+    dataset = nnUNetDatasetBlosc2(str(learned.parent).removesuffix("_pseudo"), list(ANNOTATED))
+    assert sorted(path.name[:8] for path in learned.glob("*_seg.b2nd")) == ["tiny_000", "tiny_001", "tiny_002"]
+    for case in ("tiny_000", "tiny_001", "tiny_002"):
+        true, label = dataset.load_case(case)[1][:], open_pseudo_label(str(learned), case)
+        completed = label.segmentation[:]
+        own = [tiny.LABELS[name] for name in ANNOTATED[case]]
+        assert label.annotation.labels == set(tiny.LABELS)
+        assert (np.isin(completed, own) == np.isin(true, own)).all() and (completed[true > 0] == true[true > 0]).all()
+        assert not np.isin(completed[true == 0], own).any()
+    report = json.loads((learned / "completed.json").read_text())
+    assert report["cases"]["tiny_000"]["added"] == BOX and report["cases"]["tiny_001"]["added"] == BALLS
+
+
+def test_validation_says_how_each_member_does(learned):
+    trainer = tiny.trainer(MutualSimilarityTrainer)
+    trainer.load_checkpoint(str(results() / "fold_0" / "checkpoint_final.pth"))
+    trainer.validate_members = True
+    trainer.perform_actual_validation()
+    summary = json.loads((results() / "fold_0" / "validation" / "summary.json").read_text())
+    assert [member["group"] for member in summary["members"]] == [BALLS, BOX]
+    assert all(np.isfinite(member["foreground_mean"]["Dice"]) for member in summary["members"])
+    log = Path(trainer.log_file).read_text()
+    assert "Mean Validation Dice: member 0 0." in log and ", all together 0." in log
+
+
+def test_the_same_command_does_nothing_twice(world, learned, capsys):
+    files = [results(trainer) / "fold_0" / "checkpoint_final.pth" for trainer in BLOCK]
+    before = [file.stat().st_mtime_ns for file in files]
+    assert main([*COMMAND, "--gate", "is_open=true"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("done before") == 3 and "[2/3] complete the training cases" in out
+    assert [file.stat().st_mtime_ns for file in files] == before
+    assert main([*COMMAND, "--gate", "voxel_confidence=0.9"]) == 1, "or a finished model would be lost"
+    assert "was trained on labels that were completed by another model or gate" in capsys.readouterr().err
+    plans = world / f"{tiny.PLANS}.json"
+    before_plans = plans.read_text()
+    try:
+        plans.write_text(before_plans.replace('"supervised_share": 0.0', '"supervised_share": 0.5'))
+        assert main([*COMMAND, "--gate", "is_open=true"]) == 1
+    finally:
+        plans.write_text(before_plans)
+    assert "checkpoint_final.pth was made with other settings, labels or options" in capsys.readouterr().err
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_wrong_arguments_and_missing_splits(world, learned, tmp_path, capsys):
+    for arguments, message in [
+        (["-f", "7"], "splits_final.json has folds 0 to 0: add it there, or take all"),
+        (["-f", "x"], "-f x: give the number of a fold, or all"),
+        (["-c", "3d_lowres"], "-c 3d_lowres: the plan has"),
+        (["-p", "NoPlans"], "-p NoPlans: there is no"),
+        (["--gate", "voxels=1"], "--gate voxels=1: known are"),
+    ]:
+        assert main([*COMMAND, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    identifier = learned.parent.name.removesuffix("_pseudo")
+    (tmp_path / identifier).symlink_to(world / identifier)
+    cases = training_cases_of(str(tmp_path), identifier, "1")
+    written = json.loads((tmp_path / "splits_final.json").read_text())
+    assert len(written) == 5 and cases == written[1]["train"], "five folds, as nnU-Net makes them"
+    assert training_cases_of(str(tmp_path), identifier, "all") == sorted(ANNOTATED)
+
+
+def test_stock_predictor_takes_the_mean_and_an_export_one_member(learned, tmp_path, capsys):
+    model = results()
+    with stock.trainers_of(stock.installation.with_our_trainers([])):
+        ours = stock.load_predictor(str(model), ["0"], "checkpoint_final.pth")
+    export = ["export", "--stock", "-d", str(tiny.ID), "-c", "2d", "-p", tiny.PLANS]
+    chosen = ["-tr", "MutualSimilarityTrainer", "--member", "1", "-o", str(tmp_path / "one")]
+    assert main([*export, *chosen]) == 0
+    with stock.trainers_of(""):
+        one = stock.load_predictor(str(tmp_path / "one"), ["0"], "checkpoint_final.pth")
+    image = torch.randn(1, 2, 20, 24)
+    together, alone = (p.predict_logits_from_preprocessed_data(image) for p in (ours, one))
+    ours.network.only = 1
+    assert torch.equal(ours.predict_logits_from_preprocessed_data(image), alone)
+    ours.network.only = None
+    x = torch.randn(1, 1, 16, 16)
+    with torch.no_grad():
+        mean = torch.stack([member(x).softmax(1) for member in ours.network.members]).mean(0)
+        assert torch.equal(ours.network(x).argmax(1), mean.argmax(1))
+    assert together.shape == (4, 2, 20, 24)
+    for arguments, message in [
+        (["-tr", "MutualSimilarityTrainer", "--member", "2"], "--member 2: the model .* has members 0 to 1"),
+        (["-tr", "MutualDifferenceTrainer", "--member", "0"], "know a part of the labels each"),
+        (["-tr", "MutualSimilarityTrainer"], "export one of its members with --member"),
+    ]:
+        capsys.readouterr()
+        assert main([*export, *arguments, "-o", str(tmp_path / "no")]) == 1
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_batches_of_stage_2_hold_both_label_maps(learned):
+    trainer = tiny.trainer(MutualSimilarityTrainer)
+    trainer.initialize()
+    loader, validation = trainer.get_dataloaders()
+    batch = trainer.describe(next(loader))
+    assert [target.shape[1] for target in batch.targets] == [2, 2] and next(validation)["target"][0].shape[1] == 1
+    true, completed = batch.true[0], batch.completed[0]
+    assert (completed[true > 0] == true[true > 0]).all()
+    assert (batch.completed_annotation == torch.arange(4)).all() and sorted(batch.group.tolist()) == [0, 1]
+
+
+def test_two_processes_train_and_validate(learned):
+    """On CPUs, under torchrun; each process has cases of both groups in its batch."""
+    shutil.rmtree(results())
+    program = results().with_suffix(".py")
+    program.write_text(
+        "from nnunet_diffusion.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
+    arguments = ["train", str(tiny.ID), "2d", "0", "-tr", "MutualSimilarityTrainer", "-p", tiny.PLANS, "-device", "cpu"]
+    done = subprocess.run([*launcher, str(program), *arguments], capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (results() / "fold_0" / "validation" / "summary.json").is_file()

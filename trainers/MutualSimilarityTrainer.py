@@ -1,0 +1,79 @@
+"""Stage 2 of mutual learning: one network of all organs for each group of cases, from completed labels."""
+
+import torch
+from batchgenerators.utilities.file_and_folder_operations import join
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunet_diffusion.data.annotated import group_map
+from nnunet_diffusion.data.completed import CompletedDataset, completed_folder
+from nnunet_diffusion.data.groups import KEY
+from nnunet_diffusion.data.pseudo import ignoring
+from nnunet_diffusion.evaluation.members import add_members
+from nnunet_diffusion.losses.members import GroupedBatch, SimilarityLoss
+from nnunet_diffusion.networks.members import FullOrganMembers
+from nnunet_diffusion.networks.transfer import unwrap
+from nnunet_diffusion.trainers.MutualDifferenceTrainer import MutualDifferenceTrainer
+
+
+class MutualSimilarityTrainer(MutualDifferenceTrainer):
+    """K planned networks, one for each group of cases, all learn every organ.
+
+    Each learns from its own group's cases, completed by the networks of stage 1, from the other groups' true labels,
+    and from what the other networks predict and see: mutual similarity learning of Liu et al. 2024 (arXiv 2407.12611),
+    abstract; the formulas are our reconstruction. The model folder predicts with the mean of their probabilities.
+    """
+
+    feature_weight: float = 1.0
+    supervised_share: float = 0.0  # the predictions of the others ramp up from the first epoch on
+    validate_members: bool = True  # the final validation predicts with every member as well
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.label_manager = ignoring(self.label_manager)
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
+    ):
+        """A planned network for each group."""
+        arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
+        members = [nnUNetTrainer.build_network_architecture(*arguments, False) for _ in plans_manager.plans[KEY]]
+        return FullOrganMembers(members, enable_deep_supervision)
+
+    def mark_owners(self, network) -> None:
+        """Every member knows every organ."""
+
+    def build_members_loss(self, owned):
+        """The loss of all members."""
+        return SimilarityLoss(
+            self.loss, owned, self.label_manager.ignore_label, self.prediction_weight, self.feature_weight
+        )
+
+    def get_tr_and_val_datasets(self):
+        """Training cases come with their completed labels beside the true ones."""
+        train, validation = super().get_tr_and_val_datasets()
+        base, identifier = self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier
+        train = CompletedDataset(train, completed_folder(base, identifier, self.fold), self.annotations)
+        self.completed = train.completed
+        return train, validation
+
+    def describe(self, batch: dict) -> GroupedBatch:
+        """The completed labels say more than the true ones."""
+        about = group_map(batch["keys"], self.completed, self.channels)
+        return super().describe(batch)._replace(completed_annotation=about)
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        """Validates the mean; then each member, into a folder of its own."""
+        super().perform_actual_validation(save_probabilities)
+        if not self.validate_members:
+            return
+        network, output_folder = unwrap(self.network), self.output_folder
+        try:
+            for member in range(len(network)):
+                network.only, self.output_folder = member, join(output_folder, f"member_{member}")
+                self.print_to_log_file(f"Validation of member {member} alone")
+                super().perform_actual_validation()
+        finally:
+            network.only, self.output_folder = None, output_folder
+        if self.local_rank == 0:
+            self.print_to_log_file(add_members(output_folder, self.plans_manager.plans[KEY]))
