@@ -20,18 +20,25 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 from itertools import product
 from pathlib import Path
 
 import label_efficiency
-from label_efficiency import VALIDATION_ITERATIONS, dataset_folder, find_pretrained, run_all, split_patients
+from label_efficiency import find_pretrained
 from regimes import draw
-from report import summarize, write_figure
+from report import write_figure
+from runs import (
+    VALIDATION_ITERATIONS,
+    argument_parser,
+    dataset_folder,
+    output_folder,
+    run_and_report,
+    run_as_command,
+    split_patients,
+)
 
 from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import write_json
 
 PLANNED, TWIN, CONTROL = "DiffusionCoTrainingTrainer", "DiffusionCoTrainingTwinTrainer", "supervised"
 ARMS = {
@@ -88,27 +95,14 @@ def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True, type=int, help="data set id")
-    parser.add_argument("-c", required=True, help="configuration")
-    parser.add_argument("-p", default="nnUNetPlans", help="plans name (default: %(default)s)")
+    parser = argument_parser(__doc__, num_epochs=20)
     parser.add_argument("--budgets", nargs="+", default=["4", "8"], help="labelled cases: 8, or 10%%")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
     parser.add_argument("--setting", nargs="+", default=[], metavar="TRAINER.KEY=VALUE",
                         help="for every arm of that trainer")
-    parser.add_argument("--test_cases", help="how many patients to hold out, or a file with one case a line "
-                        "(default: as before, else fold 0's validation cases, else a fifth)")
-    parser.add_argument("--split_seed", type=int, default=0, help="draws the test patients (default: %(default)s)")
-    parser.add_argument("--patients", help="JSON with case -> patient (default: every case is a patient)")
     parser.add_argument("--denoiser", help="denoiser.pth that planned students start from (default: random weights)")
     parser.add_argument("--teacher", help="teacher.pth of co-training (default: fold 0 of this data set)")
     parser.add_argument("--no_teacher", action="store_true", help="let teachers start from random weights")
-    parser.add_argument("--num_epochs", type=int, default=20)
-    parser.add_argument("--num_iterations_per_epoch", type=int, default=50)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with 2 or more each has one thread")
-    parser.add_argument("--device", choices=("cuda", "cpu", "mps"), default="cuda")
-    parser.add_argument("-o", help="output folder (default: in nnUNet_results)")
     return parser.parse_args()
 
 
@@ -118,25 +112,9 @@ def main() -> int:
     if slices := [budget for budget in args.budgets if budget.endswith("slices")]:
         raise UserError(f"budget {slices[0]!r}: a case is in the pool or labelled, not in part: give cases or per cent")
     base = dataset_folder(args, "nnUNet_preprocessed")
-    default = Path(os.environ.get("nnUNet_results", "."), base.name, f"co_training__{args.p}__{args.c}")
-    out = Path(args.o or default).resolve()
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    jobs = describe_runs(args, base, out)
-    failed = run_all(jobs, out, args.jobs)
-    runs = [json.loads(Path(job["result"]).read_text()) for job in jobs if job not in failed]
-    if runs:
-        table, summary = summarize(runs, CONTROL)
-        write_json(out / "co_training.json", summary)
-        write_figure(summary, out / "co_training.png")
-        print(f"{table}\n{out / 'co_training.json'}, {out / 'co_training.png'}")
-    for job in failed:
-        print(f"FAILED {job['name']}: see {out / 'logs' / job['name']}.log", file=sys.stderr)
-    return 1 if failed else 0
+    out = output_folder(args, base, "co_training")
+    return run_and_report(describe_runs(args, base, out), out, args.jobs, "co_training", CONTROL, write_figure)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (UserError, OSError) as error:
-        print(f"co_training: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_as_command(main)

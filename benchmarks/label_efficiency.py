@@ -13,18 +13,23 @@ An arm takes settings of its own after commas: --arms scratch full full,timestep
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
-import shutil
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import product
 from pathlib import Path
 
-from regimes import draw, group_by_patient, hold_out
-from report import summarize, write_figure
+from regimes import draw
+from report import write_figure
+from runs import (
+    VALIDATION_ITERATIONS,
+    argument_parser,
+    dataset_folder,
+    output_folder,
+    read_value,
+    run_and_report,
+    run_as_command,
+    split_patients,
+)
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
@@ -37,15 +42,6 @@ ARMS = {
     "linear": ("DiffusionPretrainedLinearTrainer", {}),
 }
 CONTROL = "scratch"  # the arm that the others are paired with
-VALIDATION_ITERATIONS = 2  # nothing is selected on them
-
-
-def read_value(text: str):
-    """Reads a setting's value as JSON, or as plain text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def read_arm(text: str, settings: list[str], arms: dict[str, tuple[str, dict]] = ARMS) -> tuple[str, dict]:
@@ -62,53 +58,6 @@ def read_arm(text: str, settings: list[str], arms: dict[str, tuple[str, dict]] =
     if not all("=" in pair for pair in pairs):
         raise UserError(f"the settings {pairs} of arm {text!r} must be written as key=value")
     return trainer, fixed | {key: read_value(value) for key, value in (pair.split("=", 1) for pair in pairs)}
-
-
-def dataset_folder(args: argparse.Namespace, root: str) -> Path:
-    """The folder of the data set below one of nnU-Net's three folders."""
-    if root not in os.environ:
-        raise UserError(f"{root} is not set: set nnU-Net's three folders first")
-    found = sorted(Path(os.environ[root]).glob(f"Dataset{int(args.d):03d}_*"))
-    if not found:
-        raise UserError(f"{os.environ[root]} has no data set with id {args.d}: plan and preprocess it first")
-    return found[0]
-
-
-def preprocessed_cases(args: argparse.Namespace, base: Path) -> list[str]:
-    """The cases that are preprocessed for the configuration."""
-    file = base / f"{args.p}.json"
-    if not file.is_file():
-        raise UserError(f"there is no {file}: plan the data set first, or correct -p")
-    configurations = json.loads(file.read_text())["configurations"]
-    if "data_identifier" not in configurations.get(args.c, {}):
-        raise UserError(f"{file} has no configuration {args.c!r}: choose from {', '.join(configurations)}")
-    folder = base / configurations[args.c]["data_identifier"]
-    cases = sorted(f.name.removesuffix("_seg.b2nd") for f in folder.glob("*_seg.b2nd"))
-    if not cases:
-        raise UserError(f"{folder} has no preprocessed cases: run nnUNetv2_preprocess first")
-    return cases
-
-
-def choose_test_cases(args: argparse.Namespace, patients: dict[str, list[str]], stored: Path, split: Path) -> list[str]:
-    """The held-out cases: given, stored by an earlier start, fold 0's validation cases, or drawn; then stored."""
-    cases = {case for group in patients.values() for case in group}
-    wanted = args.test_cases or str(max(1, len(patients) // 5))
-    if Path(wanted).is_file():
-        test = sorted(Path(wanted).read_text().split())
-    elif not args.test_cases and stored.is_file():
-        test = json.loads(stored.read_text())
-    elif not args.test_cases and split.is_file():
-        test = sorted(json.loads(split.read_text())[0]["val"])
-    elif wanted.isdigit():
-        test = hold_out(patients, int(wanted), args.split_seed)
-    else:
-        raise UserError(f"--test_cases {wanted}: neither a number nor a file with one case a line")
-    if set(test) - cases:
-        raise UserError(f"the test cases {sorted(set(test) - cases)[:5]} are not among the preprocessed cases")
-    if stored.is_file() and json.loads(stored.read_text()) != test:
-        raise UserError(f"{stored} holds another test set: leave out --test_cases, or choose another folder with -o")
-    write_json(stored, test)
-    return test
 
 
 def write_split(base: Path, train: list[str], test: list[str]) -> None:
@@ -140,14 +89,6 @@ def find_pretrained(args: argparse.Namespace, base: Path, test: list[str], train
         raise UserError(f"fold 0 of {split} trains on test cases of this benchmark, so {file} may have seen them: "
                         "pre-train on the split that --make_split writes")
     return file
-
-
-def split_patients(args: argparse.Namespace, base: Path, out: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """The test cases, and the patients that are left to train on with their cases."""
-    patient_of = json.loads(Path(args.patients).read_text()) if args.patients else None
-    patients = group_by_patient(preprocessed_cases(args, base), patient_of)
-    test = choose_test_cases(args, patients, out / "test_cases.json", base / "splits_final.json")
-    return test, {patient: cases for patient, cases in patients.items() if not set(cases) & set(test)}
 
 
 def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]) -> dict:
@@ -183,84 +124,15 @@ def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]
     return jobs
 
 
-def is_finished(job: dict) -> bool:
-    """Whether the run's JSON is there.
-
-    Raises:
-        UserError: If it was made in another way than this command asks for.
-    """
-    if not Path(job["result"]).is_file():
-        return False
-    done = json.loads(Path(job["result"]).read_text())
-    wanted = job["protocol"], sorted(job["cases"]), job["test_cases"]
-    if (done["protocol"], done["training_cases"], done["test_cases"]) != wanted:
-        raise UserError(f"{job['result']} was made with other settings, cases or another denoiser: delete it, or "
-                        "choose another folder with -o")
-    return True
-
-
-def train_and_test(job: dict, out: Path, threads: int | None) -> bool:
-    """Runs one job in a process and a work folder of its own; returns whether it succeeded."""
-    work, log = out / "work" / job["name"], out / "logs" / f"{job['name']}.log"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    log.parent.mkdir(exist_ok=True)
-    write_json(work / "job.json", job)
-    plug_in = importlib.util.find_spec("nnunet_diffusion.trainers").submodule_search_locations[0]
-    defaults = {"nnUNet_extTrainer": plug_in, "nnUNet_compile": "f"}
-    if job["device"] == "cpu":
-        defaults |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
-    folders = {f"nnUNet_{kind}": str(work / kind) for kind in ("preprocessed", "results")}
-    limits = {f"{library}_NUM_THREADS": str(threads) for library in ("OMP", "MKL")} if threads else {}
-    environment = defaults | os.environ | folders | limits
-    script = Path(__file__).with_name(job.get("script", "train_and_test.py"))
-    command = [sys.executable, str(script), str(work / "job.json")]
-    with open(log, "w") as stream:
-        code = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT).returncode
-    if code == 0:
-        shutil.rmtree(work)
-    return code == 0
-
-
-def run_all(jobs: list[dict], out: Path, workers: int) -> list[dict]:
-    """Runs what is not finished, `workers` at a time; returns the jobs that failed."""
-    todo, failed = [job for job in jobs if not is_finished(job)], []
-    print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are there, {len(todo)} to do", flush=True)
-    pool = ThreadPoolExecutor(workers)
-    running = {pool.submit(train_and_test, job, out, 1 if workers > 1 else None): job for job in todo}
-    try:
-        for number, future in enumerate(as_completed(running), 1):
-            if not future.result():
-                failed.append(running[future])
-            print(f"[{number}/{len(todo)}] {running[future]['name']}: {'done' if future.result() else 'FAILED'}",
-                  flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return failed
-
-
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True, type=int, help="data set id")
-    parser.add_argument("-c", required=True, help="configuration")
-    parser.add_argument("-p", default="nnUNetPlans", help="plans name (default: %(default)s)")
+    parser = argument_parser(__doc__)
     parser.add_argument("--budgets", nargs="+", default=["2", "8"], help="label budgets: 8, 10%% or 4slices")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
     parser.add_argument("--setting", nargs="+", default=[], metavar="TRAINER.KEY=VALUE",
                         help="for every arm of that trainer")
-    parser.add_argument("--test_cases", help="how many patients to hold out, or a file with one case a line "
-                        "(default: as before, else fold 0's validation cases, else a fifth)")
-    parser.add_argument("--split_seed", type=int, default=0, help="draws the test patients (default: %(default)s)")
-    parser.add_argument("--patients", help="JSON with case -> patient (default: every case is a patient)")
     parser.add_argument("--make_split", action="store_true", help="only hold out the test patients, and write fold 0")
     parser.add_argument("--denoiser", help="denoiser.pth of the pretrained arms (default: fold 0 of this data set)")
-    parser.add_argument("--num_epochs", type=int, default=100)
-    parser.add_argument("--num_iterations_per_epoch", type=int, default=50)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with 2 or more each has one thread")
-    parser.add_argument("--device", choices=("cuda", "cpu", "mps"), default="cuda")
-    parser.add_argument("-o", help="output folder (default: in nnUNet_results)")
     return parser.parse_args()
 
 
@@ -268,31 +140,15 @@ def main() -> int:
     """Runs the benchmark; returns 1 if a run failed."""
     args = parse_arguments()
     base = dataset_folder(args, "nnUNet_preprocessed")
-    default = Path(os.environ.get("nnUNet_results", "."), base.name, f"label_efficiency__{args.p}__{args.c}")
-    out = Path(args.o or default).resolve()
-    (out / "runs").mkdir(parents=True, exist_ok=True)
+    out = output_folder(args, base, "label_efficiency")
     if args.make_split:
         test, rest = split_patients(args, base, out)
         write_split(base, sorted(case for cases in rest.values() for case in cases), test)
         print(f"the test patients are the validation cases of fold 0 now; next:\n"
               f"nnUNetv2_train {args.d} {args.c} 0 -tr DenoisingDiffusionTrainer -p {args.p}")
         return 0
-    jobs = describe_runs(args, base, out)
-    failed = run_all(jobs, out, args.jobs)
-    runs = [json.loads(Path(job["result"]).read_text()) for job in jobs if job not in failed]
-    if runs:
-        table, summary = summarize(runs, CONTROL)
-        write_json(out / "label_efficiency.json", summary)
-        write_figure(summary, out / "label_efficiency.png")
-        print(f"{table}\n{out / 'label_efficiency.json'}, {out / 'label_efficiency.png'}")
-    for job in failed:
-        print(f"FAILED {job['name']}: see {out / 'logs' / job['name']}.log", file=sys.stderr)
-    return 1 if failed else 0
+    return run_and_report(describe_runs(args, base, out), out, args.jobs, "label_efficiency", CONTROL, write_figure)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (UserError, OSError) as error:
-        print(f"label_efficiency: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_as_command(main)

@@ -18,13 +18,21 @@ example, on a preprocessed data set without annotated_labels of its own:
 
 import argparse
 import json
-import os
 import random
-import sys
-from pathlib import Path
 
-from label_efficiency import VALIDATION_ITERATIONS, dataset_folder, read_value, run_all, split_patients
 from report import mean_per_organ, summarize, write_arms_figure
+from runs import (
+    VALIDATION_ITERATIONS,
+    argument_parser,
+    dataset_folder,
+    output_folder,
+    read_value,
+    results_of,
+    run_all,
+    run_as_command,
+    split_patients,
+    tell_failed,
+)
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
@@ -115,28 +123,15 @@ def report(args: argparse.Namespace, stage: int, runs: list[dict]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True, type=int, help="data set id")
-    parser.add_argument("-c", required=True, help="configuration")
-    parser.add_argument("-p", default="nnUNetPlans", help="plans name (default: %(default)s)")
+    parser = argument_parser(__doc__)
     parser.add_argument("--groups", nargs="+", required=True, metavar="LABEL,LABEL", help="what each group annotates")
     parser.add_argument("--stage_1", nargs="+", default=list(STAGE_1), choices=list(STAGE_1))
     parser.add_argument("--stage_2", nargs="*", default=list(STAGE_2), choices=list(STAGE_2))
     parser.add_argument("--beside", nargs="*", default=list(BESIDE), choices=list(BESIDE))
     parser.add_argument("--teacher", default="pd+fd", choices=list(STAGE_1), help="whose completed labels stage 2 gets")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--gate", nargs="*", default=[], metavar="KEY=VALUE", help="limits of the gate")
     parser.add_argument("--setting", nargs="+", default=[], metavar="[TRAINER.]KEY=VALUE",
                         help="for every trainer, or for one")
-    parser.add_argument("--test_cases", help="how many patients to hold out, or a file with one case a line "
-                        "(default: as before, else fold 0's validation cases, else a fifth)")
-    parser.add_argument("--split_seed", type=int, default=0, help="draws the test patients (default: %(default)s)")
-    parser.add_argument("--patients", help="JSON with case -> patient (default: every case is a patient)")
-    parser.add_argument("--num_epochs", type=int, default=100)
-    parser.add_argument("--num_iterations_per_epoch", type=int, default=50)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with 2 or more each has one thread")
-    parser.add_argument("--device", choices=("cuda", "cpu", "mps"), default="cuda")
-    parser.add_argument("-o", help="output folder (default: in nnUNet_results)")
     return parser.parse_args()
 
 
@@ -144,9 +139,7 @@ def main() -> int:
     """Runs the benchmark; returns 1 if a run failed."""
     args = parse_arguments()
     args.base = dataset_folder(args, "nnUNet_preprocessed")
-    default = Path(os.environ.get("nnUNet_results", "."), args.base.name, f"mutual_benchmark__{args.p}__{args.c}")
-    args.out = Path(args.o or default).resolve()
-    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    args.out = output_folder(args, args.base, "mutual_benchmark")
     test, rest = split_patients(args, args.base, args.out)
     train = [case for cases in rest.values() for case in cases]
     beside = [(0, arm) for arm in args.beside]
@@ -156,17 +149,10 @@ def main() -> int:
         jobs = [describe_run(args, *arm, seed, train, test) for seed in args.seeds for arm in wanted]
         lost = run_all(jobs, args.out, args.jobs)
         failed += lost
-        runs = [json.loads(Path(job["result"]).read_text()) for job in jobs if job not in lost]
-        if runs:
+        if runs := results_of(jobs, lost):
             report(args, stage, runs)
-    for job in failed:
-        print(f"FAILED {job['name']}: see {args.out / 'logs' / job['name']}.log", file=sys.stderr)
-    return 1 if failed else 0
+    return tell_failed(failed, args.out)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (UserError, OSError) as error:
-        print(f"mutual: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_as_command(main)

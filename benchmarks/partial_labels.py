@@ -18,17 +18,24 @@ example, on a preprocessed data set without annotated_labels of its own:
 
 import argparse
 import json
-import os
-import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
-from label_efficiency import VALIDATION_ITERATIONS, dataset_folder, read_value, run_all, split_patients
 from regimes import keep_labels
-from report import summarize, write_arms_figure
+from report import write_arms_figure
+from runs import (
+    VALIDATION_ITERATIONS,
+    argument_parser,
+    dataset_folder,
+    output_folder,
+    read_value,
+    run_and_report,
+    run_as_command,
+    split_patients,
+)
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import write_json
 
 TRAINER, CONTROL = "PartialLabelTrainer", "upper"
 ARMS = {
@@ -70,25 +77,12 @@ def describe_run(args: argparse.Namespace, base: Path, arm: str, seed: int, trai
 
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("-d", required=True, type=int, help="data set id")
-    parser.add_argument("-c", required=True, help="configuration")
-    parser.add_argument("-p", default="nnUNetPlans", help="plans name (default: %(default)s)")
+    parser = argument_parser(__doc__)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--complete", type=int, default=4, help="cases that stay complete (default: %(default)s)")
     parser.add_argument("--keep", nargs=2, type=int, default=[1, 2], metavar=("MIN", "MAX"),
                         help="labels that each other case keeps (default: %(default)s)")
     parser.add_argument("--setting", nargs="+", default=[], metavar="KEY=VALUE", help="of PartialLabelTrainer")
-    parser.add_argument("--test_cases", help="how many patients to hold out, or a file with one case a line "
-                        "(default: as before, else fold 0's validation cases, else a fifth)")
-    parser.add_argument("--split_seed", type=int, default=0, help="draws the test patients (default: %(default)s)")
-    parser.add_argument("--patients", help="JSON with case -> patient (default: every case is a patient)")
-    parser.add_argument("--num_epochs", type=int, default=100)
-    parser.add_argument("--num_iterations_per_epoch", type=int, default=50)
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with 2 or more each has one thread")
-    parser.add_argument("--device", choices=("cuda", "cpu", "mps"), default="cuda")
-    parser.add_argument("-o", help="output folder (default: in nnUNet_results)")
     return parser.parse_args()
 
 
@@ -96,27 +90,13 @@ def main() -> int:
     """Runs the benchmark; returns 1 if a run failed."""
     args = parse_arguments()
     base = dataset_folder(args, "nnUNet_preprocessed")
-    default = Path(os.environ.get("nnUNet_results", "."), base.name, f"partial_labels__{args.p}__{args.c}")
-    args.out = Path(args.o or default).resolve()
-    (args.out / "runs").mkdir(parents=True, exist_ok=True)
+    args.out = output_folder(args, base, "partial_labels")
     test, rest = split_patients(args, base, args.out)
     train = [case for cases in rest.values() for case in cases]
     jobs = [describe_run(args, base, arm, seed, train, test) for seed, arm in product(args.seeds, args.arms)]
-    failed = run_all(jobs, args.out, args.jobs)
-    runs = [json.loads(Path(job["result"]).read_text()) for job in jobs if job not in failed]
-    if runs:
-        table, summary = summarize(runs, CONTROL)
-        write_json(args.out / "partial_labels.json", summary)
-        write_arms_figure(summary, args.out / "partial_labels.png", CONTROL)
-        print(f"{table}\n{args.out / 'partial_labels.json'}, {args.out / 'partial_labels.png'}")
-    for job in failed:
-        print(f"FAILED {job['name']}: see {args.out / 'logs' / job['name']}.log", file=sys.stderr)
-    return 1 if failed else 0
+    draw = partial(write_arms_figure, control=CONTROL)
+    return run_and_report(jobs, args.out, args.jobs, "partial_labels", CONTROL, draw)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (UserError, OSError) as error:
-        print(f"partial_labels: error: {error}", file=sys.stderr)
-        sys.exit(1)
+    run_as_command(main)
