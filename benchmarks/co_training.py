@@ -18,7 +18,6 @@ An arm takes settings of its own after commas: --arms supervised co_training,rou
 
 import argparse
 import hashlib
-import json
 import os
 from itertools import product
 from pathlib import Path
@@ -30,6 +29,7 @@ from report import write_figure
 from runs import (
     VALIDATION_ITERATIONS,
     argument_parser,
+    data_identifier,
     dataset_folder,
     output_folder,
     run_and_report,
@@ -79,7 +79,7 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
 def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]:
     """One job description per arm, budget and seed, seeds outermost; the pool is every image that is not tested on."""
     test, rest = split_patients(args, base, out)
-    data = json.loads((base / f"{args.p}.json").read_text())["configurations"][args.c]["data_identifier"]
+    data = data_identifier(args, base)
     pool = pool_folder(str(base), data)
     arms = [describe_arm(args, arm, base, test) for arm in args.arms]
     jobs = []

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from train_and_test import build_trainer, describe_machine, end_with_parent, prepare, test
 
 from nnunet_diffusion.data.annotated import output_channels
@@ -93,8 +93,8 @@ def stage_2(job: dict, trainer) -> dict:
 def link_completed(job: dict) -> None:
     """Puts the completed labels of stage 1 where the trainer looks for them."""
     base = Path(os.environ["nnUNet_preprocessed"], Path(job["preprocessed"]).name)
-    plans = load_json(str(base / f"{job['plans']}.json"))["configurations"][job["configuration"]]
-    identifier = plans["data_identifier"]
+    plans = PlansManager(str(base / f"{job['plans']}.json"))
+    identifier = plans.get_configuration(job["configuration"]).data_identifier
     source = Path(completed_folder(job["completed"], identifier, 0))
     target = Path(completed_folder(str(base), identifier, 0))
     target.parent.mkdir(parents=True)

@@ -30,6 +30,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from runs import data_identifier
 from train_and_test import describe_machine, link_cases
 
 from nnunet_diffusion.cli import main as run_command
@@ -54,7 +55,7 @@ def prepare(args: argparse.Namespace, base: Path, work: Path, number: int, seed:
     target = work / "preprocessed" / base.name
     if target.exists():
         return hidden
-    identifier = plans["configurations"][args.c]["data_identifier"]
+    identifier = data_identifier(args, base)
     temporary = target.with_name("new")
     shutil.rmtree(temporary, ignore_errors=True)
     link_cases(base / identifier, temporary / identifier, annotated + validation, (".b2nd", "_seg.b2nd", ".pkl"))

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from regimes import group_by_patient, hold_out
 from report import summarize
 
@@ -65,15 +66,20 @@ def dataset_folder(args: argparse.Namespace, root: str) -> Path:
     return found[0]
 
 
-def preprocessed_cases(args: argparse.Namespace, base: Path) -> list[str]:
-    """The cases that are preprocessed for the configuration."""
+def data_identifier(args: argparse.Namespace, base: Path) -> str:
+    """The name of the folder with the configuration's preprocessed cases."""
     file = base / f"{args.p}.json"
     if not file.is_file():
         raise UserError(f"there is no {file}: plan the data set first, or correct -p")
-    configurations = json.loads(file.read_text())["configurations"]
-    if "data_identifier" not in configurations.get(args.c, {}):
-        raise UserError(f"{file} has no configuration {args.c!r}: choose from {', '.join(configurations)}")
-    folder = base / configurations[args.c]["data_identifier"]
+    plans = PlansManager(str(file))
+    if args.c not in (known := plans.available_configurations):
+        raise UserError(f"{file} has no configuration {args.c!r}: choose from {', '.join(known)}")
+    return plans.get_configuration(args.c).data_identifier
+
+
+def preprocessed_cases(args: argparse.Namespace, base: Path) -> list[str]:
+    """The cases that are preprocessed for the configuration."""
+    folder = base / data_identifier(args, base)
     cases = sorted(f.name.removesuffix("_seg.b2nd") for f in folder.glob("*_seg.b2nd"))
     if not cases:
         raise UserError(f"{folder} has no preprocessed cases: run nnUNetv2_preprocess first")

@@ -1,5 +1,6 @@
 """Rounds of pseudo labels: evidence, gate and state by hand; the loop on the real nnU-Net, killed and resumed."""
 
+import errno
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, centre, disagreement, measure, pairwise_dice
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, doubts, judge
 from nnunet_diffusion.rounds.state import load_state, locked, record, refuse_changed_cases, save_state
+from nnunet_diffusion.steps import command_environment
 
 KILLS = int(os.environ.get("NNUNET_DIFFUSION_KILLS", "2"))
 
@@ -404,6 +406,53 @@ def test_the_loop_stops_when_agreement_falls_and_keeps_the_best_model(world):
     assert rounds.fallen() == 3 and rounds.last_good(3) == 2
     rounds.state["rounds"][3]["agreement"] = None
     assert rounds.fallen() is None and rounds.last_good(3) == 3
+
+
+@pytest.mark.slow
+def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_stock_prediction(
+    world, results, tmp_path, monkeypatch, capsys
+):
+    """A run of its own on the same data: the second pseudo label finds no space, the same command goes on later."""
+    from nnunet_diffusion.rounds import loop
+
+    folder, _, _ = world
+    shutil.copyfile(folder / "R.json", folder / "P.json")
+    edit_json(folder / "P.json", plans_name="P")
+    command = [*("P" if part == "R" else part for part in COMMAND), "--rounds", "1", "--finetune"]
+    command[command.index("--start") + 1] = "previous"
+    saved, save = [], loop.save_pseudo_label
+
+    def save_until_full(to, case, *args):
+        if saved:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), case)
+        saved.append(case)
+        save(to, case, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "save_pseudo_label", save_until_full)
+        assert main(command) == 1
+    assert os.strerror(errno.ENOSPC) in capsys.readouterr().err
+    run = folder / "nnUNetCompactPlans_2d_pseudo" / "P__2d__fold_0"
+    assert "verdicts" not in json.loads((run / "state.json").read_text())["rounds"][1]
+    assert main(command) == 0
+    verdicts = json.loads((run / "state.json").read_text())["rounds"][1]["verdicts"]
+    assert len(pseudo_cases(run / "round_1")) > 1
+    assert pseudo_cases(run / "round_1") == sorted(case for case, verdict in verdicts.items() if verdict[0] == KEEP)
+
+    models = ("DiffusionPretrainedTrainer__P", "PseudoLabelTrainer__P_round1", "PseudoLabelTrainer__P_roundfinetune")
+    first, second, last = (results / f"{model}__2d" / "fold_0" for model in models)
+    for before, after in ((first, second), (second, last)):
+        assert str(before / "checkpoint_final.pth") in next(after.glob("training_log*")).read_text()
+    final = results / "PseudoLabelTrainer__P__2d" / "fold_0" / "checkpoint_final.pth"
+    assert final.read_bytes() == (last / "checkpoint_final.pth").read_bytes()
+
+    images = Path(os.environ["nnUNet_raw"]) / tiny.NAME / "imagesTr"
+    (tmp_path / "in").mkdir()
+    shutil.copy(next(images.glob("tiny_003*")), tmp_path / "in")
+    predict = ["nnUNetv2_predict", "-d", str(tiny.ID), "-c", "2d", "-f", "0", "-tr", "PseudoLabelTrainer", "-p", "P"]
+    predict += ["-i", tmp_path / "in", "-o", tmp_path / "out", "-device", "cpu", "-npp", "1", "-nps", "1"]
+    subprocess.run(predict, check=True, capture_output=True, env=os.environ | command_environment(None, "cpu"))
+    assert (tmp_path / "out" / "tiny_003.nii.gz").is_file()
 
 
 @pytest.mark.slow
