@@ -24,8 +24,8 @@ from nnunet_diffusion.files import write_json
 from nnunet_diffusion.networks.transfer import unwrap
 from nnunet_diffusion.rounds.completing import complete_cases, describe_cases
 from nnunet_diffusion.rounds.gate import GateSettings
-from nnunet_diffusion.rounds.mutual import digest
 from nnunet_diffusion.rounds.prediction import Teacher, load_prediction
+from nnunet_diffusion.rounds.state import record
 
 
 def dice(predicted: np.ndarray, true: np.ndarray) -> float | None:
@@ -71,7 +71,7 @@ def stage_1(job: dict, trainer) -> dict:
     trainer.disable_checkpointing = False
     checkpoint = os.path.join(trainer.output_folder, "checkpoint_final.pth")
     trainer.save_checkpoint(checkpoint)
-    teacher = Teacher(trainer.output_folder_base, ["0"], digest(checkpoint), torch.device(job["device"]))
+    teacher = Teacher(trainer.output_folder_base, ["0"], record(checkpoint)["sha256"], torch.device(job["device"]))
     folder = completed_folder(job["completed"], trainer.configuration_manager.data_identifier, 0)
     cases = describe_cases(base, teacher, sorted(job["cases"]))
     report = complete_cases(teacher, cases, folder, GateSettings(**job["gate"]))

@@ -29,9 +29,12 @@ class DiffusionPlanner(ResEncUNetPlanner):
         "DiffusionPretrainedTrainer": {},
         "DiffusionPretrainedDecoderTrainer": {},
         "DiffusionPretrainedLinearTrainer": {},
+        "PseudoLabelTrainer": {},
         "DiffusionTeacherTrainer": {},
         "DiffusionCoTrainingTrainer": {},
         "DiffusionCoTrainingTwinTrainer": {},
+        "MutualDifferenceTrainer": {},
+        "MutualSimilarityTrainer": {},
     }
 
     def __init__(

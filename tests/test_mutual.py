@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -186,10 +187,21 @@ def test_cascades_and_pretrained_weights_are_refused_by_name(world, monkeypatch)
 
 @pytest.fixture(scope="module")
 def learned(world):
-    """Both stages by the command, and what it printed when it ran again; returns the folder of completed labels."""
+    """Both stages by the command, killed in each training and continued; returns the folder of completed labels."""
     with pytest.raises(UserError, match="no completed labels of 3 training case.*nnunet_diffusion mutual"):
         tiny.trainer(MutualSimilarityTrainer).run_training()
-    assert main([*COMMAND, "--gate", "is_open=true"]) == 0
+    command = [*COMMAND, "--gate", "is_open=true"]
+    program = [sys.executable, "-c", "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"]
+    for trainer in BLOCK:
+        logs = results(trainer) / "fold_0"
+        before = set(logs.glob("training_log*"))
+        process = subprocess.Popen([*program, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while set(logs.glob("training_log*")) == before:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    assert main(command) == 0
     return next(world.glob("*_pseudo/mutual_fold_0"))
 
 

@@ -35,8 +35,6 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.rounds.mutual import STAGES, MutualLearning
 
     learning = MutualLearning(args.dataset, args.configuration, args.fold, args.plans, args.device, args.gate)
-    learning.train(STAGES[0])
-    learning.complete()
-    learning.train(STAGES[1])
+    learning.run()
     print(f"{learning.output_folder(STAGES[1])}: predict with -tr {STAGES[1]}")
     return 0

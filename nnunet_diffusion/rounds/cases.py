@@ -3,8 +3,7 @@
 import os
 from typing import Any
 
-import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.data.annotated import Annotation, output_channels, read_annotations
@@ -18,7 +17,7 @@ from nnunet_diffusion.data.pool import (
 )
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.rounds.evidence import Anatomy, anatomy, measure
-from nnunet_diffusion.rounds.prediction import Case, read_preprocessed
+from nnunet_diffusion.rounds.prediction import Case, network_spacing, read_preprocessed
 from nnunet_diffusion.rounds.state import Record, digest, record
 
 
@@ -139,8 +138,4 @@ class Cases:
         return os.path.join(folder, case + ".b2nd")
 
     def _spacing(self, folder: str, case: str) -> tuple[float, ...]:
-        spacing = [float(value) for value in self.configuration.spacing]
-        if len(spacing) == 2:  # 2d keeps the distance between slices
-            original = load_pickle(os.path.join(folder, case + ".pkl"))["spacing"]
-            spacing.insert(0, float(np.asarray(original)[self.plans.transpose_forward[0]]))
-        return tuple(spacing)
+        return network_spacing(os.path.join(folder, case + ".pkl"), self.plans, self.configuration)

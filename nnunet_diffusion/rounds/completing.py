@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json, load_pickle
+from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 from tqdm import tqdm
@@ -22,7 +22,14 @@ from nnunet_diffusion.evaluation.summary import text_table
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, measure
 from nnunet_diffusion.rounds.gate import GateSettings, judge
-from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case, read_preprocessed
+from nnunet_diffusion.rounds.prediction import (
+    Case,
+    Teacher,
+    load_prediction,
+    network_spacing,
+    predict_case,
+    read_preprocessed,
+)
 
 REPORT = "completed.json"
 
@@ -62,10 +69,8 @@ def describe_cases(base: str, teacher: Teacher, names: Sequence[str]) -> dict[st
     annotations = read_annotations(load_json(os.path.join(base, "dataset.json")), everything, channels)
     cases = {}
     for name in names:
-        original = load_pickle(os.path.join(folder, name + ".pkl"))["spacing"]
-        between_slices = original[predictor.plans_manager.transpose_forward[0]]
-        spacing = [between_slices, *configuration.spacing][-3:]  # a 2d configuration has no spacing of its own there
-        cases[name] = Case(os.path.join(folder, name + ".b2nd"), tuple(map(float, spacing)), annotations[name])
+        spacing = network_spacing(os.path.join(folder, name + ".pkl"), predictor.plans_manager, configuration)
+        cases[name] = Case(os.path.join(folder, name + ".b2nd"), spacing, annotations[name])
     return cases
 
 

@@ -1,6 +1,5 @@
 """The steps of mutual learning: partial-organ networks, completed cases, full-organ networks."""
 
-import hashlib
 import os
 from typing import Any
 
@@ -22,6 +21,7 @@ from nnunet_diffusion.rounds.completing import (
 )
 from nnunet_diffusion.rounds.gate import GateSettings
 from nnunet_diffusion.rounds.prediction import Teacher
+from nnunet_diffusion.rounds.state import locked, record
 from nnunet_diffusion.settings import BLOCK
 from nnunet_diffusion.steps import Step, Steps, command_environment
 
@@ -65,7 +65,20 @@ class MutualLearning:
         self.completed_folder = completed_folder(self.base, identifier, fold)
         self.cases = training_cases_of(self.base, identifier, fold)
         folder = os.path.join(nnUNet_results, self.dataset, f"mutual__{plans}__{configuration}", f"fold_{fold}")
+        self.lock_file = os.path.join(folder, "lock")
         self.steps = Steps(folder, command_environment(None, device), total=3)
+
+    def run(self) -> None:
+        """Does what is not finished.
+
+        Raises:
+            UserError: If a step fails, or another command works on this run.
+        """
+        with locked(self.lock_file) as lock:
+            self.steps.inherited = () if os.name == "nt" else (lock,)
+            self.train(STAGES[0])
+            self.complete()
+            self.train(STAGES[1])
 
     def output_folder(self, trainer: str) -> str:
         """The model folder of a trainer."""
@@ -111,7 +124,7 @@ class MutualLearning:
         """
         self.steps.number += 1
         heading = f"[{self.steps.number}/{self.steps.total}] complete the training cases"
-        identity, known = digest(self.final(STAGES[0])), self.completed()
+        identity, known = record(self.final(STAGES[0]))["sha256"], self.completed()
         if (known.get("teacher"), known.get("gate")) == (identity, self.gate.as_dict()):
             print(f"{heading}: done before", flush=True)
             return
@@ -125,12 +138,3 @@ class MutualLearning:
         cases = describe_cases(self.base, teacher, self.cases)
         report = complete_cases(teacher, cases, self.completed_folder, self.gate)
         print(completion_table(report, cases, output_channels(teacher.label_manager)), flush=True)
-
-
-def digest(path: str) -> str:
-    """A name for the very content of a file."""
-    content = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2**24):
-            content.update(block)
-    return content.hexdigest()

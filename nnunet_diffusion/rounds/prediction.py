@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 import blosc2
 import numpy as np
 import torch
+from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffusion.data.annotated import Annotation
 from nnunet_diffusion.data.completion import most_probable, possible_classes
@@ -43,6 +45,20 @@ class Prediction(NamedTuple):
     confidence: np.ndarray  # (X, Y, Z) float32
     evidence: dict[str, Evidence]
     teacher: str
+
+
+def network_spacing(properties: str, plans: PlansManager, configuration: ConfigurationManager) -> tuple[float, ...]:
+    """The spacing of a preprocessed case in mm, in the plan's axis order; 2d keeps the distance between slices.
+
+    Args:
+        properties: The case's .pkl.
+        plans: Which know the axis order.
+        configuration: Which the case was preprocessed for.
+    """
+    spacing = [float(value) for value in configuration.spacing]
+    if len(spacing) == 2:
+        spacing.insert(0, float(load_pickle(properties)["spacing"][plans.transpose_forward[0]]))
+    return tuple(spacing)
 
 
 class Teacher:

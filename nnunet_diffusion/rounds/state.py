@@ -131,7 +131,7 @@ def locked(path: str, patience_s: float = 20) -> Iterator[int]:
                 break
             except OSError as error:
                 if time.monotonic() > until:
-                    raise UserError(f"{path}: another command works on these rounds: wait for it or end it") from error
+                    raise UserError(f"{path}: another command works on this run: wait for it or end it") from error
                 time.sleep(0.1)
         yield file
     finally:
