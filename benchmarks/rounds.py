@@ -85,6 +85,7 @@ def run_arm(args: argparse.Namespace, dataset: str, work: Path, arm: str) -> dic
     results = work / "results" / dataset
     arguments = ["rounds", "-d", dataset, "-c", args.c, "-f", "0", "-p", arm, "--rounds", str(args.rounds)]
     arguments += ["-device", args.device, "--tolerance", "1", "--start", "denoiser" if args.denoiser else "scratch"]
+    arguments += ["--disable_tta"] if args.disable_tta else []
     if arm == "ungated":
         arguments += ["--from", str(results / f"{TRAINERS[0]}__gated__{args.c}")]
     if gate := [*ARMS[arm], *args.gate]:
@@ -251,6 +252,7 @@ def main() -> int:
     parser.add_argument("--validation", type=int, help="validation cases (default: all of fold 0)")
     parser.add_argument("--denoiser", help="denoiser.pth to start from (default: random weights)")
     parser.add_argument("--gate", nargs="+", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--disable_tta", action="store_true", help="predict the pool without mirroring")
     parser.add_argument("--num_epochs", type=int, default=60)
     parser.add_argument("--num_iterations_per_epoch", type=int, default=50)
     parser.add_argument("--by_hand", action="store_true", help="time a round by hand as well")

@@ -17,13 +17,16 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tiny
+import torch
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.data.annotated import Annotation
+from nnunet_diffusion.data.completion import most_probable
 from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases, save_pseudo_label
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, centre, disagreement, measure, pairwise_dice
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, doubts, judge
+from nnunet_diffusion.rounds.prediction import Teacher, load_prediction, read_preprocessed
 from nnunet_diffusion.rounds.state import load_state, locked, record, refuse_changed_cases, save_state
 from nnunet_diffusion.steps import command_environment
 
@@ -357,6 +360,8 @@ def test_what_changed_is_named_and_not_mixed(world, results, capsys):
     with pytest.raises(UserError, match="annotated cases .*changed: tiny_001"):
         the_run()
     (folder / "dataset.json").write_text(description)
+    with pytest.raises(UserError, match="mirroring: was True, now False"):
+        the_run(mirroring=False)
     plans = (folder / "R.json").read_text()
     edit_json(folder / "R.json", more=1)
     with pytest.raises(UserError, match="plan: was"):
@@ -418,7 +423,7 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     folder, _, _ = world
     shutil.copyfile(folder / "R.json", folder / "P.json")
     edit_json(folder / "P.json", plans_name="P")
-    command = [*("P" if part == "R" else part for part in COMMAND), "--rounds", "1", "--finetune"]
+    command = [*("P" if part == "R" else part for part in COMMAND), "--rounds", "1", "--finetune", "--disable_tta"]
     command[command.index("--start") + 1] = "previous"
     saved, save = [], loop.save_pseudo_label
 
@@ -443,6 +448,11 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     first, second, last = (results / f"{model}__2d" / "fold_0" for model in models)
     for before, after in ((first, second), (second, last)):
         assert str(before / "checkpoint_final.pth") in next(after.glob("training_log*")).read_text()
+    image = torch.from_numpy(read_preprocessed(str(folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_100.b2nd")))
+    teachers = [Teacher(str(first.parent), ["0"], "", torch.device("cpu"), mirroring) for mirroring in (False, True)]
+    plain, mirrored = (most_probable(t.logits(image)[0], t.label_manager)[1].numpy() for t in teachers)
+    confidence = load_prediction(str(run / "round_1" / "predicted"), "tiny_100").confidence
+    assert np.abs(confidence - plain).max() < 1 / 255 < np.abs(confidence - mirrored).max()
     final = results / "PseudoLabelTrainer__P__2d" / "fold_0" / "checkpoint_final.pth"
     assert final.read_bytes() == (last / "checkpoint_final.pth").read_bytes()
 
@@ -458,8 +468,6 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
 @pytest.mark.slow
 def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path):
     """Two kills, or as many as NNUNET_DIFFUSION_KILLS says; kept cases, pseudo labels and weights are the same."""
-    import torch
-
     folder, seconds, fresh = world
     shutil.copytree(fresh, tmp_path / "preprocessed" / tiny.NAME)
     environment = os.environ | {

@@ -117,7 +117,8 @@ class Rounds(Run):
         todo = [case for case in mine if case in cases and not is_predicted(folder, case, identity)]
         if not todo:
             return False
-        teacher = Teacher(self.model(number - 1), self.folds(number - 1), identity, torch.device(self.request.device))
+        folds, device = self.folds(number - 1), torch.device(self.request.device)
+        teacher = Teacher(self.model(number - 1), folds, identity, device, self.request.mirroring)
         for case in tqdm(todo, f"round {number}: predicting ({len(mine) - len(todo)} there)"):
             predict_case(teacher, case, cases[case], folder, self.predicted(number - 1), self.cases.channels)
         return True

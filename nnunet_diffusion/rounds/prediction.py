@@ -64,7 +64,7 @@ def network_spacing(properties: str, plans: PlansManager, configuration: Configu
 class Teacher:
     """A trained model folder, one or several folds, as nnU-Net's own predictor loads it."""
 
-    def __init__(self, folder: str, folds: list[str], identity: str, device: torch.device):
+    def __init__(self, folder: str, folds: list[str], identity: str, device: torch.device, mirroring: bool = True):
         """Loads it.
 
         Args:
@@ -72,6 +72,7 @@ class Teacher:
             folds: Such as ["0"]; several are an ensemble, whose mean logits are taken, as nnU-Net does.
             identity: A name for these very weights; predictions of others are made anew.
             device: Where to predict.
+            mirroring: Whether to average over mirrored images, along the axes that the model allows.
 
         Raises:
             UserError: If a checkpoint is missing or its trainer cannot be found.
@@ -82,7 +83,9 @@ class Teacher:
         folds = find_folds(folder, folds, "checkpoint_final.pth")
         on_cuda = device.type == "cuda"
         with trainers_of(with_our_trainers(ext_trainer_folders())):
-            self.predictor = nnUNetPredictor(device=device, perform_everything_on_device=on_cuda, allow_tqdm=False)
+            self.predictor = nnUNetPredictor(
+                use_mirroring=mirroring, device=device, perform_everything_on_device=on_cuda, allow_tqdm=False
+            )
             self.predictor.initialize_from_trained_model_folder(folder, tuple(folds), "checkpoint_final.pth")
         self.label_manager = self.predictor.label_manager
 

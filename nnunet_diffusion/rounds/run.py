@@ -42,6 +42,7 @@ class Request:
     tolerance: float = 0.01  # of the agreement: by how much it may be below the best so far
     device: str = "cuda"
     num_gpus: int = 1
+    mirroring: bool = True  # when the pool is predicted
 
 
 class Run:
@@ -87,6 +88,7 @@ class Run:
             "model": os.path.abspath(request.model) if request.model else "",
             "start": request.start,
             "finetune": request.finetune,
+            "mirroring": request.mirroring,
             "gate": request.gate.as_dict(),
             "plan": digest(self.plans),
             "seeds": {name: block.get("seed") for name, block in self.plans.get("nnunet_diffusion", {}).items()},
