@@ -1,4 +1,4 @@
-"""Mutual-learning benchmark: what each term buys, on a complete data set that is split into partly labelled groups.
+r"""Mutual-learning benchmark: what each term buys, on a complete data set that is split into partly labelled groups.
 
 The training patients are dealt to groups that each keep some labels. Stage 1 is scored by the Dice of the labels that
 it completes training cases with, against what was erased there, stage 2 on held-out complete cases:
@@ -12,7 +12,7 @@ Stage 2 starts from the labels that one arm of stage 1 completed (--teacher). On
 so the same command continues after a crash.
 
 example, on a preprocessed data set without annotated_labels of its own:
-  python benchmarks/mutual.py -d 501 -c 2d -p nnUNetCompactPlans --test_cases 20 --jobs 2 --device cpu
+  python benchmarks/mutual.py -d 501 -c 2d -p nnUNetCompactPlans --test_cases 20 --jobs 2 --device cpu \
       --groups Brainstem,SpinalCord RightParotid,LeftParotid Mandible
 """
 

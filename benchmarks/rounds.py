@@ -13,7 +13,7 @@ seconds of a round outside its training are compared with nnU-Net's own predicti
 nnUNetv2_preprocess of the result.
 Finished runs go on where they are, so the same command continues after a crash.
 
-example, on a preprocessed, completely annotated data set:
+example, on a preprocessed, completely annotated data set with a pool and a splits_final.json:
   python benchmarks/rounds.py -d 501 -c 2d -p nnUNetCompactPlans --annotated 4 8 --seeds 0 1 2 -o results --device cpu
 """
 

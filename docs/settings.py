@@ -21,11 +21,20 @@ Written by `docs/settings.py` from the trainers. A setting is a class attribute;
 trainer that it names alone, and is saved with the model. An unknown trainer or setting, or a value of another type, is
 an error.
 
+The file to edit is the plan that trainings read, `nnUNet_preprocessed/DATASET/PLANS.json`; `plans.json` in a model
+folder is the copy that was trained with. To train one plan in two ways, copy it to `PLANS_scratch.json`, set
+`"plans_name": "PLANS_scratch"` in the copy, and train with `-p PLANS_scratch`: results are named after that key, and
+with the old one the second training replaces the first. A plan of another name does not find the first one's denoiser:
+give it with the setting `denoiser` or with `-pretrained_weights`.
+
 ```json
 "nnunet_diffusion": {"DenoisingDiffusionTrainer": {"num_epochs": 500, "schedule": "cosine"}}
 ```
 
 `CompactPlanner` writes such a block, with settings for short trainings on a laptop, into the plans that it makes.
+
+Inherited settings without effect: `weighting`, `min_snr_gamma`, `timestep`, `sample_steps` of DiffusionTeacherTrainer;
+`balanced` of the mutual trainers; `denoiser` of DiffusionCoTrainingTwinTrainer.
 """
 
 

@@ -19,9 +19,11 @@ from tqdm import tqdm
 
 from nnunet_diffusion import installation
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import write_json
 
 PARTIAL = "owned"  # among the weights of networks that know a part of the labels each
 DESCRIPTIONS = ("plans.json", "dataset.json", "dataset_fingerprint.json")
+CASE_TABLES = ("dataset", "unlabeled", "annotated_labels", "union_labels", "converted_from")  # of dataset.json
 # The numbers in nnU-Net's training log are numpy scalars; otherwise its checkpoints hold tensors and plain values.
 PLAIN_NUMPY = [np.dtype, np.ndarray, np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
 PLAIN_NUMPY += [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]
@@ -30,7 +32,7 @@ PLAIN_NUMPY += [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.flo
 def export_stock(
     source: str, destination: str, folds: list[str] | None, checkpoint_name: str, member: int | None = None
 ) -> list[str]:
-    """Copies a model folder so that it names nnU-Net's own trainer, and proves that it predicts the same.
+    """Copies a model folder so that it names nnU-Net's own trainer and no case, and proves that it predicts the same.
 
     Args:
         source: Model folder, `.../DatasetXXX/TRAINER__PLANS__CONFIGURATION`.
@@ -59,6 +61,8 @@ def export_stock(
         for file in DESCRIPTIONS:
             if os.path.exists(os.path.join(source, file)):
                 shutil.copyfile(os.path.join(source, file), os.path.join(temporary, file))
+        dataset_json = os.path.join(temporary, "dataset.json")
+        write_json(dataset_json, without_cases(load_json(dataset_json)))
         prove_same(source, temporary, folds, checkpoint_name, member)
         os.rename(temporary, destination)
     finally:
@@ -82,15 +86,21 @@ def find_folds(folder: str, folds: list[str] | None, checkpoint_name: str) -> li
 
 
 def rewrite_checkpoint(source: str, destination: str, member: int | None = None) -> None:
-    """Copies a checkpoint under nnU-Net's own trainer name; the rest, the mirroring axes too, stays as it is."""
+    """Copies a checkpoint under nnU-Net's own trainer name and without the names of cases; the rest stays as it is."""
     checkpoint = load_checkpoint(source)
     if member is not None:
         take_member(checkpoint, member)
     refuse_other_topology(os.path.dirname(os.path.dirname(source)), checkpoint, member)
+    checkpoint["init_args"]["dataset_json"] = without_cases(checkpoint["init_args"]["dataset_json"])
     checkpoint["exported_from"] = checkpoint["trainer_name"]
     checkpoint["trainer_name"] = nnUNetTrainer.__name__
     os.makedirs(os.path.dirname(destination), exist_ok=True)
     torch.save(checkpoint, destination)
+
+
+def without_cases(dataset_json: dict[str, Any]) -> dict[str, Any]:
+    """dataset.json without the names of cases and the paths of their files, which no prediction needs."""
+    return {key: value for key, value in dataset_json.items() if key not in CASE_TABLES}
 
 
 def load_checkpoint(path: str) -> dict[str, Any]:

@@ -103,7 +103,8 @@ def make_model(results: Path, trainer: str = "SameTrainer", folds: tuple = (0, "
             "logging": {"mean_fg_dice": [np.float64(0.5), np.float32(0.25)], "lrs": [0.01], "dice": np.ones((1, 2))},
             "_best_ema": np.float64(0.5),
             "current_epoch": 1,
-            "init_args": {"plans": plans(), "configuration": "2d", "fold": fold, "device": torch.device("cuda")},
+            "init_args": {"plans": plans(), "configuration": "2d", "fold": fold, "dataset_json": DATASET_JSON,
+                          "device": torch.device("cuda")},  # fmt: skip
             "trainer_name": trainer,
             "inference_allowed_mirroring_axes": (1,),
         }
@@ -143,6 +144,19 @@ def test_checkpoint_keeps_all_but_the_trainers_name(results):
     assert str(after["logging"]) == str(before["logging"])
     for key in ("_best_ema", "current_epoch", "init_args", "inference_allowed_mirroring_axes"):
         assert after[key] == before[key]
+
+
+def test_the_export_names_no_case(results):
+    source = make_model(results, folds=(0,))
+    tables = {"dataset": {"SMITH": {"images": ["/SMITH.nii.gz"]}}, "annotated_labels": {"SMITH": []}}
+    save_json(load_json(str(source / "dataset.json")) | tables, str(source / "dataset.json"))
+    file = source / "fold_0" / "checkpoint_final.pth"
+    checkpoint = torch.load(file, weights_only=False)
+    checkpoint["init_args"]["dataset_json"] |= tables
+    torch.save(checkpoint, file)
+    stock.export_stock(str(source), str(results / "out"), None, "checkpoint_final.pth")
+    assert b"SMITH" in file.read_bytes()
+    assert not any(b"SMITH" in path.read_bytes() for path in (results / "out").rglob("*") if path.is_file())
 
 
 def test_only_the_chosen_fold_goes_to_the_chosen_folder(results, tmp_path):

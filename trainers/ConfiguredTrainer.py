@@ -25,7 +25,7 @@ class ConfiguredTrainer(nnUNetTrainer):
     num_iterations_per_epoch: int = 250  # optimisation steps
     num_val_iterations_per_epoch: int = 50  # batches that the online validation looks at
     initial_lr: float = 1e-2  # learning rate, falling to 0 over the epochs
-    weight_decay: float = 3e-5
+    weight_decay: float = 3e-5  # L2 penalty; of AdamW, decoupled
     save_every: int = 50  # epochs between two checkpoint_latest.pth
     seed: int = -1  # negative: not seeded; exact repetition also needs nnUNet_n_proc_DA=0 and a CPU
 

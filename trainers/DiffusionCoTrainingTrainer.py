@@ -35,7 +35,7 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
     by nothing (supervised).
     """
 
-    method: str = "co_training"
+    method: str = "co_training"  # or cross_pseudo, mean_teacher, supervised
     teacher_file: str = ""  # path of a teacher.pth; empty: this data set's own, else random weights
     schedule: str = "sigmoid"  # of a teacher that starts from random weights; else the file's
     rounds: int = 1  # K; the prototype: 3, 5 or 10

@@ -20,7 +20,7 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
     they use more than one class, and whether they restore better than masks that say nothing.
     """
 
-    schedule: str = "sigmoid"
+    schedule: str = "sigmoid"  # or linear, cosine
     result_file, next_step = "teacher.pth", "train with a student with -tr DiffusionCoTrainingTrainer"
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008

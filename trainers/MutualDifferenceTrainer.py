@@ -30,8 +30,8 @@ class MutualDifferenceTrainer(DiffusionPretrainedTrainer):
     scratch: bool = True  # False: all members start from a denoiser, as in DiffusionPretrainedTrainer
     exclusion_weight: float = 0.0  # the prediction difference is of the same kind
     groups: list = []  # [[label, ...], ...]; empty: every set of labels that a training case annotates is a group
-    prediction_weight: float = 1.0
-    feature_weight: float = 0.1
+    prediction_weight: float = 1.0  # of the term between predictions
+    feature_weight: float = 0.1  # of the term between features
     supervised_share: float = 0.2  # of the epochs: before it a member learns nothing from others
     ramp_share: float = 0.2  # of the epochs, in which what it learns from others ramps up
     feature_stage: int = 1  # of the decoder, 0 is the finest

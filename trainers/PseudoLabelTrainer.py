@@ -24,7 +24,7 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
     checkpoint. Cases with pseudo labels are never validated on. In both paths below, `{fold}` stands for the fold.
     """
 
-    pseudo_labels: str = ""  # folder below <data_identifier>_pseudo, such as nnUNetPlans__fold_{fold}/round_1
+    pseudo_labels: str = ""  # folder below <data_identifier>_pseudo, such as nnUNetPlans__2d__fold_{fold}/round_1
     start_from: str = ""  # checkpoint, as it is or below the data set's results; empty: the denoiser
     annotated_share: float = 0.5  # of the training cases that are drawn; 0: every case equally often
 

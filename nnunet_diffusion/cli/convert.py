@@ -65,7 +65,7 @@ def _add_folder(layouts: Any) -> None:
     folder.epilog = (
         'A JSON file of labels holds {"liver": 1, "left kidney": 2}, or "labels" and "regions_class_order" as in\n'
         "nnU-Net's dataset.json. nnU-Net normalises a channel by its name: CT by intensities of the whole data set,\n"
-        "any other name by those of the scan.\n\n"
+        "noNorm not at all, rgb_to_0_1 by 255, any other name by those of the scan.\n\n"
         "--annotated names the labels that somebody looked for in a case: where its label file has none of them, the\n"
         "scan has none. Of its other labels nothing is known: PartialLabelTrainer does not call them background.\n\n"
         "example:\n"

@@ -28,9 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Figures by other features, or of other numbers of images, cannot be compared: both stand beside them, in\n"
         "SAMPLES/quality_FEATURES.json too. What they are: docs/samples.md.\n\n"
         "example:\n"
-        "  nnunet_diffusion sample -d 22 -c 2d -n 1000\n"
-        "  nnunet_diffusion evaluate_samples nnUNet_results/Dataset022_FLARE22/"
-        "DenoisingDiffusionTrainer__nnUNetPlans__2d/fold_all/samples"
+        "  nnunet_diffusion sample -d 22 -c 2d -p nnUNetDiffusionPlans -n 1000 -o samples\n"
+        "  nnunet_diffusion evaluate_samples samples"
     )
 
 

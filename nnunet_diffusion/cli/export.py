@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.epilog = (
         "example:\n"
-        "  nnunet_diffusion export --stock -d 22 -tr DiffusionPretrainedTrainer -c 3d_fullres\n"
-        "  nnUNetv2_predict -d 22 -tr nnUNetTrainer -c 3d_fullres -f 0 -i IMAGES -o SEGMENTATIONS"
+        "  nnunet_diffusion export --stock -d 22 -c 3d_fullres -tr DiffusionPretrainedTrainer -p nnUNetDiffusionPlans\n"
+        "  nnUNetv2_predict -d 22 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans -i IMAGES -o SEGMENTATIONS"
     )
 
 

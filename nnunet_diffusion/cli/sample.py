@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "The n-th image of a seed is the same in a batch of any size. Stopped at any point, or asked for more images,\n"
         "the same command draws those that are missing.\n\n"
         "example:\n"
-        "  nnunet_diffusion sample -d 22 -c 2d -n 16\n"
+        "  nnunet_diffusion sample -d 22 -c 2d -p nnUNetDiffusionPlans -n 16\n"
         "  nnunet_diffusion sample --denoiser denoiser.pth --sampler ddpm -n 4 -o samples"
     )
 

@@ -12,9 +12,9 @@ Without torchrun this is nnUNetv2_train, except that it is never without our tra
 trains its share of the batch; -num_gpus is left out. Trainers of this package only.
 
 example:
-  nnunet_diffusion train 22 3d_fullres 0 -tr PartialLabelTrainer
+  nnunet_diffusion train 22 3d_fullres 0 -tr PartialLabelTrainer -p nnUNetDiffusionPlans
   torchrun --nnodes 2 --nproc_per_node 4 --rdzv_backend c10d --rdzv_endpoint HOST:29500 \\
-      --no-python nnunet_diffusion train 22 3d_fullres 0 -tr PartialLabelTrainer
+      --no-python nnunet_diffusion train 22 3d_fullres 0 -tr PartialLabelTrainer -p nnUNetDiffusionPlans
 """
 
 

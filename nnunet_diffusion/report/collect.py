@@ -99,7 +99,7 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
         for benchmark in ("label_efficiency", "partial_labels"):
             if content := found.attempt(os.path.join(folder, benchmark + ".json"), _benchmark):
                 found.benchmarks[name] = content
-        is_model = match and match["trainer"] != "rounds"
+        is_model = match and match["trainer"] not in ("rounds", "mutual")
         if is_model and (model := _model(found, folder, match)).folds:
             found.models.append(model)
     for path in evaluations:
