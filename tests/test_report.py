@@ -267,6 +267,20 @@ def test_rounds_are_shown_and_are_no_model(root):
     assert find_rounds(found, str(results), str(preprocessed))[name][2].organs == {} and len(found.problems) == 1
 
 
+def test_what_was_trained_beside_the_labels_is_said_and_mutual_logs_are_no_model(root):
+    trainers = ("PartialLabelTrainer", "PseudoLabelTrainer", "DiffusionCoTrainingTrainer", "DiffusionTeacherTrainer")
+    _, preprocessed, results = make_results(root, files=0, models=[f"{name}__P__2d" for name in trainers])
+    (preprocessed / "splits_final.json").parent.mkdir(parents=True, exist_ok=True)
+    (preprocessed / "splits_final.json").write_text(json.dumps([{"train": ["case_000", "case_001"], "val": []}]))
+    (results / "mutual__P__2d" / "fold_0" / "logs").mkdir(parents=True)
+    _, page = report(root)
+    labelled = "<td>2 cases, 1 for some labels only"
+    for end in ("</td>", ", and pseudo labels of the pool</td>", ", and images of the pool</td>"):
+        assert page.count(labelled + end) == 1
+    assert page.count("<td>images of 2 labelled cases, and the pool</td>") == 1
+    assert "mutual" not in page
+
+
 def test_a_case_whose_files_are_gone_is_named(root, capsys):
     _, preprocessed, _ = make_results(root)
     (preprocessed / "gt_segmentations" / "case_002.nii.gz").unlink()

@@ -92,6 +92,13 @@ def _folds_table(results: Results, model: Model) -> Html:
     return table(f"Folds of {model.trainer}", head, rows, numeric=False)
 
 
+BESIDE_LABELS = {
+    "PseudoLabelTrainer": ", and pseudo labels of the pool",
+    "DiffusionCoTrainingTrainer": ", and images of the pool",
+    "DiffusionCoTrainingTwinTrainer": ", and images of the pool",
+}
+
+
 def _trained_on(results: Results, model: Model, fold: Fold) -> str:
     if fold.denoiser is not None:
         training = fold.denoiser["training"]
@@ -101,10 +108,11 @@ def _trained_on(results: Results, model: Model, fold: Fold) -> str:
     if int(fold.name) >= len(results.splits):
         return "its split is not known"
     cases = results.splits[int(fold.name)]["train"]
-    if model.trainer.startswith("Denoising"):
+    if model.trainer in ("DenoisingDiffusionTrainer", "DiffusionTeacherTrainer"):
         return f"images of {len(cases)} labelled cases, and the pool"
     partial = sum(_is_partial(case, results.dataset_json) for case in cases)
-    return f"{len(cases)} cases" + (f", {partial} for some labels only" if partial else "")
+    labelled = f"{len(cases)} cases" + (f", {partial} for some labels only" if partial else "")
+    return labelled + BESIDE_LABELS.get(model.trainer, "")
 
 
 def _transfer(fold: Fold) -> Html:
