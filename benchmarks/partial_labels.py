@@ -7,6 +7,7 @@ on held-out complete cases, with the same plan, steps, seeds and (but for `compl
   complete   only the complete cases
   marginal   PartialLabelTrainer without its exclusion term
   exclusion  PartialLabelTrainer
+  exclusion_ramp  the same, its exclusion term growing from 0 over the whole training
   balanced   PartialLabelTrainer with `balanced`
   upper      every case completely annotated: the upper bound
 
@@ -43,6 +44,7 @@ ARMS = {
     "complete": {"is_told": False, "complete_only": True},
     "marginal": {"is_told": True, "settings": {"exclusion_weight": 0.0}},
     "exclusion": {"is_told": True},
+    "exclusion_ramp": {"is_told": True, "settings": {"exclusion_ramp": 1.0}},
     "balanced": {"is_told": True, "settings": {"balanced": True}},
     "upper": {"is_told": False, "all_labels": True},
 }

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that keep the ratio between parameter groups, and weight averages."""
+"""Schedules of learning rates, which keep the ratio between parameter groups, and of loss weights; weight averages."""
 
 from collections.abc import Callable
 
@@ -30,6 +30,11 @@ class WarmupPolyLR(LRScheduler):
         """Sets the rates for an epoch; as nnU-Net calls its own scheduler."""
         for group, rate in zip(self.optimizer.param_groups, self.initial_rates, strict=True):
             group["lr"] = rate * self.factor(current_step or 0)
+
+
+def ramp_up(epoch: int, num_epochs: int, share: float) -> float:
+    """Weight of a loss term that grows linearly from 0 in the first epoch to 1 after a share of all epochs."""
+    return min(1.0, epoch / (share * num_epochs)) if share > 0 else 1.0
 
 
 def warming_ema(decay: float) -> Callable:

@@ -12,9 +12,9 @@ from nnunet_diffusion.losses.co_training import (
     consistency_loss,
     labelled_loss,
     pseudo_label_loss,
-    ramp_up,
     unlabelled_loss,
 )
+from nnunet_diffusion.optimization import ramp_up
 
 ALL = torch.tensor([True, True, True])
 

@@ -147,6 +147,19 @@ def test_partial_annotation_end_to_end(world):
 
 
 @pytest.mark.slow
+def test_the_exclusion_term_grows_over_its_share_of_the_epochs(world):
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (world / "gt_segmentations").glob("*.nii.gz"))
+    trainer = partial(world, {"annotated_labels": {case: ["box"] for case in cases}},
+                      PartialLabelTrainer={"exclusion_weight": 3.0, "exclusion_ramp": 0.5, "num_epochs": 4})  # fmt: skip
+    trainer.initialize()
+    weights = []
+    for trainer.current_epoch in range(4):
+        trainer.on_train_epoch_start()
+        weights.append(trainer.loss.loss.exclusion_weight)
+    assert weights == [0, 1.5, 3, 3]
+
+
+@pytest.mark.slow
 def test_voxels_of_a_label_that_was_not_annotated_teach_nothing(world):
     cases = sorted(path.name.removesuffix(".nii.gz") for path in (world / "gt_segmentations").glob("*.nii.gz"))
     trainer = partial(world, {"annotated_labels": {case: ["box"] for case in cases}})

@@ -13,12 +13,12 @@ from nnunet_diffusion.data.images import ImageDataset, image_loader, image_stati
 from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
 from nnunet_diffusion.diffusion.diffusion import Diffusion
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.losses.co_training import ramp_up
 from nnunet_diffusion.networks.denoiser_file import plan_identity
 from nnunet_diffusion.networks.mask_diffusion import build_pair
 from nnunet_diffusion.networks.teacher_file import load_teacher, restore_teacher
 from nnunet_diffusion.networks.teachers import CrossPseudo, DiffusionTeacher, MeanTeacher, Teacher
 from nnunet_diffusion.networks.transfer import plan_differences, unwrap
+from nnunet_diffusion.optimization import ramp_up
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 
 METHODS = ("co_training", "cross_pseudo", "mean_teacher", "supervised")

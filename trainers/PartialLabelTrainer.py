@@ -19,7 +19,7 @@ from nnunet_diffusion.evaluation.annotated_pairs import hard_counts, restrict_su
 from nnunet_diffusion.losses.partial import PartialLabelLoss, annotated
 from nnunet_diffusion.losses.regions import PartialRegionLoss
 from nnunet_diffusion.networks.transfer import HEADS, unwrap
-from nnunet_diffusion.optimization import WarmupPolyLR
+from nnunet_diffusion.optimization import WarmupPolyLR, ramp_up
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
 
@@ -35,6 +35,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
     warmup_epochs: int = 0  # of a learning rate that rises from 0
     head_lr_factor: float = 1.0  # learning rate of the output heads, relative to initial_lr
     exclusion_weight: float = 2.0  # Shi et al. 2021
+    exclusion_ramp: float = 0.0  # share of the epochs over which that weight grows from 0
     balanced: bool = False  # draw cases so that each label is equally often the reason, however few cases annotate it
 
     def initialize(self):
@@ -87,6 +88,14 @@ class PartialLabelTrainer(ConfiguredTrainer):
         if self.balanced:
             train.identifiers = balanced_cases(train.identifiers, self.annotations)
         return train, validation
+
+    def on_train_epoch_start(self):
+        """Ramps up the weight of the exclusion."""
+        super().on_train_epoch_start()
+        weight = self.exclusion_weight * ramp_up(self.current_epoch, self.num_epochs, self.exclusion_ramp)
+        for loss in self.loss.modules():
+            if isinstance(loss, PartialLabelLoss):
+                loss.exclusion_weight = weight
 
     def train_step(self, batch: dict) -> dict:
         """nnU-Net's, with a loss that knows what was annotated."""

@@ -121,10 +121,5 @@ def agreement(first: Tensor, second: Tensor, classes: int) -> Tensor:
     return torch.stack(dice, 1).nanmean(1).nan_to_num(1.0)
 
 
-def ramp_up(epoch: int, num_epochs: int, share: float) -> float:
-    """lambda: grows linearly from 0 in the first epoch to 1 after a share of all epochs."""
-    return min(1.0, epoch / (share * num_epochs)) if share > 0 else 1.0
-
-
 def _mean(terms: Sequence[Tensor]) -> Tensor | float:
     return sum(terms) / len(terms) if terms else 0.0
