@@ -149,8 +149,8 @@ def test_partial_annotation_end_to_end(world):
 @pytest.mark.slow
 def test_the_exclusion_term_grows_over_its_share_of_the_epochs(world):
     cases = sorted(path.name.removesuffix(".nii.gz") for path in (world / "gt_segmentations").glob("*.nii.gz"))
-    trainer = partial(world, {"annotated_labels": {case: ["box"] for case in cases}},
-                      PartialLabelTrainer={"exclusion_weight": 3.0, "exclusion_ramp": 0.5, "num_epochs": 4})  # fmt: skip
+    settings = {"exclusion_weight": 3.0, "exclusion_ramp": 0.5, "num_epochs": 4}
+    trainer = partial(world, {"annotated_labels": dict.fromkeys(cases, ["box"])}, PartialLabelTrainer=settings)
     trainer.initialize()
     weights = []
     for trainer.current_epoch in range(4):

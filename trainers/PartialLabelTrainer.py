@@ -35,7 +35,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
     warmup_epochs: int = 0  # of a learning rate that rises from 0
     head_lr_factor: float = 1.0  # learning rate of the output heads, relative to initial_lr
     exclusion_weight: float = 2.0  # Shi et al. 2021
-    exclusion_ramp: float = 0.0  # share of the epochs over which that weight grows from 0
+    exclusion_ramp: float = 1.0  # share of the epochs over which that weight grows from 0 (docs/partial_labels.md)
     balanced: bool = False  # draw cases so that each label is equally often the reason, however few cases annotate it
 
     def initialize(self):
