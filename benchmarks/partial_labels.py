@@ -5,10 +5,9 @@ on held-out complete cases, with the same plan, steps, seeds and (but for `compl
 
   naive      what was not annotated is called background, as in plain nnU-Net
   complete   only the complete cases
-  marginal   PartialLabelTrainer without its exclusion term
-  exclusion  PartialLabelTrainer with an exclusion term of full weight from the first step
-  exclusion_ramp  PartialLabelTrainer, whose exclusion term grows from 0
-  balanced, balanced_ramp  the two before with `balanced`
+  marginal   PartialLabelTrainer without its exclusion term and balanced draws
+  exclusion, exclusion_ramp  with it, at full weight from the first step or growing from 0
+  balanced, balanced_ramp  the two before with balanced draws; the latter is PartialLabelTrainer as it comes
   upper      every case completely annotated: the upper bound
 
 One JSON a run; finished runs are skipped, so the same command continues after a crash.
@@ -42,9 +41,9 @@ TRAINER, CONTROL = "PartialLabelTrainer", "upper"
 ARMS = {
     "naive": {"is_told": False},
     "complete": {"is_told": False, "complete_only": True},
-    "marginal": {"is_told": True, "settings": {"exclusion_weight": 0.0}},
-    "exclusion": {"is_told": True, "settings": {"exclusion_ramp": 0.0}},
-    "exclusion_ramp": {"is_told": True, "settings": {"exclusion_ramp": 1.0}},
+    "marginal": {"is_told": True, "settings": {"exclusion_weight": 0.0, "balanced": False}},
+    "exclusion": {"is_told": True, "settings": {"balanced": False, "exclusion_ramp": 0.0}},
+    "exclusion_ramp": {"is_told": True, "settings": {"balanced": False, "exclusion_ramp": 1.0}},
     "balanced": {"is_told": True, "settings": {"balanced": True, "exclusion_ramp": 0.0}},
     "balanced_ramp": {"is_told": True, "settings": {"balanced": True, "exclusion_ramp": 1.0}},
     "upper": {"is_told": False, "all_labels": True},

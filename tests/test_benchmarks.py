@@ -230,7 +230,7 @@ def test_the_pool_of_co_training_is_what_is_neither_labelled_nor_tested_on(tmp_p
         for case in cases:
             for ending in endings:
                 (base / folder / f"{case}{ending}").touch()
-    (base / "p.json").write_text('{"configurations": {"2d": {"data_identifier": "data"}}}')
+    (base / "p.json").write_text('{"configurations": {"2d": {"data_identifier": "data", "architecture": {}}}}')
     monkeypatch.setattr(sys, "argv", [*"x -d 501 -c 2d -p p --test_cases 5 --budgets 4 --seeds 0 --no_teacher".split()])
     jobs = co_training.describe_runs(co_training.parse_arguments(), base, tmp_path)
     assert [job["arm"] for job in jobs] == list(co_training.ARMS)

@@ -88,6 +88,8 @@ def test_balance_draws_every_label_as_often():
     drawn = Counter(case.split()[0] for case in balanced_cases(list(annotations), annotations))
     assert drawn["liver"] == drawn["spleen"] and drawn["none"] == 0
     assert balanced_cases(["none"], annotations) == ["none"]
+    alike = ["liver 1", "liver 0"]
+    assert balanced_cases(alike, annotations) == alike, "or a completely annotated data set would be drawn otherwise"
 
 
 # ---------------------------------------------------------------- the trainer

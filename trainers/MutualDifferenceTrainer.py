@@ -29,6 +29,7 @@ class MutualDifferenceTrainer(DiffusionPretrainedTrainer):
 
     scratch: bool = True  # False: all members start from a denoiser, as in DiffusionPretrainedTrainer
     exclusion_weight: float = 0.0  # the prediction difference is of the same kind
+    balanced: bool = False  # batches are drawn from all groups alike
     groups: list = []  # [[label, ...], ...]; empty: every set of labels that a training case annotates is a group
     prediction_weight: float = 1.0  # of the term between predictions
     feature_weight: float = 0.1  # of the term between features

@@ -36,7 +36,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
     head_lr_factor: float = 1.0  # learning rate of the output heads, relative to initial_lr
     exclusion_weight: float = 2.0  # Shi et al. 2021
     exclusion_ramp: float = 1.0  # share of the epochs over which that weight grows from 0 (docs/partial_labels.md)
-    balanced: bool = False  # draw cases so that each label is equally often the reason, however few cases annotate it
+    balanced: bool = True  # draw cases so that each label is equally often the reason, however few cases annotate it
 
     def initialize(self):
         """Reads what was annotated."""

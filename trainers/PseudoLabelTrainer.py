@@ -27,6 +27,7 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
     pseudo_labels: str = ""  # folder below <data_identifier>_pseudo, such as nnUNetPlans__2d__fold_{fold}/round_1
     start_from: str = ""  # checkpoint, as it is or below the data set's results; empty: the denoiser
     annotated_share: float = 0.5  # of the training cases that are drawn; 0: every case equally often
+    balanced: bool = False  # in the place of annotated_share
 
     def initialize(self):
         """Reads what the pseudo labels say something about."""

@@ -116,7 +116,8 @@ def balanced_cases(cases: Sequence[str], annotations: Mapping[str, Annotation]) 
     """The cases, repeated so that each label is the reason for equally many draws, however few cases annotate it.
 
     A uniform draw from the result is, but for rounding, a uniform draw of a label and then of a case that annotates it.
-    Our reconstruction. Cases that annotate nothing are left out, unless all are such.
+    Ours. Cases that annotate nothing are left out, unless all are such. Where all annotate the same, they are returned
+    as they are.
     """
     labels = {case: annotations[case].labels - {"background"} for case in cases}
     count = Counter(label for case in cases for label in labels[case])
@@ -124,7 +125,10 @@ def balanced_cases(cases: Sequence[str], annotations: Mapping[str, Annotation]) 
     if not count:
         return list(cases)
     least = min(value for value in weight.values() if value > 0)
-    return [case for case in cases for _ in range(round(10 * weight[case] / least))]
+    repeats = {case: round(10 * weight[case] / least) for case in cases}
+    if len(set(repeats.values())) == 1:
+        return list(cases)
+    return [case for case in cases for _ in range(repeats[case])]
 
 
 def known_values(annotation: Annotation, channels: Channels) -> set[int]:
