@@ -121,7 +121,7 @@ def write_arms_figure(content: dict, path: Path, control: str) -> None:
     axes.set(xticks=range(len(organs)), xticklabels=organs, ylabel="Dice, mean over test cases",
              title=f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(ncols=2, fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)

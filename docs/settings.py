@@ -34,7 +34,7 @@ give it with the setting `denoiser` or with `-pretrained_weights`.
 `CompactPlanner` writes such a block, with settings for short trainings on a laptop, into the plans that it makes.
 
 Inherited settings without effect: `weighting`, `min_snr_gamma`, `timestep`, `sample_steps` of DiffusionTeacherTrainer;
-`balanced` of the mutual trainers; `denoiser` of DiffusionCoTrainingTwinTrainer.
+`denoiser` of DiffusionCoTrainingTwinTrainer.
 """
 
 
