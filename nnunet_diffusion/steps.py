@@ -139,7 +139,7 @@ class Steps:
         process = subprocess.Popen(
             [program, *command[1:]],
             env=self.environment | {ENDS_WITH: str(os.getpid())} | dict(step.environment),
-            pass_fds=self.inherited,
+            pass_fds=() if os.name == "nt" else self.inherited,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

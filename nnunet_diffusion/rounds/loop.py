@@ -248,7 +248,7 @@ class Rounds(Run):
 
     def steps(self, rounds: int) -> Steps:
         """The runner of trainings, whose state is this run's."""
-        inherited = () if self.lock is None or os.name == "nt" else (self.lock,)
+        inherited = () if self.lock is None else (self.lock,)
         environment = command_environment(None, self.request.device)
         total = rounds + 1 + self.request.finetune
         steps = Steps(self.reports, environment, total, self.state["steps"], self.save, inherited)

@@ -75,7 +75,7 @@ class MutualLearning:
             UserError: If a step fails, or another command works on this run.
         """
         with locked(self.lock_file) as lock:
-            self.steps.inherited = () if os.name == "nt" else (lock,)
+            self.steps.inherited = (lock,)
             self.train(STAGES[0])
             self.complete()
             self.train(STAGES[1])
