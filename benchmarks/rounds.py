@@ -11,7 +11,8 @@ Validation Dice is on fold 0's validation cases, which choose nothing here (the 
 labels is in the network's space: of all that was predicted, and of what the gate let through. With --by_hand, the
 seconds of a round outside its training are compared with nnU-Net's own prediction of the same raw scans and
 nnUNetv2_preprocess of the result.
-Finished runs go on where they are, so the same command continues after a crash.
+What is finished is kept, so the same command continues after a crash; seeds can run side by side into the same folder,
+and one command with all of them then makes the table and the figure.
 
 example, on a preprocessed, completely annotated data set with a pool and a splits_final.json:
   python benchmarks/rounds.py -d 501 -c 2d -p nnUNetCompactPlans --annotated 4 8 --seeds 0 1 2 -o results --device cpu
@@ -30,13 +31,13 @@ from pathlib import Path
 import blosc2
 import numpy as np
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-from runs import data_identifier
+from runs import VALIDATION_ITERATIONS, data_identifier
 from train_and_test import describe_machine, link_cases
 
 from nnunet_diffusion.cli import main as run_command
 from nnunet_diffusion.data.pool import WORK
 from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases
-from nnunet_diffusion.files import write_json
+from nnunet_diffusion.files import atomic, write_json
 from nnunet_diffusion.rounds.prediction import load_prediction
 from nnunet_diffusion.steps import command_environment
 
@@ -72,6 +73,7 @@ def prepare(args: argparse.Namespace, base: Path, work: Path, number: int, seed:
     block = plans.setdefault("nnunet_diffusion", {})
     for trainer in TRAINERS:
         given = {"num_epochs": args.num_epochs, "num_iterations_per_epoch": args.num_iterations_per_epoch}
+        given["num_val_iterations_per_epoch"] = VALIDATION_ITERATIONS
         start = {"denoiser": str(Path(args.denoiser).resolve())} if args.denoiser else {"scratch": True}
         block[trainer] = {**block.get(trainer, {}), **given, **start, "seed": seed}
     for arm in ARMS:
@@ -187,10 +189,17 @@ def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) 
 def run(args: argparse.Namespace, base: Path, raw: Path, number: int, seed: int) -> dict:
     """All arms of one number of annotated cases and seed."""
     work = (Path(args.o) / f"{number}_annotated_seed_{seed}").resolve()
+    protocol = {key: value for key, value in vars(args).items() if key not in ("o", "annotated", "seeds")}
+    if (work / "result.json").is_file():
+        result = json.loads((work / "result.json").read_text())
+        if result["protocol"] != protocol:
+            raise RuntimeError(f"{work} was made with other arguments: remove it, or choose another folder with -o")
+        return result
     hidden = prepare(args, base, work, number, seed)
     (work / "results").mkdir(exist_ok=True)
     os.environ |= {"nnUNet_preprocessed": str(work / "preprocessed"), "nnUNet_results": str(work / "results")}
-    result = {"annotated": number, "seed": seed, "pool": len(hidden), "machine": describe_machine(args.device)}
+    result = {"annotated": number, "seed": seed, "pool": len(hidden), "protocol": protocol}
+    result["machine"] = describe_machine(args.device)
     for arm in ARMS:
         state = run_arm(args, base.name, work, arm)
         result[arm] = [
@@ -216,6 +225,46 @@ def run(args: argparse.Namespace, base: Path, raw: Path, number: int, seed: int)
         }
     write_json(work / "result.json", result)
     return result
+
+
+def write_figure(results: list[dict], path: Path) -> None:
+    """Draws Dice over the rounds, mean and spread and a dot a seed: of validation cases, and of the pool's labels."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def draw(axes, curves: list[list[float | None]], arm: str, kind: str = "", first: int = 0) -> None:
+        values = np.ma.masked_invalid(np.array(curves, float))
+        rounds = np.arange(first, first + values.shape[1])
+        spread = values.std(0, ddof=1) if len(values) > 1 else None
+        style, color = "s--" if kind == "kept" else "o-", f"C{list(ARMS).index(arm)}"
+        axes.errorbar(rounds, values.mean(0), spread, fmt=style, capsize=3, color=color, label=f"{arm} {kind}".strip())
+        for seed in values:
+            axes.plot(rounds, seed, ".", color=color, alpha=0.4)
+        axes.set_xticks(range(first + values.shape[1]))
+
+    numbers = sorted({result["annotated"] for result in results})
+    figure, grid = plt.subplots(2, len(numbers), figsize=(4.5 * len(numbers), 7), squeeze=False, layout="constrained",
+                                sharex=True, sharey="row")  # fmt: skip
+    for column, number in enumerate(numbers):
+        runs = [result for result in results if result["annotated"] == number]
+        for arm in ARMS:
+            draw(grid[0, column], [[entry["validation_dice"] for entry in run[arm]] for run in runs], arm)
+            for kind in ("predicted", "kept") if arm == "gated" else ("predicted",):
+                means = [[entry["pseudo_labels"][kind]["mean"] for entry in run[arm][1:]] for run in runs]
+                draw(grid[1, column], means, arm, kind, 1)
+        grid[0, column].set(title=f"{number} annotated, {runs[0]['pool']} in the pool")
+        grid[1, column].set(xlabel="round (0: annotated cases alone)")
+    grid[0, 0].set(ylabel="Dice of the held-out cases")
+    grid[1, 0].set(ylabel="Dice of pseudo labels")
+    for axes in grid.flat:
+        axes.grid(axis="y", alpha=0.3)
+    for row in grid:
+        row[-1].legend(fontsize="small")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=150)
+    plt.close(figure)
 
 
 def table(results: list[dict]) -> str:
@@ -265,8 +314,9 @@ def main() -> int:
     results = []
     for number, seed in product(args.annotated, args.seeds):
         results.append(run(args, base.resolve(), raw.resolve(), number, seed))
-        write_json(Path(args.o) / "rounds.json", results)
         print(table(results), flush=True)
+    write_json(Path(args.o) / "rounds.json", results)
+    write_figure(results, Path(args.o) / "rounds.png")
     return 0
 
 

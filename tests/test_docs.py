@@ -17,7 +17,9 @@ OURS, SCRIPT = re.compile(r"^(?:eval .*\()?(nnunet_diffusion [^)\"]*)"), re.comp
 def commands(page: Path) -> list[str]:
     """The command lines of a page's code blocks; where a block has prompts, only those are commands."""
     found = []
-    for block in re.findall(r"^```(?:console|bash|)\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
+        if language not in ("console", "bash"):
+            continue
         lines = re.sub(r"\\\n\s*", "", block).splitlines()
         has_prompts = any(line.startswith("$ ") for line in lines)
         found += [line.removeprefix("$ ") for line in lines if line.startswith("$ ") or not has_prompts]

@@ -98,6 +98,15 @@ def test_first_run_again_and_after_edits(raw, preprocessed, capsys):
     assert "made with other spacing: done anew" in capsys.readouterr().out
 
 
+def test_array_jobs_preprocess_the_pool_in_parts(raw, preprocessed):
+    assert run("-c", "2d", "--no_pool") == 0
+    pool = preprocessed / "nnUNetDiffusionPlans_2d_unlabeled"
+    assert not list(pool.glob("*.b2nd"))
+    for part, there in (("1", ["u1"]), ("0", ["u0", "u1"])):
+        assert run("-c", "2d", "--num_parts", "2", "--part_id", part) == 0
+        assert sorted(p.name.removesuffix(".b2nd") for p in pool.glob("*.b2nd")) == there
+
+
 def test_bad_scan_in_the_pool_costs_only_itself(raw, preprocessed, capsys):
     (raw / "scans" / "u1.nii.gz").write_bytes(b"")
     assert run("-c", "2d", "-pl", "CompactPlanner") == 1

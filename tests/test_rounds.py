@@ -333,6 +333,38 @@ def test_a_model_that_may_have_seen_the_validation_cases_is_refused(world, resul
     rounds.check_model()
 
 
+@pytest.mark.slow
+def test_an_ensemble_teaches_with_its_mean_and_its_disagreement(world, results, tmp_path):
+    """Fold all, from a model of two folds: the second is the first with other weights."""
+    folder, _, _ = world
+    model = tmp_path / "DiffusionPretrainedTrainer__R__2d"
+    shutil.copytree(results / model.name, model)
+    shutil.copytree(model / "fold_0", model / "fold_1")
+    other = torch.load(model / "fold_1" / "checkpoint_final.pth", weights_only=False)
+    for key, values in other["network_weights"].items():
+        if key.startswith("decoder.seg_layers") and key.endswith("weight"):
+            values.copy_(values.flip(0))
+    torch.save(other, model / "fold_1" / "checkpoint_final.pth")
+    arguments = ["all" if before == "-f" else word for before, word in zip(["", *COMMAND], COMMAND, strict=False)]
+    gate = ["min_agreement=1.01", *GATE]
+    arguments = [*arguments[: arguments.index("--gate")], "--gate", *gate, "--from", str(model)]
+    assert main([*arguments, "--rounds", "1", "--stop_after", "gate"]) == 0
+    run = folder / "nnUNetCompactPlans_2d_pseudo" / "R__2d__fold_all"
+    teachers = [Teacher(str(model), [fold], "one", torch.device("cpu")) for fold in ("0", "1")]
+    image = read_preprocessed(str(folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_100.b2nd"))
+    logits = [teacher.logits(torch.from_numpy(image))[0] for teacher in teachers]
+    prediction = load_prediction(str(run / "round_1" / "predicted"), "tiny_100")
+    np.testing.assert_array_equal(prediction.labels, most_probable(sum(logits) / 2, teachers[0].label_manager)[0])
+    first, second = (most_probable(each, teachers[0].label_manager)[0].numpy() for each in logits)
+    for name, value in tiny.LABELS.items():
+        if value:
+            dice = pairwise_dice([first == value, second == value])
+            assert prediction.evidence[name].agreement == (dice if dice is None else pytest.approx(dice))
+    verdicts = json.loads((run / "state.json").read_text())["rounds"][1]["verdicts"]
+    assert not [case for case, verdict in verdicts.items() if verdict[0] == KEEP]
+    shutil.rmtree(run)
+
+
 def edit_json(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 

@@ -106,6 +106,7 @@ def existing_plan(name: str, planner_class: type) -> str:
     from nnunetv2.paths import nnUNet_preprocessed
 
     plans_name = inspect.signature(planner_class.__init__).parameters["plans_name"].default
+    plans_name = plans_name or planner_class.default_plans_name  # of DiffusionPlanner and its kin
     path = os.path.join(nnUNet_preprocessed, name, plans_name + ".json")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no plan yet: run the command with --no_pool first, then the parts")

@@ -1,0 +1,224 @@
+"""The commands of the documentation run as they stand there, page after page, on small made-up scans.
+
+What differs from a reader's machine: trainings are short (settings in the plan, as a user sets them), networks narrow,
+gates open, as nothing is certain after so short a training, and nnU-Net's commands are told `-device cpu`.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from skimage.io import imsave
+from test_convert_public_sets import kits
+from test_docs import ROOT, commands
+
+from nnunet_diffusion.dataset_conversion.Dataset022_FLARE22 import ORGANS
+
+pytestmark = pytest.mark.slow
+BIN = Path(sys.executable).parent
+NOT_HERE = {
+    "make ": "sets up an environment of its own",
+    "pip install": "the tests run in what it installs",
+    "nnunet_diffusion demo": "test_demo.py",
+    "python benchmarks/": "test_benchmarks.py",
+    "torchrun --nnodes 2": "needs two machines; test_train.py has one",
+    "nnunet_diffusion rounds ...": "test_rounds.py",
+}
+SMALLER = {"-n 5000": "-n 12", "-np 8": "-np 2"}
+PLANNED = "nnUNetDiffusionPlans"
+
+NNUNET = '#!/bin/sh\nexec "{real}" "$@" -device cpu\n'
+OURS = """#!/bin/sh
+case "$1" in rounds|mutual) set -- "$@" -device cpu --gate is_open=true;; esac
+"{real}" "$@" || exit
+if [ "$1" = plan_and_preprocess ]; then exec "{python}" "{shorten}"; fi
+"""
+SHORTEN = """
+import glob, json, os
+settings = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+for path in glob.glob(os.path.join(os.environ["nnUNet_preprocessed"], "*", "nnUNet*Plans.json")):
+    with open(path) as stream:
+        plans = json.load(stream)
+    block = plans.setdefault("nnunet_diffusion", {})
+    for trainer in TRAINERS:
+        block[trainer] = {**block.get(trainer, {}), **settings}
+    for configuration in plans["configurations"].values():
+        if "architecture" in configuration:
+            kwargs = configuration["architecture"]["arch_kwargs"]
+            kwargs["features_per_stage"] = [4] * len(kwargs["features_per_stage"])
+    with open(path, "w") as stream:
+        json.dump(plans, stream)
+"""
+
+
+def write_scans(images: Path, prefix: str, numbers, organs: int, labels: Path | None = None) -> None:
+    """Noisy scans of 24 x 32 x 32 voxels of 3 mm, with a box for each organ."""
+    for number in numbers:
+        rng = np.random.default_rng(number)
+        seg = np.zeros((24, 32, 32), np.uint8)
+        for organ in range(organs):
+            z, y, x = 8 + rng.integers(-1, 2), 1 + 8 * (organ // 4), 1 + 8 * (organ % 4)
+            seg[z : z + 7, y : y + 6, x : x + 6] = organ + 1
+        image = rng.normal(0, 20, seg.shape) + 20 * seg
+        save(image.astype(np.int16), images / f"{prefix}_{number:04d}_0000.nii.gz")
+        if labels:
+            save(seg, labels / f"{prefix}_{number:04d}.nii.gz")
+
+
+def save(array: np.ndarray, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing((3.0, 3.0, 3.0))
+    sitk.WriteImage(image, str(path))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A home folder with FLARE22 in it, and commands that are short and stay on the CPU."""
+    root = tmp_path_factory.mktemp("home")
+    training = root / "FLARE22" / "Training"
+    labelled = training / "FLARE22_LabeledCase50"
+    write_scans(labelled / "images", "FLARE22_Tr", range(1, 7), 13, labelled / "labels")
+    write_scans(training / "FLARE22_UnlabeledCase1-1000", "Case", range(1, 4), 13)
+    bin_folder, shorten = root / "bin", root / "shorten.py"
+    bin_folder.mkdir()
+    trainers = [p.stem for p in (ROOT / "trainers").glob("*Trainer.py")]
+    shorten.write_text(f"TRAINERS = {trainers}\n{SHORTEN}")
+    for name in ("nnUNetv2_train", "nnUNetv2_predict", "nnunet_diffusion"):
+        text = OURS if name == "nnunet_diffusion" else NNUNET
+        script = bin_folder / name
+        script.write_text(text.format(real=BIN / name, python=sys.executable, shorten=shorten))
+        script.chmod(0o755)
+    return root
+
+
+def run(home: Path, folder: Path, lines: list[str]) -> None:
+    """Runs lines in one shell; the test fails with the line that failed and what it said."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_") or "_n_" in key}
+    environment |= {"HOME": str(home), "PATH": f"{home / 'bin'}:{BIN}:{os.environ['PATH']}", "nnUNet_compile": "f"}
+    script = ["set -euxo pipefail", 'eval "$(nnunet_diffusion env --root ~/nnunet)"', *lines]
+    result = subprocess.run(["bash", "-c", "\n".join(script)], cwd=folder, env=environment,
+                            capture_output=True, text=True)  # fmt: skip
+    assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
+
+
+def run_page(home: Path, name: str) -> Path:
+    """Runs the page's commands in a folder of its own, which may have been prepared; returns the folder."""
+    folder = home / Path(name).stem
+    folder.mkdir(exist_ok=True)
+    page = ROOT / name
+    lines = [line for line in commands(page) if not line.startswith(tuple(NOT_HERE))]
+    assert lines
+    for large, small in SMALLER.items():
+        lines = [line.replace(large, small) for line in lines]
+    run(home, folder, lines)
+    return folder
+
+
+def model(home: Path, trainer: str, plans: str = PLANNED, configuration: str = "3d_fullres", data: str = "") -> Path:
+    return home / "nnunet" / "nnUNet_results" / (data or "Dataset022_FLARE22") / f"{trainer}__{plans}__{configuration}"
+
+
+def test_tutorial(home):
+    folder = home / "tutorial"
+    write_scans(folder / "scans", "FLARE22_Ts", range(1, 3), 13, folder / "labelsTs")
+    run_page(home, "docs/tutorial.md")
+    assert len(list((folder / "masks").glob("*.nii.gz"))) == 2
+    table = json.loads((folder / "masks" / "evaluation_flare22.json").read_text())
+    assert set(ORGANS) <= set(table["organs"])
+    assert (home / "nnunet/nnUNet_results/Dataset022_FLARE22/report.html").exists()
+
+
+def test_sharing(home):
+    run_page(home, "docs/sharing.md")
+    assert (home / "model.zip").exists()
+
+
+def test_evaluation(home):
+    folder = home / "evaluation"
+    folder.mkdir()
+    for source, target in (("masks", "segmentations"), ("labelsTs", "labelsTs")):
+        shutil.copytree(home / "tutorial" / source, folder / target)
+    shutil.copy(home / "nnunet/nnUNet_raw/Dataset022_FLARE22/dataset.json", folder)
+    link_validation(home, folder)
+    run_page(home, "docs/evaluation.md")
+    assert (folder / "segmentations" / "evaluation_flare22.csv").exists()
+
+
+def test_report(home):
+    folder = home / "report"
+    folder.mkdir()
+    link_validation(home, folder)
+    run_page(home, "docs/report.md")
+
+
+def link_validation(home: Path, folder: Path) -> None:
+    """Links what somebody who works in a model's folder has there."""
+    (folder / "fold_0").symlink_to(model(home, "DiffusionPretrainedTrainer") / "fold_0")
+    truth = home / "nnunet/nnUNet_preprocessed/Dataset022_FLARE22/gt_segmentations"
+    (folder / "gt_segmentations").symlink_to(truth)
+
+
+def test_samples(home):
+    folder = home / "samples"
+    folder.mkdir()
+    run(home, folder, ["nnunet_diffusion plan_and_preprocess -d 22 -c 2d",
+                       f"nnUNetv2_train 22 2d all -tr DenoisingDiffusionTrainer -p {PLANNED}"])  # fmt: skip
+    shutil.copy(model(home, "DenoisingDiffusionTrainer", configuration="2d") / "fold_all" / "denoiser.pth", folder)
+    run_page(home, "docs/samples.md")
+    assert (folder / "samples" / "quality_encoder.json").exists()
+
+
+def test_rounds(home):
+    folder = home / "rounds"
+    write_scans(folder / "new_scans", "FLARE22_Ts", range(1, 3), 13)
+    run_page(home, "docs/rounds.md")
+    assert len(list((folder / "masks").glob("*.nii.gz"))) == 2
+
+
+def test_readme(home):
+    folder = home / "README"
+    write_scans(folder / "imagesTr", "kbp", range(1, 7), 5, folder / "labelsTr")
+    write_scans(folder / "imagesUn", "kbp", range(7, 10), 5)
+    write_scans(folder / "new_scans", "kbp", range(10, 12), 5, folder / "labelsTs")
+    (folder / "kits23").mkdir()
+    kits(folder / "kits23" / "dataset", "segmentation", 3)
+    run_page(home, "README.md")
+    assert (folder / "masks" / "evaluation_nnunet.csv").exists()
+    exported = model(home, "nnUNetTrainer", "nnUNetCompactPlans", "2d", "Dataset501_OpenKBP")
+    assert (exported / "fold_0" / "checkpoint_final.pth").exists()
+
+
+def test_co_training(home):
+    folder = home / "co_training"
+    write_scans(folder / "scans", "kbp", range(10, 12), 5)
+    for name, cases in (("images", range(4)), ("labels", range(4)), ("more", range(4, 6))):
+        (folder / name).mkdir()
+        for case in cases:
+            picture = np.random.default_rng(case).integers(0, 255, (32, 32, 3), np.uint8)
+            if name == "labels":
+                picture = (picture[..., 0] > 200).astype(np.uint8)
+            imsave(folder / name / f"{case}.png", picture, check_contrast=False)
+    run_page(home, "docs/co_training.md")
+    assert len(list((folder / "masks").glob("*.nii.gz"))) == 2
+
+
+def test_mutual_learning(home):
+    folder = home / "mutual_learning"
+    write_scans(folder / "images", "kbp", range(1, 9), 4, folder / "labels")
+    groups = [["a", "b"], ["c", "d"]]
+    annotated = {f"kbp_{case:04d}": groups[case % 2] for case in range(1, 9)}
+    for case, names in annotated.items():
+        path = folder / "labels" / f"{case}.nii.gz"
+        seg = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+        save(np.where(np.isin(seg, ["abcd".index(name) + 1 for name in names]), seg, 0).astype(np.uint8), path)
+    (folder / "groups.json").write_text(json.dumps(annotated))
+    convert = "nnunet_diffusion convert folder images labels -d 601 -n Groups --labels a b c d --annotated groups.json"
+    run(home, folder, [convert, "nnunet_diffusion plan_and_preprocess -d 601 -c 3d_fullres"])
+    run_page(home, "docs/mutual_learning.md")
