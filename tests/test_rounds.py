@@ -370,6 +370,25 @@ def edit_json(path, **values):
 
 
 @pytest.mark.slow
+def test_a_round_starts_from_the_denoiser_of_the_plan_that_it_was_made_from(world, results):
+    """Or says before any training that there is none."""
+    from nnunet_diffusion.rounds.loop import Rounds
+    from nnunet_diffusion.rounds.run import Request
+    from nnunet_diffusion.trainers.PseudoLabelTrainer import PseudoLabelTrainer
+
+    tiny.write_plans(json.loads((world[0] / "R.json").read_text()), "D")
+    rounds = Rounds(Request(tiny.NAME, "2d", "0", "D", device="cpu"))
+    with pytest.raises(UserError, match="no denoiser to start from(.|\n)*2d all -tr DenoisingDiffusionTrainer -p D\n"):
+        rounds.train_first(rounds.steps(1))
+    denoiser = results / "DenoisingDiffusionTrainer__D__2d" / "fold_all" / "denoiser.pth"
+    denoiser.parent.mkdir(parents=True)
+    denoiser.touch()
+    rounds.refuse_missing_denoiser()
+    rounds.write_plans(1, "pseudo", 0)
+    assert tiny.trainer(PseudoLabelTrainer, plans="D_round1").find_denoiser() == str(denoiser)
+
+
+@pytest.mark.slow
 def test_what_changed_is_named_and_not_mixed(world, results, capsys):
     folder, _, _ = world
     assert main([*COMMAND, "--status"]) == 0

@@ -1,7 +1,6 @@
 """Fine-tunes all of the planned network from a denoiser."""
 
 from batchgenerators.utilities.file_and_folder_operations import join
-from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion.errors import UserError
@@ -10,6 +9,7 @@ from nnunet_diffusion.networks.conditioning import fold
 from nnunet_diffusion.networks.denoiser_file import load_denoiser, plan_identity, rebuild
 from nnunet_diffusion.networks.transfer import (
     first_existing,
+    own_results,
     plan_differences,
     pretrained_weights_argument,
     transfer,
@@ -90,16 +90,15 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
 
     def own_results(self, trainer: str, file: str) -> list[str]:
         """Where this data set's own result of a pre-training for this plan may be: the own fold's first."""
-        plans, configuration = self.plans_manager.plans_name, self.configuration_name
-        inherited = self.plans_manager.plans["configurations"][configuration].get("inherits_from")
-        return [
-            join(nnUNet_results, self.plans_manager.dataset_name, f"{trainer}__{plans}__{name}", f"fold_{fold}", file)
-            for name in (configuration, inherited) if name
-            for fold in dict.fromkeys((self.fold, "all"))
-        ]  # fmt: skip
+        plans, name = self.plans_manager, self.name_of_pretrained_plans()
+        return own_results(plans, name, self.configuration_name, self.fold, trainer, file)
+
+    def name_of_pretrained_plans(self) -> str:
+        """The name of the plans that a pre-training of this data set had."""
+        return self.plans_manager.plans_name
 
     def training_command(self, trainer: str) -> str:
         """What makes the result of a pre-training for this plan."""
-        plans, dataset = self.plans_manager.plans_name, self.plans_manager.dataset_name
+        plans, dataset = self.name_of_pretrained_plans(), self.plans_manager.dataset_name
         dataset_id = dataset[len("Dataset") : len("Dataset") + 3]
         return f"nnUNetv2_train {dataset_id} {self.configuration_name} all -tr {trainer} -p {plans}"

@@ -26,6 +26,7 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
 
     pseudo_labels: str = ""  # folder below <data_identifier>_pseudo, such as nnUNetPlans__2d__fold_{fold}/round_1
     start_from: str = ""  # checkpoint, as it is or below the data set's results; empty: the denoiser
+    plans_of_denoiser: str = ""  # name of the plans that the data set's own denoiser was trained with; empty: these
     annotated_share: float = 0.5  # of the training cases that are drawn; 0: every case equally often
     balanced: bool = False  # in the place of annotated_share
 
@@ -88,6 +89,10 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
             return super().train_step(batch)
         finally:
             self.annotations = annotations
+
+    def name_of_pretrained_plans(self) -> str:
+        """A round's plans only add settings to those that the denoiser was trained with."""
+        return self.plans_of_denoiser or super().name_of_pretrained_plans()
 
     def transfer_denoiser(self):
         """Or takes over the weights of a checkpoint."""

@@ -5,6 +5,8 @@ import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
@@ -153,6 +155,27 @@ def plan_differences(trained: dict, now: dict) -> list[str]:
                         f"{before.get(key)}, now {values[key]}"
                     )
     return differences
+
+
+def own_results(
+    plans: PlansManager, plans_name: str, configuration: str, fold: int | str, trainer: str, file: str
+) -> list[str]:
+    """Where a data set's own result of a pre-training for a plan may be: the own fold's first, then fold all's.
+
+    Args:
+        plans: Of the data set.
+        plans_name: Of the pre-training; rounds have plans of other names that only add settings.
+        configuration: That of a configuration which this one inherits from will do, too.
+        fold: The own.
+        trainer: Of the pre-training.
+        file: In its output folder.
+    """
+    inherited = plans.plans["configurations"][configuration].get("inherits_from")
+    return [
+        os.path.join(nnUNet_results, plans.dataset_name, f"{trainer}__{plans_name}__{name}", f"fold_{number}", file)
+        for name in (configuration, inherited) if name
+        for number in dict.fromkeys((fold, "all"))
+    ]  # fmt: skip
 
 
 def first_existing(candidates: list[str], how_to_make_one: str) -> str:

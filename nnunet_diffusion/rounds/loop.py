@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
 from nnunet_diffusion.data.completion import NOTHING_ANNOTATED, ignore_uncertain, keep_labels
 from nnunet_diffusion.data.pseudo import ENDING, ignoring, pseudo_cases, save_pseudo_label
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.networks.transfer import first_existing, own_results
 from nnunet_diffusion.rounds.gate import DROP, KEEP, Verdict, judge
 from nnunet_diffusion.rounds.given_model import refuse_leak, refuse_missing, refuse_other_data
 from nnunet_diffusion.rounds.prediction import Teacher, is_predicted, load_prediction, predict_case, read_evidence
@@ -42,6 +44,7 @@ class Rounds(Run):
         entry = self.entry(0)
         if "checkpoints" in entry:
             return False
+        self.refuse_missing_denoiser()
         if self.request.model or self.is_trained_elsewhere():
             self.check_model()
         else:
@@ -51,6 +54,20 @@ class Rounds(Run):
             steps.run(self.training("training on annotated cases", 0, plans, trainer, epochs, [digest(self.plans)]))
         self.finish(entry, 0)
         return True
+
+    def refuse_missing_denoiser(self) -> None:
+        """Raises UserError if the rounds are to start from a denoiser and there is none, before anything is trained."""
+        settings = self.plans.get("nnunet_diffusion", {}).get(TRAINER, {})
+        if self.request.start != "denoiser" or settings.get("scratch") or settings.get("start_from"):
+            return
+        plans, configuration = PlansManager(self.plans), self.request.configuration
+        fold, pretraining = self.request.fold, "DenoisingDiffusionTrainer"
+        own = own_results(plans, self.request.plans, configuration, fold, pretraining, "denoiser.pth")
+        first_existing(
+            [settings["denoiser"]] if settings.get("denoiser") else own,
+            f"make one with\n  nnUNetv2_train {self.request.dataset} {configuration} all -tr {pretraining} "
+            f"-p {self.request.plans}\nor let the rounds start elsewhere with --start scratch or --start previous",
+        )
 
     def is_trained_elsewhere(self) -> bool:
         """Whether the user has trained the first model already."""
@@ -218,6 +235,7 @@ class Rounds(Run):
             settings["start_from"] = os.path.join(self.model(teacher), "fold_{fold}", CHECKPOINT)
         if self.request.start == "scratch" and number != "finetune":
             settings["scratch"] = True
+        settings["plans_of_denoiser"] = self.request.plans
         name = self.round_plans(number)
         content = {**self.plans, "plans_name": name, "nnunet_diffusion": block | {TRAINER: settings}}
         write_json(os.path.join(self.base, name + ".json"), content)
