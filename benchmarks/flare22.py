@@ -11,7 +11,6 @@ in miniature, on a data set of nnU-Net's that is there:
 """
 
 import argparse
-import inspect
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from pathlib import Path
 
 from report import write_spread
 
-from nnunet_diffusion.cli.plan_and_preprocess import find_dataset, find_planner
+from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_dataset, find_planner
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, write_json
 from nnunet_diffusion.installation import require_folders
@@ -73,8 +72,7 @@ def write_plans(preprocessed: Path, plans: str, args: argparse.Namespace) -> str
 def run_steps(args: argparse.Namespace) -> Path:
     """Runs everything; returns the folder with label_efficiency.json."""
     python, d, few = sys.executable, str(args.d), str(Path(__file__).with_name("label_efficiency.py"))
-    planner = inspect.signature(find_planner(args.pl).__init__)
-    plans = planner.parameters["plans_name"].default
+    plans = default_plans_name(find_planner(args.pl))
     raw, root, results = (Path(os.environ[f"nnUNet_{kind}"]) for kind in ("raw", "preprocessed", "results"))
     name = f"Dataset{args.d:03d}_FLARE22" if args.source else find_dataset(d)
     preprocessed = root / name

@@ -14,7 +14,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 
 from nnunet_diffusion import trainers
-from nnunet_diffusion.cli.plan_and_preprocess import find_planner
+from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_planner
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.planners.CompactPlanner import CompactPlanner
 from nnunet_diffusion.planners.DiffusionPlanner import DiffusionPlanner
@@ -153,6 +153,16 @@ def test_unmeasured_scans_are_an_error(dataset):
     (preprocessed / "unlabeled_fingerprint.json").unlink()
     with pytest.raises(UserError, match="1 unlabelled scans .* were not measured .u0.*plan_and_preprocess"):
         DiffusionPlanner(9)
+
+
+@pytest.mark.parametrize(
+    ("planner", "plans"),
+    [("DiffusionPlanner", "nnUNetDiffusionPlans"), ("DiffusionPlannerL", "nnUNetDiffusionLPlans"),
+     ("DiffusionPlannerXL", "nnUNetDiffusionXLPlans"), ("CompactPlanner", "nnUNetCompactPlans"),
+     ("nnUNetPlannerResEncM", "nnUNetResEncUNetMPlans"), ("ExperimentPlanner", "nnUNetPlans")],
+)  # fmt: skip
+def test_the_name_of_the_plans_is_known_before_planning(planner, plans):
+    assert default_plans_name(find_planner(planner)) == plans
 
 
 def test_planners_are_found_by_name():

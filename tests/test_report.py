@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -274,9 +275,10 @@ def test_what_was_trained_beside_the_labels_is_said_and_mutual_logs_are_no_model
     (preprocessed / "splits_final.json").write_text(json.dumps([{"train": ["case_000", "case_001"], "val": []}]))
     (results / "mutual__P__2d" / "fold_0" / "logs").mkdir(parents=True)
     _, page = report(root)
-    labelled = "<td>2 cases, 1 for some labels only"
+    names = list(LABELS)[1:]  # one of the two cases has the first two of them only
+    counts = ", ".join(f"{name} in {2 if name in names[:2] else 1}" for name in names)
     for end in ("</td>", ", and pseudo labels of the pool</td>", ", and images of the pool</td>"):
-        assert page.count(labelled + end) == 1
+        assert page.count(f"<td>2 labelled cases, 1 for some labels only ({counts}){end}") == 1
     assert page.count("<td>images of 2 labelled cases, and the pool</td>") == 1
     assert "mutual" not in page
 
@@ -292,6 +294,17 @@ def test_a_case_whose_files_are_gone_is_named(root, capsys):
 def test_an_unknown_data_set_is_named(root, capsys):
     assert main(["report", "-d", "996"]) == 1
     assert "-d 996" in capsys.readouterr().err
+
+
+def test_what_is_read_by_its_colour_stands_out():
+    """At least 3:1 against white, WCAG 2.1's least for what is not text."""
+    css = Path(find_rounds.__code__.co_filename).with_name("page.css").read_text()
+    colours = re.findall(r"(?:outline: 3px solid |fill: )(#[0-9a-f]{6})", css)
+    assert len(colours) >= 4
+    for colour in colours:
+        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        assert 1.05 / (np.dot(linear, (0.2126, 0.7152, 0.0722)) + 0.05) >= 3, colour
 
 
 # ---------------------------------------------------------------- in a browser

@@ -1,7 +1,6 @@
 """`nnunet_diffusion demo`: from scans to segmentations and pictures, beside the from-scratch control."""
 
 import argparse
-import inspect
 import json
 import os
 import shlex
@@ -125,11 +124,10 @@ class Demo:
 
     def prepare(self) -> None:
         """Makes the synthetic data, plans and preprocesses, and decides what is held out."""
-        from nnunet_diffusion.cli.plan_and_preprocess import find_planner
+        from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_planner
         from nnunet_diffusion.steps import Step, number_of_cores
 
-        planner = inspect.signature(find_planner(self.args.planner).__init__)
-        self.plans_name = planner.parameters["plans_name"].default
+        self.plans_name = default_plans_name(find_planner(self.args.planner))
         if not self.args.data:
             print(f'{INTRODUCTION}folders: eval "$(nnunet_diffusion env --root {shlex.quote(self.folder)})"\n')
             counts = [f"--{kind}={getattr(self.args, kind)}" for kind in CASES]

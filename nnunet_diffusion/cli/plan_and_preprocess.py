@@ -105,12 +105,16 @@ def existing_plan(name: str, planner_class: type) -> str:
     """
     from nnunetv2.paths import nnUNet_preprocessed
 
-    plans_name = inspect.signature(planner_class.__init__).parameters["plans_name"].default
-    plans_name = plans_name or planner_class.default_plans_name  # of DiffusionPlanner and its kin
-    path = os.path.join(nnUNet_preprocessed, name, plans_name + ".json")
+    path = os.path.join(nnUNet_preprocessed, name, default_plans_name(planner_class) + ".json")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no plan yet: run the command with --no_pool first, then the parts")
     return path
+
+
+def default_plans_name(planner_class: type) -> str:
+    """The name that a planner gives its plans."""
+    default = inspect.signature(planner_class.__init__).parameters["plans_name"].default
+    return default or planner_class.default_plans_name  # of DiffusionPlanner and its kin
 
 
 def find_dataset(name_or_id: str) -> str:

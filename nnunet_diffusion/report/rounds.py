@@ -69,8 +69,8 @@ def rounds_section(results: Results, runs: dict[str, list[Round]]) -> Html:
         for file in sorted(glob.glob(os.path.join(glob.escape(last.folder), "**", "*.png"), recursive=True))[:4]:
             parts.append(picture(results, file, f"Pseudo labels of {os.path.basename(file)[:-4]}, round {last.number}"))
     key = join(element("span", element("span", class_="key", style="background:#007a5a"), "kept"),
-               element("span", element("span", class_="key", style="background:#d98200"), "waiting"),
-               element("span", element("span", class_="key", style="background:#c3ccd1"), "dropped"))  # fmt: skip
+               element("span", element("span", class_="key", style="background:#a86500"), "waiting"),
+               element("span", element("span", class_="key", style="background:#7f8b92"), "dropped"))  # fmt: skip
     return element("section", parts[0], element("div", key, class_="organs"), *parts[1:], id="rounds")
 
 

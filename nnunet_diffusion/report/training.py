@@ -80,16 +80,20 @@ def training_section(results: Results) -> Html:
 def _folds_table(results: Results, model: Model) -> Html:
     rows = []
     for fold in model.folds:
-        start = "no transfer report"
-        if fold.transfer:
-            start = f"{_short(fold.transfer['source'])}, folded at t* = {fold.transfer['timestep']}"
-        if fold.denoiser is not None:
-            start = "random weights"
         epochs = max((len(values) for values in fold.curves.values()), default=0)
         state = "finished" if fold.is_finished else "not finished"
-        rows.append([fold.name, _trained_on(results, model, fold), start, str(epochs) if epochs else "no log", state])
+        trained_on, start = _trained_on(results, model, fold), _started_from(model, fold)
+        rows.append([fold.name, trained_on, start, str(epochs) if epochs else "no log", state])
     head = ["fold", "trained on", "started from", "epochs", "state"]
     return table(f"Folds of {model.trainer}", head, rows, numeric=False)
+
+
+def _started_from(model: Model, fold: Fold) -> str:
+    if fold.transfer:
+        return f"{_short(fold.transfer['source'])}, folded at t* = {fold.transfer['timestep']}"
+    if fold.denoiser is not None or model.settings.get("scratch"):
+        return "random weights"
+    return model.settings.get("start_from") or "not recorded"
 
 
 BESIDE_LABELS = {
@@ -103,16 +107,22 @@ def _trained_on(results: Results, model: Model, fold: Fold) -> str:
     if fold.denoiser is not None:
         training = fold.denoiser["training"]
         return f"{training.get('images', '?')} images, {training.get('of_the_pool', '?')} of them of the pool"
-    if not fold.name.isdigit():
-        return "all labelled cases"
-    if int(fold.name) >= len(results.splits):
+    if fold.name.isdigit() and int(fold.name) >= len(results.splits):
         return "its split is not known"
-    cases = results.splits[int(fold.name)]["train"]
+    everything = list(results.dataset_json.get("dataset", ()))  # nnU-Net's other layout does not name its cases
+    cases = results.splits[int(fold.name)]["train"] if fold.name.isdigit() else everything
+    labelled = f"{len(cases)} labelled cases" if cases else "all labelled cases"
     if model.trainer in ("DenoisingDiffusionTrainer", "DiffusionTeacherTrainer"):
-        return f"images of {len(cases)} labelled cases, and the pool"
-    partial = sum(_is_partial(case, results.dataset_json) for case in cases)
-    labelled = f"{len(cases)} cases" + (f", {partial} for some labels only" if partial else "")
+        return f"images of {labelled}, and the pool"
+    if partial := sum(_is_partial(case, results.dataset_json) for case in cases):
+        labelled += f", {partial} for some labels only ({_counts(results, cases)})"
     return labelled + BESIDE_LABELS.get(model.trainer, "")
+
+
+def _counts(results: Results, cases: list[str]) -> str:
+    kinds = {organ: [annotation_kind(case, organ, results.dataset_json) for case in cases]
+             for organ in organ_names(results.dataset_json)}  # fmt: skip
+    return ", ".join(f"{organ} in {found.count('annotated')}" for organ, found in kinds.items())
 
 
 def _transfer(fold: Fold) -> Html:
