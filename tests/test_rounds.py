@@ -26,7 +26,7 @@ from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases, save_p
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, centre, disagreement, measure, pairwise_dice
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, doubts, judge
-from nnunet_diffusion.rounds.prediction import Teacher, load_prediction, read_preprocessed
+from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case, read_preprocessed
 from nnunet_diffusion.rounds.state import load_state, locked, record, refuse_changed_cases, save_state
 from nnunet_diffusion.steps import command_environment
 
@@ -465,6 +465,67 @@ def test_the_loop_stops_when_agreement_falls_and_keeps_the_best_model(world):
 
 
 @pytest.mark.slow
+def test_a_fall_of_the_agreement_ends_the_run_with_the_model_before(world, results, capsys):
+    rounds, final = the_run(), results / "PseudoLabelTrainer__R__2d" / "fold_0" / "checkpoint_final.pth"
+    state, last = Path(rounds.state_file).read_text(), final.read_bytes()
+    for entry, agreement in zip(rounds.state["rounds"], (0.9, 0.1), strict=True):
+        entry["agreement"] = agreement
+    object.__setattr__(rounds.request, "tolerance", 0.01)
+    rounds.run(3)
+    assert "round 1: agreement with the held-out annotations fell: stopped" in capsys.readouterr().out
+    first = results / "DiffusionPretrainedTrainer__R__2d" / "fold_0" / "checkpoint_final.pth"
+    assert final.read_bytes() == first.read_bytes() and len(rounds.state["rounds"]) == 2
+    Path(rounds.state_file).write_text(state)
+    rounds = the_run()
+    rounds.publish(1, rounds.steps(1))
+    assert final.read_bytes() == last
+
+
+@pytest.mark.slow
+def test_an_annotation_that_comes_later_takes_the_place_of_the_pseudo_label(world):
+    from nnunet_diffusion.trainers.PseudoLabelTrainer import PseudoLabelTrainer
+
+    folder, _, _ = world
+    case = pseudo_cases(run_folder(folder) / "round_1")[-1]
+    labelled, pool = folder / "nnUNetCompactPlans_2d", folder / "nnUNetCompactPlans_2d_unlabeled"
+    assert (pool / f"{case}.b2nd").exists()
+    state = run_folder(folder) / "state.json"
+    before = state.read_text()
+    for source, target in ((pool / f"{case}.b2nd", f"{case}.b2nd"), (pool / f"{case}.pkl", f"{case}.pkl"),
+                           (labelled / "tiny_000_seg.b2nd", f"{case}_seg.b2nd")):  # fmt: skip
+        shutil.copyfile(source, labelled / target)
+    try:
+        rounds = the_run()
+        assert rounds.new_cases == [case] and case in rounds.cases.split()[0]
+        assert case not in rounds.begin(2)["cases"]
+        trainer = tiny.trainer(PseudoLabelTrainer, plans="R_round1")
+        trainer.initialize()
+        train, _ = trainer.get_tr_and_val_datasets()
+        assert case not in trainer.taught and case in train.identifiers
+    finally:
+        for path in labelled.glob(f"{case}*"):
+            path.unlink()
+        state.write_text(before)
+
+
+@pytest.mark.slow
+def test_looking_changes_nothing(world, capsys):
+    before = contents(run_folder(world[0]))
+    assert main([*COMMAND, "--rounds", "2", "--dry_run"]) == 0 and "round 2" in capsys.readouterr().out
+    assert main([*COMMAND, "--rounds", "2", "--status"]) == 0
+    assert contents(run_folder(world[0])) == before
+
+
+@pytest.mark.slow
+def test_a_scan_that_the_plan_cannot_hold_is_named(world, results, tmp_path):
+    teacher = Teacher(str(results / "DiffusionPretrainedTrainer__R__2d"), ["0"], "one", torch.device("cpu"))
+    path = str(tmp_path / "odd.b2nd")
+    blosc2.asarray(np.zeros((2, 4, 16, 16), np.float32), urlpath=path)
+    with pytest.raises(UserError, match="odd.b2nd is .2, 4, 16, 16.: the plan holds .channel, x, y, z. with 1"):
+        predict_case(teacher, "odd", Case(path, (1.0, 1.0, 1.0), None), str(tmp_path / "predicted"), "", {})
+
+
+@pytest.mark.slow
 def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_stock_prediction(
     world, results, tmp_path, monkeypatch, capsys
 ):
@@ -520,21 +581,27 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
 def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path):
     """Two kills, or as many as NNUNET_DIFFUSION_KILLS says; kept cases, pseudo labels and weights are the same."""
     folder, seconds, fresh = world
-    shutil.copytree(fresh, tmp_path / "preprocessed" / tiny.NAME)
     environment = os.environ | {
         "nnUNet_preprocessed": str(tmp_path / "preprocessed"),
         "nnUNet_results": str(tmp_path / "results"),
     }
     command = [sys.executable, "-c", "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"]
     command += [*COMMAND, "--rounds", "1"]
-    rng = random.Random(0)
-    for _ in range(KILLS):
+    rng, kills, is_new = random.Random(0), 0, True
+    while kills < KILLS:
+        if is_new:
+            shutil.rmtree(tmp_path / "results", ignore_errors=True)
+            shutil.rmtree(tmp_path / "preprocessed", ignore_errors=True)
+            shutil.copytree(fresh, tmp_path / "preprocessed" / tiny.NAME)
         process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            process.wait(rng.uniform(0.1, 0.7) * seconds)
+            assert process.wait(rng.uniform(0.1, 0.9) * seconds) == 0
+            is_new = True  # the end came before the kill: once more from the beginning
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
+            is_new = False
+            kills += 1
     subprocess.run(command, env=environment, check=True, capture_output=True)
     mine = run_folder(tmp_path / "preprocessed" / tiny.NAME)
     verdicts = [
