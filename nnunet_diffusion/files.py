@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from nnunet_diffusion.errors import UserError
+
 
 @contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[str]:
@@ -25,6 +27,20 @@ def atomic(path: str | os.PathLike) -> Iterator[str]:
         with suppress(OSError):
             os.remove(temporary)
         raise
+
+
+def read_json(path: str | os.PathLike, remedy: str = "correct it") -> Any:
+    """The content of a JSON file that a person may have edited.
+
+    Raises:
+        UserError: If it is not JSON; with what to do.
+        OSError: If it cannot be read.
+    """
+    try:
+        with open(path, encoding="utf-8") as f:
+            return json.load(f)
+    except ValueError as error:
+        raise UserError(f"{path}: is no JSON ({error}): {remedy}") from error
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

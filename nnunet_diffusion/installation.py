@@ -69,6 +69,25 @@ def require_folders(names: tuple[str, ...] = FOLDERS) -> None:
         )
 
 
+def usable_device(name: str | None = None):
+    """The torch device of that name, or the best that this machine has.
+
+    Raises:
+        UserError: If it cannot be used here.
+    """
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type != "cuda":
+            torch.zeros(1, device=device)
+        elif not torch.cuda.is_available():
+            raise RuntimeError("torch finds no GPU")
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name}: cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
+    return device
+
+
 def check() -> Iterator[Finding]:
     """Looks at everything that a training needs; takes seconds, as one process imports torch and nnU-Net."""
     yield from check_versions()

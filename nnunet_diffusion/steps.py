@@ -36,6 +36,8 @@ class Step:
     replaces: str = ""  # this folder is removed when the step starts anew
     is_incremental: bool = False  # the command itself knows what is missing: it is always run
     environment: Mapping[str, str] = field(default_factory=dict)  # for this command alone
+    where: Sequence[str] = ()  # arguments that say where it runs and do not decide what comes out
+    partly_done_if: str = ""  # a command that fails and ends with a line with this is taken as done, but not forgotten
 
     @property
     def identity(self) -> list:
@@ -75,6 +77,7 @@ class Steps:
             with open(self.state_file, encoding="utf-8") as f:
                 self.state = json.load(f)
         self.number = 0
+        self.partly_done: list[str] = []
         self.is_fresh = False  # from the first step that had to run, all later ones must
 
     def run(self, step: Step) -> None:
@@ -91,7 +94,7 @@ class Steps:
         if is_finished and not step.is_incremental:
             print(f"{heading}: done before in {known['seconds']:.0f} s", flush=True)
             return
-        command = [*step.command, *(step.resume_with if is_same else ())]
+        command = [*step.command, *step.where, *(step.resume_with if is_same else ())]
         print(f"{heading}\n  $ {shlex.join(command)}", flush=True)
         if step.replaces and not is_same:
             shutil.rmtree(step.replaces, ignore_errors=True)
@@ -99,6 +102,10 @@ class Steps:
         self._remember(step, None)
         log, start = os.path.join(self.folder, "logs", re.sub(r"\W+", "_", step.title).strip("_") + ".txt"), time()
         code, last_lines = self._execute(step, command, log)
+        if code and step.partly_done_if and any(step.partly_done_if in line for line in last_lines):
+            print("".join(f"  | {line}\n" for line in last_lines), end="", flush=True)
+            self.partly_done.append(step.title)
+            code = 0
         if code == 0 and not os.path.exists(step.output):
             code, last_lines = 0, [*last_lines, f"it ended without {step.output}"]
         elif code == 0:

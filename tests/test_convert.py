@@ -59,6 +59,16 @@ def test_folder_refers_to_the_files_where_they_are(source, raw, capsys):
     assert unlabeled == {"c": [str(source / "pool" / "c_0000.nii.gz")]}
 
 
+def test_one_of_several_file_endings(source, raw, capsys):
+    scan(source / "images" / "other_0000.nrrd")
+    assert convert(source) == 1
+    assert convert(source, "--file_ending", "nii.gz") == 1
+    assert "--file_ending nii.gz: take one of .nii.gz, " in capsys.readouterr().err and not list(raw.iterdir())
+    assert convert(source, "--file_ending", ".nii.gz") == 0
+    content, labeled, _ = as_nnunet_reads(raw / "Dataset005_Tiny")
+    assert content["file_ending"] == ".nii.gz" and list(labeled) == ["a", "b"]
+
+
 def test_nnunet_verifies_the_result(source, raw):
     from nnunetv2.experiment_planning.verify_dataset_integrity import check_cases, verify_labels
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO

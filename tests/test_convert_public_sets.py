@@ -198,7 +198,7 @@ def test_what_is_not_whole_is_refused(tmp_path, raw):
     scan(source / "again" / "img0001.nii.gz")
     with pytest.raises(UserError, match="0001: is there twice, as .*img0001.nii.gz and .*img0001.nii.gz"):
         convert_btcv(str(source))
-    with pytest.raises(UserError, match="has no case in or below it, an image such as imagesTr/"):
+    with pytest.raises(UserError, match="has no case in or below it, an image such as imagesTr/CASE.nii.gz with"):
         convert_spleen(str(source))
     with pytest.raises(UserError, match="nowhere: is not a folder"):
         convert_spleen(str(source / "nowhere"))

@@ -95,6 +95,30 @@ def test_step_started_anew_does_not_continue_an_older_one(steps_of, tmp_path):
     assert os.listdir(model) == ["done"]
 
 
+def test_where_a_step_runs_does_not_decide_whether_it_is_continued(steps_of, tmp_path):
+    code = (
+        "import sys, pathlib; p = pathlib.Path(sys.argv[1])\n"
+        "if '--c' not in sys.argv: p.with_name('half').touch(); sys.exit(1)\n"
+        "assert sys.argv[2:] == ['-device', 'cuda', '--c']; p.with_name('half').rename(p)"
+    )
+    for device in ("cpu", "cuda"):
+        step = python("one", code, tmp_path / "a", where=["-device", device], resume_with=["--c"])
+        if device == "cpu":
+            with pytest.raises(UserError, match="step 1, one, failed"):
+                steps_of().run(step)
+    steps_of().run(step)
+    assert (tmp_path / "a").exists()
+
+
+def test_step_that_skipped_something_is_done_but_not_forgotten(steps_of, tmp_path, capsys):
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).touch(); sys.exit('1 scan was skipped, all else is done')"
+    steps = steps_of()
+    steps.run(python("one", code, tmp_path / "a", partly_done_if="all else is done"))
+    assert steps.partly_done == ["one"] and "| 1 scan was skipped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="exit code 1"):
+        steps_of().run(python("two", code, tmp_path / "b", partly_done_if="something else"))
+
+
 def test_step_without_its_output_failed(steps_of, tmp_path):
     with pytest.raises(UserError, match=r"it ended without .*nothing"):
         steps_of().run(python("one", "", tmp_path / "nothing"))

@@ -358,12 +358,14 @@ def test_wrong_paths_and_numbers_are_named(folders, capsys, monkeypatch):
     (folders / "empty").mkdir()
     (folders / "no.json").write_text("{")
     (folders / "other.json").write_text('{"labels": 3}')
+    (folders / "old.json").write_text('{"labels": {"0": "background", "1": "liver"}, "file_ending": ".nii.gz"}')
     cases = {
         (predicted, str(folders / "nowhere")): "nowhere: is not a folder",
         (str(folders / "empty"), labels): "nothing could be compared",
         (predicted, labels, "--tolerance", "-1"): "--tolerance -1.0: a distance in mm is 0 or more",
         (predicted, labels, "--dataset_json", str(folders / "no.json")): "no.json: is no JSON",
         (predicted, labels, "--dataset_json", str(folders / "other.json")): "has no 'labels' or no 'file_ending'",
+        (predicted, labels, "--dataset_json", str(folders / "old.json")): "old.json: nnU-Net cannot use its labels",
         (predicted, labels, "--dataset_json", str(folders / "gone.json")): "gone.json",
     }
     for arguments, message in cases.items():

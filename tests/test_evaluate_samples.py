@@ -202,3 +202,17 @@ def test_an_empty_or_foreign_folder_is_named(tmp_path, session_folders, capsys):
     (tmp_path / "samples.json").write_text(json.dumps({"plan": denoisers.plan()}))
     assert main(["evaluate_samples", str(tmp_path)]) == 1
     assert "0 sample(s) and 0 real patches: -k 3 takes at least 4" in capsys.readouterr().err
+
+
+def test_other_features_than_asked_for_and_another_denoiser_are_named(tmp_path, session_folders, capsys):
+    path, out = denoisers.write(tmp_path / "d.pth"), str(tmp_path / "samples")
+    assert main(["sample", "--denoiser", path, "-n", "4", "--steps", "2", "-o", out, "--device", "cpu"]) == 0
+    command = ["evaluate_samples", out, "--device", "cpu"]
+    two = denoisers.write(tmp_path / "two.pth", denoisers.plan(channels=2))
+    for more, message in (
+        (["--inception_weights", "x.pth"], "--inception_weights: only with --features inception"),
+        (["--denoiser", two], "two.pth was made for other patches than the samples"),
+        ([], "-p nnUNetTinyPlans: there is no "),
+    ):
+        assert main([*command, *more]) == 1
+        assert message in capsys.readouterr().err

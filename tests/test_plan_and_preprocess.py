@@ -162,7 +162,7 @@ def test_unset_folders_and_broken_plans(raw, preprocessed, capsys, monkeypatch):
     assert run("-c", "2d", "-pl", "CompactPlanner") == 0
     (preprocessed / "nnUNetCompactPlans.json").write_text("{")
     assert run("-c", "2d", "-pl", "CompactPlanner") == 1
-    assert "nnUNetCompactPlans.json: not JSON" in capsys.readouterr().err
+    assert "nnUNetCompactPlans.json: is no JSON" in capsys.readouterr().err
     monkeypatch.delenv("nnUNet_preprocessed")
     assert run() == 1
     assert "nnUNet_preprocessed" in capsys.readouterr().err

@@ -331,6 +331,15 @@ def test_a_model_that_may_have_seen_the_validation_cases_is_refused(world, resul
             rounds.check_model()
     object.__setattr__(rounds.request, "model", str(source))
     rounds.check_model()
+    object.__setattr__(rounds.request, "model", rounds.final_model())
+    with pytest.raises(UserError, match="is where the outcome goes"):
+        rounds.refuse_unusable_start()
+    (tmp_path / "unvalidated" / "fold_1").mkdir()
+    (tmp_path / "unvalidated" / "fold_1" / "checkpoint_final.pth").touch()
+    for name, value in (("model", str(tmp_path / "unvalidated")), ("fold", "all"), ("start", "previous")):
+        object.__setattr__(rounds.request, name, value)
+    with pytest.raises(UserError, match="an ensemble has no weights to go on from"):
+        rounds.refuse_unusable_start()
 
 
 @pytest.mark.slow
@@ -383,7 +392,7 @@ def test_a_round_starts_from_the_denoiser_of_the_plan_that_it_was_made_from(worl
     denoiser = results / "DenoisingDiffusionTrainer__D__2d" / "fold_all" / "denoiser.pth"
     denoiser.parent.mkdir(parents=True)
     denoiser.touch()
-    rounds.refuse_missing_denoiser()
+    rounds.refuse_unusable_start()
     rounds.write_plans(1, "pseudo", 0)
     assert tiny.trainer(PseudoLabelTrainer, plans="D_round1").find_denoiser() == str(denoiser)
 

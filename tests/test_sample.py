@@ -139,6 +139,19 @@ def test_draws_what_is_missing(tmp_path, capsys):
     assert -961 <= values.min() < values.max() <= 1041  # the range of the images that it was trained on
 
 
+def test_the_sheet_needs_no_plan_of_this_machine(tmp_path, nnunet_folders):
+    """Neither where there is a plan of that name without this configuration, nor where it is not preprocessed."""
+    path = denoisers.write(tmp_path / "d.pth")
+    folder = nnunet_folders / "nnUNet_preprocessed" / "Dataset990_Tiny"
+    folder.mkdir()
+    for configurations in ({}, {"2d": {"data_identifier": "nowhere", "architecture": {}}}):
+        (folder / "nnUNetTinyPlans.json").write_text(json.dumps({"configurations": configurations}))
+        (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "box": 1}}))
+        out = tmp_path / f"samples_{len(configurations)}"
+        assert run("--denoiser", path, "--steps", 2, "-n", 1, "-o", out) == 0
+        assert (out / "samples.png").exists()
+
+
 def test_ddpm_visits_every_noise_level(tmp_path):
     assert run("--denoiser", denoisers.write(tmp_path / "d.pth"), "--sampler", "ddpm", "-n", 1) == 0
     assert json.loads((tmp_path / "samples" / "samples.json").read_text())["steps"] == 20
@@ -150,8 +163,9 @@ def test_ddpm_visits_every_noise_level(tmp_path):
         ((), "which denoiser"),
         (("--denoiser", "nowhere.pth"), "there is no denoiser nowhere.pth"),
         (("--denoiser", "d.pth", "--steps", 21), "knows 20 noise levels: give 1 to 20"),
+        (("--denoiser", "d.pth", "--batch_size", 0), "-n and --batch_size: at least 1"),
         (("--denoiser", "d.pth", "-n", 0), "-n and --batch_size: at least 1"),
-        (("--denoiser", "d.pth", "--device", "abacus"), "--device abacus: cannot be used here"),
+        (("--denoiser", "d.pth", "--device", "abacus"), "device abacus: cannot be used here"),
     ],
 )
 def test_mistakes_are_named(tmp_path, monkeypatch, capsys, arguments, message):

@@ -106,11 +106,33 @@ def test_the_command_trains_and_validates_under_torchrun(world):
         (["1", "2d", "0", "--c", "--val"], {}, "--c and --val"),
         (["1", "2d", "0", "--val_best", "--disable_checkpointing"], {}, "--val_best"),
         (["1", "2d", "0", "-num_gpus", "2"], {"WORLD_SIZE": "2"}, "torchrun decides"),
+        (["1", "2d", "0", "-device", "cpu", "-num_gpus", "2"], {}, "-num_gpus 2: only with -device cuda"),
+        (["1", "2d", "0", "-device", "cpu", "--c", "-pretrained_weights", "x"], {}, "--c and -pretrained_weights"),
+        (["1", "2d", "0", "-device", "cpu"], {}, "error: 1: "),
+        (["8", "2d", "0", "-device", "cpu"], {}, "give -p nnUNetCompactPlans or nnUNetDiffusionPlans"),
+        (["8", "4d", "0", "-device", "cpu", "-p", "nnUNetCompactPlans"], {}, "nnUNetCompactPlans.json has 2d, 3d"),
+        (["8", "2d", "0", "-device", "cpu", "-p", "nnUNetDiffusionPlans"], {}, "nnUNetDiffusionPlans.json: is no JSON"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folders, monkeypatch, capsys):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("nnUNet_extTrainer", "")  # restored afterwards
+    folder = nnunet_folders / "nnUNet_preprocessed" / "Dataset008_Some"
+    folder.mkdir()
+    (folder / "nnUNetCompactPlans.json").write_text('{"configurations": {"2d": {}, "3d": {}}}')
+    (folder / "nnUNetDiffusionPlans.json").write_text("{,}")
     assert main(["train", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize(
+    "command",
+    [["train", "1", "2d", "0"], ["mutual", "-d", "1", "-c", "2d", "-f", "0"], ["demo", "--device", "cuda"]],
+)
+def test_a_gpu_that_is_not_there_is_named(command, nnunet_folders, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("nnUNet_extTrainer", "")
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 1
+    assert "device cuda: cannot be used here (torch finds no GPU): try cpu" in capsys.readouterr().err

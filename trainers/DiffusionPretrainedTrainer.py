@@ -1,5 +1,7 @@
 """Fine-tunes all of the planned network from a denoiser."""
 
+from os.path import basename, dirname
+
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -70,6 +72,11 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
         now = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)
         report.warnings = plan_differences(content["plan"], now)
         self.print_to_log_file(report)
+        if self.fold != "all" and basename(dirname(path)) == "fold_all":
+            self.print_to_log_file(
+                f"This denoiser has seen the images (no labels) of all cases, those of fold {self.fold}'s validation "
+                f"among them: for validation on unseen images pre-train with fold {self.fold}"
+            )
         if self.local_rank == 0:
             write_json(join(self.output_folder, "transfer_report.json"), report.as_dict())
 

@@ -172,7 +172,7 @@ def _convert_partial(args: argparse.Namespace) -> Any:
     from nnunet_diffusion.data.partial import convert_partial
 
     mapping = args.mapping
-    if mapping == "abdomen" and not os.path.exists(mapping):
+    if mapping == "abdomen" and not os.path.isfile(mapping):
         mapping = os.path.join(os.path.dirname(dataset_conversion.__file__), "abdomen.json")
     return convert_partial(mapping, args.dataset_id, args.name, args.only, args.copy, args.num_threads)
 

@@ -79,8 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs all steps, then compares."""
     from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
-    from nnunet_diffusion.installation import require_folders
+    from nnunet_diffusion.installation import require_folders, usable_device
 
+    usable_device(args.device)
     if args.data:
         require_folders()
     elif min(args.labelled, args.test) < 1:
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return 0
+    return 1 if demo.steps.partly_done else 0
 
 
 class Demo:
@@ -136,7 +137,8 @@ class Demo:
         command = ["nnunet_diffusion", "plan_and_preprocess", "-d", self.id, "-c", self.args.configuration]
         command += ["-pl", self.args.planner, "-np", str(number_of_cores())]
         plans_file = os.path.join(self.preprocessed, self.plans_name + ".json")
-        self.steps.run(Step("plan and preprocess", command, plans_file, is_incremental=bool(self.args.data)))
+        self.steps.run(Step("plan and preprocess", command, plans_file, is_incremental=bool(self.args.data),
+                            partly_done_if="everything else is done"))  # fmt: skip
         self.dataset_json = load_json(os.path.join(self.raw, "dataset.json"))
         self.test = self.separate_test_cases()
         self.fold = "all" if self.test else "0"

@@ -1,11 +1,11 @@
 """`nnunet_diffusion evaluate`: how good predictions are, by FLARE22's rules or nnU-Net's."""
 
 import argparse
-import json
 import os
 import sys
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import read_json
 from nnunet_diffusion.installation import require_folders
 
 HELP = "Compare predictions with references: DSC, NSD and HD95 per case and organ, where the reference is annotated."
@@ -98,11 +98,13 @@ def read_dataset_json(path: str) -> dict:
     Raises:
         UserError: If it is not one.
     """
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-    except ValueError as error:
-        raise UserError(f"{path}: is no JSON ({error}): correct it") from error
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    content = read_json(path)
     if not isinstance(content, dict) or not isinstance(content.get("labels"), dict) or "file_ending" not in content:
         raise UserError(f"{path}: has no 'labels' or no 'file_ending': give the dataset.json of an nnU-Net data set")
+    try:
+        LabelManager(content["labels"], content.get("regions_class_order"))
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise UserError(f"{path}: nnU-Net cannot use its labels ({error}): give them as nnU-Net wants them") from error
     return content

@@ -6,10 +6,11 @@ import os
 import sys
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.installation import require_folders
+from nnunet_diffusion.installation import require_folders, usable_device
 
 HELP = "Measure drawn images against real ones: FID, sFID, improved precision and recall, their F1."
 NEEDS = ("nnUNet_preprocessed",)
+DRAWN_AT_ONCE = 8  # real patches; which ones are drawn depends on it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the figures and writes them beside the samples."""
     from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
-    from nnunet_diffusion.cli.sample import choose_device, real_batches
+    from nnunet_diffusion.cli.sample import real_batches
     from nnunet_diffusion.data.sample_files import numbers_in, read_description, read_samples
     from nnunet_diffusion.files import write_json
 
@@ -49,11 +50,13 @@ def run(args: argparse.Namespace) -> int:
             f"{args.samples}: {len(numbers)} sample(s) and {number_of_real} real patches: -k {args.k} takes at least "
             f"{max(2, args.k + 1)} of each, and a figure worth telling takes thousands"
         )
-    extractor = find_extractor(args, description, choose_device(args.device))
+    if args.inception_weights and args.features != "inception":
+        raise UserError("--inception_weights: only with --features inception")
+    extractor = find_extractor(args, description, usable_device(args.device))
     if args.d:
         require_folders(("nnUNet_raw",))
     dataset = find_dataset(args.d) if args.d else None
-    real = real_batches(plan, math.ceil(number_of_real / args.batch_size), args.batch_size, dataset)
+    real = real_batches(plan, math.ceil(number_of_real / DRAWN_AT_ONCE), DRAWN_AT_ONCE, dataset)
     found = {
         "real": features(extractor, (image for batch in real for image in batch), number_of_real, args.batch_size),
         "samples": features(extractor, read_samples(args.samples, numbers, plan), len(numbers), args.batch_size),
@@ -87,7 +90,8 @@ def find_extractor(args: argparse.Namespace, description: dict, device):
     denoiser = build(content).to(device).eval()
     if args.features == "inception":
         return inception_features(args.inception_weights, tuple(denoiser.image_range.tolist()), device)
-    if content["plan"]["patch_size"] != description["plan"]["patch_size"]:
+    its, ours = content["plan"], description["plan"]
+    if (its["patch_size"], len(its["channel_names"])) != (ours["patch_size"], len(ours["channel_names"])):
         raise UserError(f"{path} was made for other patches than the samples: give one of the same configuration")
     return encoder_features(denoiser, content["timestep"], sha256(path)[:12])
 

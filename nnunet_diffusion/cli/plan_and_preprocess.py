@@ -4,17 +4,18 @@ import contextlib
 import importlib
 import inspect
 import io
-import json
 import os
 import shutil
 import sys
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic
+from nnunet_diffusion.files import atomic, read_json
 
 HELP = "plan the network, preprocess the labelled cases, then the pool of unlabelled scans"
 NEEDS = ("nnUNet_raw", "nnUNet_preprocessed")
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+UNFINISHED = ".unfinished"  # beside a plans file that nnU-Net is writing
+REPLACE = "correct it, or replace it with --replan"
 EPILOG = """\
 Only what is missing is done: killed at any point, the same command continues. An existing plan is kept as it is
 (your edits too) unless --replan is given. A scan of the pool that cannot be used is skipped and listed at the
@@ -69,6 +70,8 @@ def run(args):
     name = find_dataset(args.dataset)
     planner_class = find_planner(args.planner)
     if args.num_parts is not None:
+        if args.replan or args.no_pool:
+            raise UserError("--replan and --no_pool: plan first with them, then do the parts without")
         plans_manager = PlansManager(existing_plan(name, planner_class))
         failed = {}
         for configuration in choose(args.configurations, plans_manager):
@@ -97,18 +100,18 @@ def report(failed: dict[str, str]) -> int:
     return 1 if failed else 0
 
 
-def existing_plan(name: str, planner_class: type) -> str:
-    """The path of the plans file that a planner has made.
+def existing_plan(name: str, planner_class: type) -> dict:
+    """The plans that a planner has made.
 
     Raises:
-        UserError: If there is none.
+        UserError: If there are none, or not all of them.
     """
     from nnunetv2.paths import nnUNet_preprocessed
 
     path = os.path.join(nnUNet_preprocessed, name, default_plans_name(planner_class) + ".json")
-    if not os.path.isfile(path):
+    if not os.path.isfile(path) or os.path.isfile(path + UNFINISHED):
         raise UserError(f"{path}: no plan yet: run the command with --no_pool first, then the parts")
-    return path
+    return read_json(path, REPLACE)
 
 
 def default_plans_name(planner_class: type) -> str:
@@ -191,14 +194,14 @@ def plan(name: str, planner_class: type, replan: bool) -> str:
     planner = planner_class(name)
     folder = os.path.join(nnUNet_preprocessed, name)
     plans_file = os.path.join(folder, planner.plans_identifier + ".json")
-    mark = plans_file + ".unfinished"
+    mark = plans_file + UNFINISHED
     if replan or not os.path.isfile(plans_file) or os.path.isfile(mark):
         open(mark, "w").close()
         with contextlib.redirect_stdout(io.StringIO()), at_least_one_thread():
             planner.plan_experiment()
         os.remove(mark)
         print(f"planned: {plans_file}")
-    elif is_outdated(load(plans_file), planner):
+    elif is_outdated(read_json(plans_file, REPLACE), planner):
         print(f"{plans_file}: kept, but the data have changed since it was made: --replan replaces it")
     else:
         print(f"{plans_file}: kept")
@@ -233,15 +236,6 @@ def is_outdated(plans: dict, planner) -> bool:
         or shape != plans["original_median_shape_after_transp"]
         or fingerprint[intensities] != plans[intensities]
     )
-
-
-def load(plans_file: str) -> dict:
-    """Reads a plans file, which a person may have edited."""
-    try:
-        with open(plans_file, encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as error:
-        raise UserError(f"{plans_file}: not JSON ({error}): correct it, or replace it with --replan") from error
 
 
 def choose(wanted: list[str] | None, plans_manager) -> list[str]:

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     import os
 
     from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
-    from nnunet_diffusion.installation import EXT_TRAINER, ext_trainer_folders, with_our_trainers
+    from nnunet_diffusion.installation import EXT_TRAINER, ext_trainer_folders, usable_device, with_our_trainers
     from nnunet_diffusion.rounds.gate import GateSettings
     from nnunet_diffusion.rounds.loop import Rounds
     from nnunet_diffusion.rounds.run import Request
@@ -82,9 +82,11 @@ def run(args: argparse.Namespace) -> int:
         mirroring=not args.disable_tta,
     )  # fmt: skip
     if args.status or args.dry_run:
-        rounds = Rounds(request)
+        rounds = Rounds(request, is_looking=args.status)
         print(rounds.table(args.rounds) if args.status else rounds.plan_of_work(args.rounds))
-    elif args.num_parts:
+        return 0
+    usable_device(args.device)
+    if args.num_parts:
         Rounds(request).predict_part(args.rounds, args.num_parts, args.part_id)
     else:
         with locked(lock_file(request)) as lock:

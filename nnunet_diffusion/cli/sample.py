@@ -5,7 +5,7 @@ import hashlib
 import os
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.installation import require_folders
+from nnunet_diffusion.installation import require_folders, usable_device
 
 HELP = "Draw images from a denoiser, in Hounsfield units for CT: NIfTI files and a sheet to look at."
 
@@ -41,10 +41,10 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.diffusion.draw import draw_images, number_of_steps
     from nnunet_diffusion.networks.denoiser_file import build, load_denoiser
 
-    if args.number < 1 or args.seed < 0 or (args.batch_size or 1) < 1:
+    if args.number < 1 or args.seed < 0 or (args.batch_size is not None and args.batch_size < 1):
         raise UserError("-n and --batch_size: at least 1; --seed: at least 0")
     path = find_denoiser(args)
-    device, content = choose_device(args.device), load_denoiser(path)
+    device, content = usable_device(args.device), load_denoiser(path)
     plan, process = content["plan"], content["process"]
     steps = number_of_steps(args.sampler, args.steps, process["timesteps"])
     denoiser = build(content).to(device).eval()
@@ -78,7 +78,10 @@ def draw_sheet(folder: str, number: int, description: dict) -> None:
     plan = description["plan"]
     scales = plan_scales(plan)
     samples = np.stack(list(read_samples(folder, range(min(number, 32)), plan)))
-    real = next(real_batches(plan, 1, 8)) if has_preprocessed(plan) else samples[:0]
+    try:
+        real = next(real_batches(plan, 1, 8))
+    except UserError:  # not preprocessed here: a denoiser can come from anywhere
+        real = samples[:0]
     real, samples = ([to_intensities(image, scales) for image in images] for images in (real, samples))
     how = f"{description['sampler'].upper()}, {description['steps']} steps"
     title = f"{plan['dataset_name']}, {plan['configuration']}: {how}"
@@ -112,28 +115,6 @@ def find_denoiser(args: argparse.Namespace) -> str:
     return first_existing([os.path.join(folder, "denoiser.pth")], f"{train}\nor name one with --denoiser")
 
 
-def choose_device(name: str | None):
-    """The torch device.
-
-    Raises:
-        UserError: If it cannot be used here.
-    """
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
-    return device
-
-
-def has_preprocessed(plan: dict) -> bool:
-    """Whether the data set that the denoiser was trained on is preprocessed here, by the same plan."""
-    root = os.environ.get("nnUNet_preprocessed", "")
-    return bool(root) and os.path.isfile(os.path.join(root, plan["dataset_name"], plan["plans_name"] + ".json"))
-
-
 def real_batches(plan: dict, number: int, batch_size: int, dataset: str | None = None):
     """Yields (B, C, X, Y[, Z]) random patches of the preprocessed images, labelled and pool, always the same.
 
@@ -148,21 +129,20 @@ def real_batches(plan: dict, number: int, batch_size: int, dataset: str | None =
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_diffusion.cli.plan_and_preprocess import load
     from nnunet_diffusion.data.images import ImageDataset, fixed_batches
     from nnunet_diffusion.data.pool import pool_folder
+    from nnunet_diffusion.files import read_json
+    from nnunet_diffusion.plans import read_plans
 
+    require_folders(("nnUNet_preprocessed",))
     folder = os.path.join(os.environ["nnUNet_preprocessed"], dataset or plan["dataset_name"])
-    plans_file = os.path.join(folder, plan["plans_name"] + ".json")
-    if not os.path.isfile(plans_file):
-        raise UserError(f"there is no {plans_file}: preprocess the data set that the samples are compared with")
-    plans = PlansManager(load(plans_file))
+    plans = PlansManager(read_plans(folder, plan["plans_name"], plan["configuration"]))
     configuration = plans.get_configuration(plan["configuration"])
     folders = [os.path.join(folder, configuration.data_identifier), pool_folder(folder, configuration.data_identifier)]
     images = [image for each in folders if os.path.isdir(each) for image in ImageDataset.get_identifiers(each)]
     if not images:
         raise UserError(f"{folders[0]} holds no preprocessed images: run nnunet_diffusion plan_and_preprocess")
-    labels = plans.get_label_manager(load(os.path.join(folder, "dataset.json")))
+    labels = plans.get_label_manager(read_json(os.path.join(folder, "dataset.json")))
     for batch in fixed_batches(ImageDataset(images), number, batch_size, plan["patch_size"], labels, seed=0):
         yield batch.numpy()
 

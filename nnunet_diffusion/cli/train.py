@@ -58,12 +58,32 @@ def run(args: argparse.Namespace) -> int:
     import torch
     from nnunetv2.run.run_training import run_training
 
+    check_request(args)
     torch.set_num_threads(number_of_threads(args.device))
     run_training(
         args.dataset, args.configuration, args.fold, args.trainer, args.plans, args.pretrained_weights, args.num_gpus,
         args.npz, args.c, args.val, args.disable_checkpointing, args.val_best, device=torch.device(args.device),
     )  # fmt: skip
     return 0
+
+
+def check_request(args: argparse.Namespace) -> None:
+    """Raises UserError for what nnU-Net would answer with a traceback."""
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    from nnunet_diffusion.installation import usable_device
+    from nnunet_diffusion.plans import read_plans
+
+    usable_device(args.device)
+    if args.num_gpus > 1 and args.device != "cuda":
+        raise UserError(f"-num_gpus {args.num_gpus}: only with -device cuda")
+    if args.c and args.pretrained_weights:
+        raise UserError("--c and -pretrained_weights: give one of them")
+    try:
+        dataset = maybe_convert_to_dataset_name(args.dataset)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{args.dataset}: {error}") from error
+    read_plans(os.path.join(os.environ["nnUNet_preprocessed"], dataset), args.plans, args.configuration)
 
 
 def number_of_threads(device: str) -> int:

@@ -19,7 +19,7 @@ from nnunet_diffusion.data.checks import check_labeled_case, label_values, numbe
 from nnunet_diffusion.data.pool import read_scan
 from nnunet_diffusion.data.unlabeled import unlabeled_cases
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import write_json
+from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.processes import run_in_processes
 
 UNLABELED_FILE = "unlabeled_fingerprint.json"
@@ -67,7 +67,7 @@ def fingerprint_unlabeled(dataset_name: str, num_processes: int = default_num_pr
         What is wrong with each scan that cannot be used: case -> message.
     """
     dataset_folder = join(nnUNet_raw, dataset_name)
-    dataset_json = load_json(join(dataset_folder, "dataset.json"))
+    dataset_json = read_json(join(dataset_folder, "dataset.json"))
     cases = unlabeled_cases(dataset_folder, dataset_json)
     file = join(nnUNet_preprocessed, dataset_name, UNLABELED_FILE)
     saved, stamps = _load(file) or {}, {case: _stamps(images) for case, images in cases.items()}
@@ -126,7 +126,7 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
         UserError: If there is none, a label has no image, or a case does not have one image per channel.
     """
     folder = join(nnUNet_raw, dataset_name)
-    dataset_json = load_json(join(folder, "dataset.json"))
+    dataset_json = read_json(join(folder, "dataset.json"))
     if "dataset" not in dataset_json:
         ending, labels = dataset_json["file_ending"], join(folder, "labelsTr")
         images = {name[: -len(ending) - 5] for name in os.listdir(join(folder, "imagesTr")) if name.endswith(ending)}

@@ -64,7 +64,8 @@ def convert_layout(
     refuse(problems)
     labeled = {case: ([path], labels[case]) for case, path in images.items() if case in labels}
     if not labeled:
-        raise UserError(f"{source}: has no case in or below it, an image such as {layout.image} and {layout.label}")
+        image, label = map(example, (layout.image, layout.label))
+        raise UserError(f"{source}: has no case in or below it, an image such as {image} with a label {label}")
     ending = the_ending([path for (image,), label in labeled.values() for path in (image, label)])
     description = {
         "channel_names": {"0": "CT"},
@@ -81,6 +82,12 @@ def convert_layout(
     if left := len(evaluation - {image for (image,), _ in labeled.values()}):
         converted.notes.append(f"left {left} scan(s) that are not for this training where they are")
     return converted
+
+
+def example(pattern: str) -> str:
+    """A pattern of a `Layout` as a person would write it, with CASE for what names the case."""
+    readable = re.sub(r"\(\?P<case>[^()]*(?:\([^()]*\)[^()]*)*\)", "CASE", pattern.replace(ENDING, ".nii.gz"))
+    return readable.replace("\\d+", "NUMBER").replace("\\", "")
 
 
 def _match(pattern: str, path: str) -> re.Match | None:

@@ -62,6 +62,8 @@ def image_files(folder: str, file_ending: str | None = None) -> list[str]:
     Raises:
         UserError: If the folder cannot be listed or has no such file.
     """
+    if file_ending is not None and file_ending not in IMAGE_ENDINGS:
+        raise UserError(f"--file_ending {file_ending}: take one of {', '.join(IMAGE_ENDINGS)}")
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:

@@ -16,6 +16,7 @@ from nnunet_diffusion.data.pool import (
     preprocessing_identity,
 )
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import read_json
 from nnunet_diffusion.rounds.evidence import Anatomy, anatomy, measure
 from nnunet_diffusion.rounds.prediction import Case, network_spacing, read_preprocessed
 from nnunet_diffusion.rounds.state import Record, digest, record
@@ -37,12 +38,10 @@ class Cases:
             UserError: If nothing is preprocessed, the pool is empty or belongs to another plan.
         """
         self.base, self.fold, self.plans = base, fold, PlansManager(plans)
-        if configuration not in self.plans.available_configurations:
-            raise UserError(f"-c {configuration}: the plan has {', '.join(self.plans.available_configurations)}")
         self.configuration = self.plans.get_configuration(configuration)
         if self.configuration.previous_stage_name is not None:
-            raise NotImplementedError(f"-c {configuration}: a cascade's second stage has no rounds: take the first")
-        self.dataset_json = load_json(os.path.join(base, "dataset.json"))
+            raise UserError(f"-c {configuration}: a cascade's second stage has no rounds: take the first")
+        self.dataset_json = read_json(os.path.join(base, "dataset.json"))
         self.label_manager = self.plans.get_label_manager(self.dataset_json)
         self.channels = output_channels(self.label_manager)
         self.labeled = os.path.join(base, self.configuration.data_identifier)

@@ -52,6 +52,8 @@ def training_cases_of(base: str, data_identifier: str, fold: str) -> list[str]:
     if fold == "all":
         return names
     path = os.path.join(base, "splits_final.json")
+    if not os.path.isfile(path) and len(names) < 5:
+        raise UserError(f"{folder}: nnU-Net splits 5 cases or more, not {len(names)}: write {path}, or take -f all")
     if not os.path.isfile(path):
         write_json(path, generate_crossval_split(names, seed=12345, n_splits=5))  # as nnU-Net's do_split
     splits = load_json(path)

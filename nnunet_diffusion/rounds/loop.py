@@ -44,7 +44,7 @@ class Rounds(Run):
         entry = self.entry(0)
         if "checkpoints" in entry:
             return False
-        self.refuse_missing_denoiser()
+        self.refuse_unusable_start()
         if self.request.model or self.is_trained_elsewhere():
             self.check_model()
         else:
@@ -55,8 +55,12 @@ class Rounds(Run):
         self.finish(entry, 0)
         return True
 
-    def refuse_missing_denoiser(self) -> None:
-        """Raises UserError if the rounds are to start from a denoiser and there is none, before anything is trained."""
+    def refuse_unusable_start(self) -> None:
+        """Raises UserError if the rounds cannot start as they are to, before anything is trained."""
+        if self.request.model and os.path.realpath(self.model(0)) == os.path.realpath(self.final_model()):
+            raise UserError(f"--from {self.model(0)}: is where the outcome goes: copy it to another place first")
+        if self.request.start == "previous" and self.folds(0) != [self.request.fold]:
+            raise UserError("--start previous: an ensemble has no weights to go on from: take denoiser or scratch")
         settings = self.plans.get("nnunet_diffusion", {}).get(TRAINER, {})
         if self.request.start != "denoiser" or settings.get("scratch") or settings.get("start_from"):
             return
@@ -66,7 +70,8 @@ class Rounds(Run):
         first_existing(
             [settings["denoiser"]] if settings.get("denoiser") else own,
             f"make one with\n  nnUNetv2_train {self.request.dataset} {configuration} all -tr {pretraining} "
-            f"-p {self.request.plans}\nor let the rounds start elsewhere with --start scratch or --start previous",
+            f"-p {self.request.plans}\nor let the rounds start elsewhere with --start scratch or --start previous, "
+            "and the first model with -tr PartialLabelTrainer",
         )
 
     def is_trained_elsewhere(self) -> bool:
@@ -84,11 +89,12 @@ class Rounds(Run):
         """The command that trains one model."""
         request = self.request
         command = ["nnunet_diffusion", "train", request.dataset, request.configuration, request.fold]
-        command += ["-tr", trainer, "-p", plans, "-device", request.device, "-num_gpus", str(request.num_gpus)]
+        command += ["-tr", trainer, "-p", plans]
         folder = os.path.join(self.model(number), f"fold_{request.fold}")
         return Step(
             title, command, os.path.join(folder, CHECKPOINT), counts=r": Epoch \d+\s*$", total=epochs,
             depends_on=depends_on, resume_with=["--c"], replaces=folder,
+            where=["-device", request.device, "-num_gpus", str(request.num_gpus)],
             environment={"nnUNet_n_proc_DA": "0"} if request.device == "cpu" else {},
         )  # fmt: skip
 
@@ -233,6 +239,7 @@ class Rounds(Run):
         settings = {**block.get(TRAINER, {}), "pseudo_labels": pseudo}
         if self.request.start == "previous" or number == "finetune":
             settings["start_from"] = os.path.join(self.model(teacher), "fold_{fold}", CHECKPOINT)
+            settings.pop("scratch", None)
         if self.request.start == "scratch" and number != "finetune":
             settings["scratch"] = True
         settings["plans_of_denoiser"] = self.request.plans

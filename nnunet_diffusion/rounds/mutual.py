@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_diffusion.data.annotated import output_channels
 from nnunet_diffusion.data.completed import completed_folder
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.plans import read_plans
 from nnunet_diffusion.rounds.completing import (
     REPORT,
     complete_cases,
@@ -54,13 +55,8 @@ class MutualLearning:
         self.base = os.path.join(nnUNet_preprocessed, self.dataset)
         if not (fold.isdigit() or fold == "all"):
             raise UserError(f"-f {fold}: give the number of a fold, or all")
-        path = os.path.join(self.base, plans + ".json")
-        if not os.path.isfile(path):
-            raise UserError(f"-p {plans}: there is no {path}: nnunet_diffusion plan_and_preprocess makes one")
-        content = load_json(path)
+        content = read_plans(self.base, plans, configuration)
         self.block = content.get(BLOCK, {})
-        if configuration not in content["configurations"]:
-            raise UserError(f"-c {configuration}: the plan has {', '.join(content['configurations'])}")
         identifier = PlansManager(content).get_configuration(configuration).data_identifier
         self.completed_folder = completed_folder(self.base, identifier, fold)
         self.cases = training_cases_of(self.base, identifier, fold)
@@ -89,8 +85,9 @@ class MutualLearning:
         choice = [self.dataset, self.configuration, self.fold, "-tr", trainer, "-p", self.plans]
         step = Step(
             f"train {trainer}",
-            ["nnunet_diffusion", "train", *choice, "-device", self.device],
+            ["nnunet_diffusion", "train", *choice],
             self.final(trainer),
+            where=["-device", self.device],
             counts=r"Epoch time: ",
             depends_on=self.what_decides(trainer),
             resume_with=["--c"],

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 
 from nnunet_diffusion.data.pseudo import pseudo_folder
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.plans import read_plans
 from nnunet_diffusion.rounds.cases import Cases
 from nnunet_diffusion.rounds.gate import GateSettings, Verdict
 from nnunet_diffusion.rounds.state import (
@@ -48,12 +48,13 @@ class Request:
 class Run:
     """One run: a data set, plan, configuration and fold."""
 
-    def __init__(self, request: Request, lock: int | None = None):
+    def __init__(self, request: Request, lock: int | None = None, is_looking: bool = False):
         """Finds the folders, and what was done before.
 
         Args:
             request: What is asked for.
             lock: The open file of the run's lock, which trainings inherit.
+            is_looking: Only to say what is done, whatever has changed since.
 
         Raises:
             UserError: If the data, the plan, the settings or the state are not what the run can go on with.
@@ -61,10 +62,7 @@ class Run:
         self.request = request
         self.base = os.path.join(nnUNet_preprocessed, request.dataset)
         self.results = os.path.join(nnUNet_results, request.dataset)
-        plans_file = os.path.join(self.base, request.plans + ".json")
-        if not os.path.isfile(plans_file):
-            raise UserError(f"{plans_file}: no such plan: run nnunet_diffusion plan_and_preprocess first")
-        self.plans = load_json(plans_file)
+        self.plans = read_plans(self.base, request.plans, request.configuration)
         self.cases = Cases(self.base, self.plans, request.configuration, request.fold)
         self.name = f"{request.plans}__{request.configuration}__fold_{request.fold}"
         self.identifier = self.cases.configuration.data_identifier
@@ -73,14 +71,19 @@ class Run:
             self.results, f"rounds__{request.plans}__{request.configuration}", f"fold_{request.fold}"
         )
         self.state_file = os.path.join(self.folder, "state.json")
-        self.state = self.open_state()
+        self.state = self.open_state(is_looking)
         self.lock = lock
 
     # ---------------------------------------------------------------- state
 
-    def open_state(self) -> dict[str, Any]:
-        """The state as it was left, or a new one; refuses to mix what changed."""
+    def open_state(self, is_looking: bool) -> dict[str, Any]:
+        """The state as it was left, or a new one as long as nothing is done; refuses to mix what changed."""
         known = load_state(self.state_file)
+        self.new_cases: list[str] = []
+        if known and is_looking:
+            return known
+        if known and not known["steps"] and not any({"cases", "checkpoints"} & set(e) for e in known["rounds"]):
+            known = None
         request = self.request
         inputs = {
             "nnunet_diffusion": version("nnunet_diffusion"),
