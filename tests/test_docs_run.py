@@ -195,6 +195,22 @@ def test_readme(home):
     assert (exported / "fold_0" / "checkpoint_final.pth").exists()
 
 
+def test_partial_labels(home):
+    folder = home / "partial_labels"
+    write_scans(folder / "images", "kbp", range(1, 7), 7, folder / "labelsAll7")
+    organs = "Brainstem SpinalCord RightParotid LeftParotid Mandible Larynx Esophagus".split()
+    erase(folder / "labelsAll7" / "kbp_0001.nii.gz", [1, 2])
+    (folder / "contoured.json").write_text(json.dumps({"kbp_0001": organs[:2]}))
+    run_page(home, "docs/partial_labels.md")
+    assert (model(home, "PartialLabelTrainer", "nnUNetCompactPlans", "2d", "Dataset507_OpenKBP7") / "fold_0").is_dir()
+
+
+def erase(path: Path, kept: list[int]) -> None:
+    """Leaves only some labels in a label map."""
+    seg = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    save(np.where(np.isin(seg, kept), seg, 0).astype(np.uint8), path)
+
+
 def test_co_training(home):
     folder = home / "co_training"
     write_scans(folder / "scans", "kbp", range(10, 12), 5)
@@ -215,9 +231,7 @@ def test_mutual_learning(home):
     groups = [["a", "b"], ["c", "d"]]
     annotated = {f"kbp_{case:04d}": groups[case % 2] for case in range(1, 9)}
     for case, names in annotated.items():
-        path = folder / "labels" / f"{case}.nii.gz"
-        seg = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
-        save(np.where(np.isin(seg, ["abcd".index(name) + 1 for name in names]), seg, 0).astype(np.uint8), path)
+        erase(folder / "labels" / f"{case}.nii.gz", ["abcd".index(name) + 1 for name in names])
     (folder / "groups.json").write_text(json.dumps(annotated))
     convert = "nnunet_diffusion convert folder images labels -d 601 -n Groups --labels a b c d --annotated groups.json"
     run(home, folder, [convert, "nnunet_diffusion plan_and_preprocess -d 601 -c 3d_fullres"])

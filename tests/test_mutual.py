@@ -262,7 +262,7 @@ def test_wrong_arguments_and_missing_splits(world, learned, tmp_path, capsys):
     for arguments, message in [
         (["-f", "7"], "splits_final.json has folds 0 to 0: add it there, or take all"),
         (["-f", "x"], "-f x: give the number of a fold, or all"),
-        (["-c", "3d_lowres"], "-c 3d_lowres: the plan has"),
+        (["-c", "3d_lowres"], f"{tiny.PLANS}.json has 2d"),
         (["-p", "NoPlans"], "-p NoPlans: there is no"),
         (["--gate", "voxels=1"], "--gate voxels=1: known are"),
     ]:
@@ -274,6 +274,11 @@ def test_wrong_arguments_and_missing_splits(world, learned, tmp_path, capsys):
     written = json.loads((tmp_path / "splits_final.json").read_text())
     assert len(written) == 5 and cases == written[1]["train"], "five folds, as nnU-Net makes them"
     assert training_cases_of(str(tmp_path), identifier, "all") == sorted(ANNOTATED)
+    (tmp_path / "few" / identifier).mkdir(parents=True)
+    for file in (world / identifier).glob(f"{cases[0]}*"):
+        (tmp_path / "few" / identifier / file.name).symlink_to(file)
+    with pytest.raises(UserError, match="nnU-Net splits 5 cases or more, not 1: write .*splits_final.json"):
+        training_cases_of(str(tmp_path / "few"), identifier, "0")
 
 
 def test_stock_predictor_takes_the_mean_and_an_export_one_member(learned, tmp_path, capsys):
