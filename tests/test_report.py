@@ -283,6 +283,47 @@ def test_what_was_trained_beside_the_labels_is_said_and_mutual_logs_are_no_model
     assert "mutual" not in page
 
 
+def test_the_benchmarks_are_shown_as_curves_with_every_seed(root):
+    """The results that are committed, as their benchmarks leave them."""
+    _, _, results = make_results(root, files=0)
+    published = Path(__file__).parent.parent / "benchmarks" / "results"
+    for name in ("label_efficiency", "partial_labels"):
+        (results / f"{name}__P__2d").mkdir()
+        shutil.copyfile(published / f"openkbp_{name}.json", results / f"{name}__P__2d" / f"{name}.json")
+    _, page = report(root)
+    section = page[page.index('id="labels"') :]
+    for name in ("label_efficiency", "partial_labels"):
+        content = json.loads((published / f"openkbp_{name}.json").read_text())
+        drawing = section[section.index(f"<h3>{name}__P__2d</h3>") :]
+        drawing = drawing[drawing.index("<svg viewBox") :]
+        drawing = drawing[: drawing.index("</figure>")]
+        arms, budgets = ({group[key] for group in content["summary"]} for key in ("arm", "budget"))
+        assert drawing.count("<circle") >= len(content["runs"])
+        curves = re.findall(r'<path d="(M[^"]*)" fill="none"', drawing)
+        assert len(curves) == len(arms) and all(curve.count("L") == len(budgets) - 1 for curve in curves)
+        for group in content["summary"]:
+            assert re.search(rf"<t[dh][^>]*>{group['arm']}</t[dh]>", section) and f"{group['mean']:.3f}" in section
+
+
+def test_folds_that_are_missing_are_named(root):
+    _, preprocessed, _ = make_results(root, files=0)
+    preprocessed.mkdir(parents=True, exist_ok=True)
+    splits = [{"train": ["case_000"], "val": ["case_001"]}] * 3
+    (preprocessed / "splits_final.json").write_text(json.dumps(splits))
+    _, page = report(root)
+    assert "Not trained, of 3 folds: 1, 2." in page
+
+
+def test_names_of_channels_and_cases_are_escaped(root):
+    raw, _, results = make_results(root, files=0)
+    content = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps(content | {"channel_names": {"0": EVIL}}))
+    summary = results / MODEL / "fold_0" / "validation" / "summary.json"
+    summary.write_text(summary.read_text().replace("case_001", "<img onerror=x>"))
+    _, page = report(root)
+    assert EVIL not in page and "<img onerror" not in page and "&lt;img onerror=x&gt;" in page
+
+
 def test_a_case_whose_files_are_gone_is_named(root, capsys):
     _, preprocessed, _ = make_results(root)
     (preprocessed / "gt_segmentations" / "case_002.nii.gz").unlink()

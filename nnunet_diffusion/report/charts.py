@@ -76,7 +76,7 @@ def strip_chart(title: str, rows: Mapping[str, Sequence[float]], x_label: str, l
 
 
 def budget_chart(title: str, groups: Sequence[Mapping], runs: Sequence[Mapping], x_label: str, y_label: str) -> Html:
-    """Mean and standard deviation of each arm at each budget, with a dot for each run.
+    """Mean and standard deviation of each arm at each budget, joined to a curve, with a dot for each run.
 
     Args:
         title: Above it.
@@ -100,7 +100,10 @@ def budget_chart(title: str, groups: Sequence[Mapping], runs: Sequence[Mapping],
         for run in (run for run in runs if run["arm"] == arm):
             x, y = centre[run["budget"]] + shift + 6, scale_y(run["dice"])
             parts.append(element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.2, fill=color, opacity=0.65))
-        for group in (group for group in groups if group["arm"] == arm):
+        own = [group for group in groups if group["arm"] == arm]
+        curve = "M" + "L".join(f"{centre[g['budget']] + shift:.1f} {scale_y(g['mean']):.1f}" for g in own)
+        parts.append(element("path", d=curve, fill="none", stroke=color, stroke_dasharray=DASHES[i % 6]))
+        for group in own:
             x, mean, sd = centre[group["budget"]] + shift, group["mean"], group["sd"] or 0
             bar = f"M{x:.1f} {scale_y(mean - sd):.1f}V{scale_y(mean + sd):.1f}"
             parts.append(element("path", d=bar, stroke=color, stroke_width=1.6))

@@ -66,7 +66,7 @@ def training_section(results: Results) -> Html:
     if not results.models:
         parts.append(element("p", "Nothing was trained on this data set yet.", class_="soft"))
     for model in results.models:
-        parts += [element("h3", model.name), _folds_table(results, model)]
+        parts += [element("h3", model.name), _folds_table(results, model), *_missing_folds(results, model)]
         parts += [warning("The transfer warned", fold.transfer["warnings"]) for fold in model.folds
                   if fold.transfer and fold.transfer["warnings"]][:1]  # fmt: skip
         parts += [_transfer(fold) for fold in model.folds if fold.transfer][:1]
@@ -75,6 +75,14 @@ def training_section(results: Results) -> Html:
             parts.append(element("details", element("summary", "Settings from the plan"), element("ul", *entries)))
         parts.append(_curves(results, model))
     return element("section", *parts, id="trainings")
+
+
+def _missing_folds(results: Results, model: Model) -> list[Html]:
+    there = {fold.name for fold in model.folds}
+    missing = [str(number) for number in range(len(results.splits)) if str(number) not in there]
+    if "all" in there or not missing or len(missing) == len(results.splits):
+        return []
+    return [element("p", f"Not trained, of {len(results.splits)} folds: {', '.join(missing)}.", class_="soft")]
 
 
 def _folds_table(results: Results, model: Model) -> Html:
