@@ -176,6 +176,18 @@ def test_mistakes_are_named(tmp_path, monkeypatch, capsys, arguments, message):
     assert [file.name for file in tmp_path.iterdir()] == ["d.pth"]
 
 
+def test_the_plans_that_there_are_are_named(nnunet_folders, capsys):
+    folder = nnunet_folders / "nnUNet_preprocessed" / "Dataset022_FLARE22"
+    folder.mkdir()
+    for name in ("nnUNetDiffusionPlans", "nnUNetDiffusionPlans_round1"):
+        (folder / f"{name}.json").write_text("{}")
+    assert run("-d", "22", "-c", "2d") == 1
+    message = "-p nnUNetPlans: Dataset022_FLARE22 has other plans: give -p nnUNetDiffusionPlans\n"
+    assert message in capsys.readouterr().err
+    assert run("-d", "22", "-c", "2d", "-p", "nnUNetDiffusionPlans") == 1
+    assert "make one with\n  nnUNetv2_train 22 2d all -tr DenoisingDiffusionTrainer" in capsys.readouterr().err
+
+
 def test_samples_of_two_denoisers_are_not_mixed(tmp_path, capsys):
     common = ("-n", 1, "--steps", 2, "-o", tmp_path / "samples")
     assert run("--denoiser", denoisers.write(tmp_path / "a.pth"), *common) == 0

@@ -99,6 +99,7 @@ def find_denoiser(args: argparse.Namespace) -> str:
         UserError: If neither is named, or there is none.
     """
     from nnunet_diffusion.networks.transfer import first_existing
+    from nnunet_diffusion.plans import plans_in
 
     if args.denoiser:
         return args.denoiser
@@ -111,6 +112,10 @@ def find_denoiser(args: argparse.Namespace) -> str:
         folder = get_output_folder(args.d, args.tr, args.p, args.c, args.f)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"-d {args.d}: {error}") from error
+    dataset = os.path.basename(os.path.dirname(os.path.dirname(folder)))
+    plans = plans_in(os.path.join(os.environ.get("nnUNet_preprocessed", ""), dataset))
+    if plans and args.p not in plans:
+        raise UserError(f"-p {args.p}: {dataset} has other plans: give -p {' or '.join(plans)}")
     train = f"make one with\n  nnUNetv2_train {args.d} {args.c} {args.f} -tr {args.tr} -p {args.p}"
     return first_existing([os.path.join(folder, "denoiser.pth")], f"{train}\nor name one with --denoiser")
 
