@@ -59,8 +59,8 @@ if __name__ == "__main__":
             # Other implementations of the diffusion process and of figures: tests compare ours with them.
             "reference": [
                 "diffusers; python_version >= '3.11'",
-                "monai; python_version >= '3.11'",
                 "prdc",
+                "torch-fidelity",  # torchmetrics' FID is not there without it
                 "torchmetrics",
             ],
         },
