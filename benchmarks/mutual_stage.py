@@ -65,6 +65,11 @@ def score_completion(job: dict, folder: str, channels: dict) -> dict[str, dict]:
     return scores
 
 
+def completed_at(job: dict, base: str, identifier: str) -> str:
+    """The folder of the completed labels below a preprocessed folder, or below where stage 1 leaves them."""
+    return completed_folder(base, identifier, job["plans"], job["configuration"], 0)
+
+
 def stage_1(job: dict, trainer) -> dict:
     """Completes the training cases with the trained networks, keeps them for stage 2, and scores them."""
     base = str(Path(os.environ["nnUNet_preprocessed"], Path(job["preprocessed"]).name))
@@ -72,7 +77,7 @@ def stage_1(job: dict, trainer) -> dict:
     checkpoint = os.path.join(trainer.output_folder, "checkpoint_final.pth")
     trainer.save_checkpoint(checkpoint)
     teacher = Teacher(trainer.output_folder_base, ["0"], record(checkpoint)["sha256"], torch.device(job["device"]))
-    folder = completed_folder(job["completed"], trainer.configuration_manager.data_identifier, 0)
+    folder = completed_at(job, job["completed"], trainer.configuration_manager.data_identifier)
     cases = describe_cases(base, teacher, sorted(job["cases"]))
     report = complete_cases(teacher, cases, folder, GateSettings(**job["gate"]))
     ignored = sum(entry["ignored_voxels"] for entry in report["cases"].values())
@@ -95,8 +100,7 @@ def link_completed(job: dict) -> None:
     base = Path(os.environ["nnUNet_preprocessed"], Path(job["preprocessed"]).name)
     plans = PlansManager(str(base / f"{job['plans']}.json"))
     identifier = plans.get_configuration(job["configuration"]).data_identifier
-    source = Path(completed_folder(job["completed"], identifier, 0))
-    target = Path(completed_folder(str(base), identifier, 0))
+    source, target = (Path(completed_at(job, str(folder), identifier)) for folder in (job["completed"], base))
     target.parent.mkdir(parents=True)
     target.symlink_to(source)
 

@@ -19,6 +19,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.networks.teacher_file import load_teacher
 from nnunet_diffusion.optimization import ramp_up
 from nnunet_diffusion.stock import export_stock, load_predictor, trainers_of
+from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 from nnunet_diffusion.trainers.DiffusionCoTrainingTrainer import DiffusionCoTrainingTrainer
 from nnunet_diffusion.trainers.DiffusionCoTrainingTwinTrainer import DiffusionCoTrainingTwinTrainer
 from nnunet_diffusion.trainers.DiffusionTeacherTrainer import DiffusionTeacherTrainer
@@ -401,3 +402,28 @@ def test_colour_pictures_from_folder_to_prediction(nnunet_folders, tmp_path):
         predictor = load_predictor(trainer.output_folder_base, ["all"], "checkpoint_final.pth")
     predictor.predict_from_files_sequential([[str(Path(folders[0], "glands_000.png"))]], [str(tmp_path / "mask")])
     assert imread(tmp_path / "mask.png").shape == (48, 48)
+
+
+def test_both_networks_of_cross_pseudo_supervision_start_from_the_denoiser(plans, tmp_path):
+    """A second network from random weights would be a handicap of the baseline; its heads are its own."""
+    denoiser = tiny.trainer(DenoisingDiffusionTrainer, fold="all", plans=plans("Denoised"))
+    denoiser.num_epochs = 1
+    denoiser.run_training()
+    path = Path(denoiser.output_folder) / "denoiser.pth"
+    name = plans("FromDenoiser", **{STUDENT: {"method": "cross_pseudo", "scratch": False, "denoiser": str(path)}})
+    trainer = tiny.trainer(DiffusionCoTrainingTrainer, plans=name)
+    trainer.initialize()
+    trainer.transfer_denoiser()
+    first, second = trainer.network.state_dict(), trainer.teacher.network.state_dict()
+    differ = {key for key in first if not torch.equal(first[key], second[key])}
+    assert differ and all("seg_layers" in key and key.endswith("weight") for key in differ)
+
+
+def test_a_teacher_that_is_there_can_be_declined(plans):
+    name = plans("Fresh", **{STUDENT: {"teacher_file": "none"}})
+    trainer = tiny.trainer(DiffusionCoTrainingTrainer, plans=name)
+    trainer.initialize()
+    before = copied(trainer.teacher)
+    trainer.start_teacher()
+    assert moved(before, trainer.teacher) == set()
+    assert "random weights, as the setting teacher_file says" in log_of(trainer)

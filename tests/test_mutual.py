@@ -202,7 +202,7 @@ def learned(world):
         process.kill()
         process.wait()
     assert main(command) == 0
-    return next(world.glob("*_pseudo/mutual_fold_0"))
+    return next(world.glob("*_pseudo/mutual__*__fold_0"))
 
 
 COMMAND = ["mutual", "-d", str(tiny.ID), "-c", "2d", "-f", "0", "-p", tiny.PLANS, "-device", "cpu"]
@@ -265,7 +265,15 @@ def test_wrong_arguments_and_missing_splits(world, learned, tmp_path, capsys):
         (["-c", "3d_lowres"], f"{tiny.PLANS}.json has 2d"),
         (["-p", "NoPlans"], "-p NoPlans: there is no"),
         (["--gate", "voxels=1"], "--gate voxels=1: known are"),
+        (["-p", "Late"], "nnunet_diffusion.MutualSimilarityTrainer.epochs is not a setting"),
+        (["-p", "Other"], "setting groups is [['left ball'], ['box']] for MutualDifferenceTrainer and None for"),
     ]:
+        plans = json.loads((world / f"{tiny.PLANS}.json").read_text())
+        block = {"Late": {"MutualSimilarityTrainer": {"epochs": 3}},
+                 "Other": {"MutualDifferenceTrainer": {"groups": [["left ball"], ["box"]]}}}  # fmt: skip
+        for name, settings in block.items():
+            content = {**plans, "plans_name": name, "nnunet_diffusion": settings}
+            (world / f"{name}.json").write_text(json.dumps(content))
         assert main([*COMMAND, *arguments]) == 1
         assert message in capsys.readouterr().err
     identifier = learned.parent.name.removesuffix("_pseudo")

@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.data.checks import label_values
 from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, measure
+from nnunet_diffusion.data.images import Outside
 from nnunet_diffusion.data.pool import pool_folder, pool_identifiers, preprocess_labeled, preprocess_pool
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
@@ -321,3 +322,16 @@ def test_parts_of_the_pool_are_done_beside_each_other(dataset):
     with pytest.raises(UserError, match="made with another plan"):
         part(0, PlansManager(other))
     assert pool_identifiers(folder) == whole
+
+
+def test_what_is_outside_the_body_is_marked_as_nnunet_does():
+    """-1 where all channels are 0; voxel by voxel, for a part as for the whole."""
+    image = np.random.default_rng(0).integers(0, 2, (2, 4, 5, 6))
+    expected = np.zeros((1, 4, 5, 6), int)
+    for z, y, x in np.ndindex(4, 5, 6):
+        expected[0, z, y, x] = -1 if image[0, z, y, x] == 0 and image[1, z, y, x] == 0 else 0
+    labels = Outside(image)
+    assert labels.shape == (1, 4, 5, 6) and expected.min() == -1 and expected.max() == 0
+    part = (slice(0, 1), slice(1, 3), slice(0, 4), slice(2, 6))
+    np.testing.assert_array_equal(labels[part], expected[part])
+    np.testing.assert_array_equal(labels[(slice(None),) * 4], expected)

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from test_networks import planned_network, trained
 from torch import nn
 
@@ -13,6 +14,7 @@ from nnunet_diffusion.networks.linear import LinearClassifier
 from nnunet_diffusion.networks.transfer import (
     adapt_input_channels,
     first_existing,
+    own_results,
     plan_differences,
     pretrained_weights_argument,
     transfer,
@@ -143,3 +145,12 @@ def test_weight_average_by_hand():
         decay = min(0.5, (1 + n) / (10 + n))
         expected = decay * expected + (1 - decay) * n
         assert averaged[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_pre_training_is_looked_for_in_all_configurations_that_are_inherited(monkeypatch, tmp_path):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    configurations = {"a": {}, "b": {"inherits_from": "a"}, "c": {"inherits_from": "b"}}
+    plans = PlansManager({"dataset_name": "Dataset001_X", "plans_name": "R", "configurations": configurations})
+    found = own_results(plans, "P", "c", 3, "T", "denoiser.pth")
+    places = [(name, fold) for name in "cba" for fold in ("3", "all")]
+    assert found == [str(tmp_path / "Dataset001_X" / f"T__P__{c}" / f"fold_{f}" / "denoiser.pth") for c, f in places]

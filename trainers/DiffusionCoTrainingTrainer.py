@@ -36,7 +36,7 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
     """
 
     method: str = "co_training"  # or cross_pseudo, mean_teacher, supervised
-    teacher_file: str = ""  # path of a teacher.pth; empty: this data set's own, else random weights
+    teacher_file: str = ""  # path of a teacher.pth; empty: this data set's own, else random weights; none: those anyway
     schedule: str = "sigmoid"  # of a teacher that starts from random weights; else the file's
     rounds: int = 1  # K; the prototype: 3, 5 or 10
     chained: bool = True  # False: every round is a redraw from the teacher's first mask, as in the prototype
@@ -93,6 +93,11 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
         pair = build_pair(*plan, channels, classes)
         return DiffusionTeacher(pair, self.gate, batch_dice, diffusion, classes, self.rounds, self.chained)
 
+    def planned_networks(self) -> list:
+        """A second network that learns from pseudo labels starts as the student does; its heads differ."""
+        second = [self.teacher.network] if self.method == "cross_pseudo" else []
+        return [*super().planned_networks(), *map(unwrap, second)]
+
     def trained_networks(self) -> list[torch.nn.Module]:
         """The teacher, too, if it learns by gradients."""
         learns = any(parameter.requires_grad for parameter in self.teacher.parameters())
@@ -110,6 +115,9 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
 
     def start_teacher(self):
         """Loads teacher.pth; without one the teacher starts from random weights, and the log says so."""
+        if self.teacher_file == "none":
+            self.print_to_log_file("The teacher starts from random weights, as the setting teacher_file says")
+            return
         own = self.own_results("DiffusionTeacherTrainer", "teacher.pth")
         path = self.teacher_file or next(filter(isfile, own), None)
         if path is None:
@@ -123,6 +131,7 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
         restore_teacher(content, self.teacher.network)
         self.teacher.diffusion = Diffusion(**content["process"], device=self.device)
         self.print_to_log_file(f"The teacher starts from {path}\n  {content['training']['health']}")
+        self.tell_what_it_saw(path)
         now = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)
         for difference in plan_differences(content["plan"], now):
             self.print_to_log_file(f"  WARNING: {difference}")
@@ -135,7 +144,8 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
     def get_pool_loader(self):
         """Random patches of the unlabelled images; refuses a pool that is missing or does not fit."""
         folder = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
-        pool = ImageDataset([join(folder, case) for case in pool_identifiers(folder)])
+        masked = self.configuration_manager.use_mask_for_norm
+        pool = ImageDataset([join(folder, case) for case in pool_identifiers(folder)], any(masked))
         if not pool.identifiers:
             raise UserError(
                 f"there is no unlabelled image in {folder}: name some (nnunet_diffusion convert ... --unlabeled) and "
@@ -151,7 +161,9 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
         rotation, dummy_2d, size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         return image_loader(
             pool, self.batch_size, patch_size, size, self.label_manager,
-            transforms=self.get_training_transforms(patch_size, rotation, None, mirror_axes, dummy_2d),
+            transforms=self.get_training_transforms(
+                patch_size, rotation, None, mirror_axes, dummy_2d, use_mask_for_norm=masked
+            ),
             workers=get_allowed_n_proc_DA(), pin_memory=self.device.type == "cuda",
         )  # fmt: skip
 

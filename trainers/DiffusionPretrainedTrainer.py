@@ -72,13 +72,17 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
         now = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)
         report.warnings = plan_differences(content["plan"], now)
         self.print_to_log_file(report)
-        if self.fold != "all" and basename(dirname(path)) == "fold_all":
-            self.print_to_log_file(
-                f"This denoiser has seen the images (no labels) of all cases, those of fold {self.fold}'s validation "
-                f"among them: for validation on unseen images pre-train with fold {self.fold}"
-            )
+        self.tell_what_it_saw(path)
         if self.local_rank == 0:
             write_json(join(self.output_folder, "transfer_report.json"), report.as_dict())
+
+    def tell_what_it_saw(self, path: str):
+        """Logs that a pre-training of fold `all` knows the images of the validation cases."""
+        if self.fold != "all" and basename(dirname(path)) == "fold_all":
+            self.print_to_log_file(
+                f"{path} has seen the images (no labels) of all cases, those of fold {self.fold}'s validation among "
+                f"them: for validation on unseen images pre-train with fold {self.fold}"
+            )
 
     def planned_networks(self) -> list:
         """The networks that start from the denoiser."""

@@ -11,6 +11,8 @@ from nnunet_diffusion.networks.mask_diffusion import Draw, build_pair, mask_heal
 from nnunet_diffusion.networks.teacher_file import save_teacher
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 
+MASK_SEED = 10**6  # the noise of held-out masks is not that of their images, whose seeds count from 0
+
 
 class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
     """A mask pathway learns masks that help an image pathway to restore noised images; writes `teacher.pth`.
@@ -56,7 +58,7 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
         timestep, noise = self.held_out_draw(batch)
         draw = Draw(timestep, noise)
         logits, loss = self.cycle(self.ema.module, batch["data"], self.mask_draw(
-            batch, timestep, torch.Generator().manual_seed(batch["number"])), draw)  # fmt: skip
+            batch, timestep, torch.Generator().manual_seed(MASK_SEED + batch["number"])), draw)  # fmt: skip
         mask = logits.float().softmax(1)
         blank = mask.mean((0, *range(2, mask.ndim)), keepdim=True).expand_as(mask)
         with autocast(self.device.type, enabled=self.device.type == "cuda"):

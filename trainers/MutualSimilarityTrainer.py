@@ -53,7 +53,8 @@ class MutualSimilarityTrainer(MutualDifferenceTrainer):
         """Training cases come with their completed labels beside the true ones."""
         train, validation = super().get_tr_and_val_datasets()
         base, identifier = self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier
-        train = CompletedDataset(train, completed_folder(base, identifier, self.fold), self.annotations)
+        folder = completed_folder(base, identifier, self.plans_manager.plans_name, self.configuration_name, self.fold)
+        train = CompletedDataset(train, folder, self.annotations)
         self.completed = train.completed
         return train, validation
 

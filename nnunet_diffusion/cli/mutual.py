@@ -1,6 +1,9 @@
 """`nnunet_diffusion mutual`: both stages of mutual learning between partially labelled data sets."""
 
 import argparse
+from collections.abc import Sequence
+
+from nnunet_diffusion.errors import UserError
 
 HELP = "Mutual learning between groups of cases that each annotate other labels: both stages and what is in between."
 NEEDS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -25,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-f", dest="fold", metavar="FOLD", required=True, help="fold, or all")
     parser.add_argument("-p", dest="plans", metavar="PLANS", default="nnUNetPlans", help="plans [%(default)s]")
     parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="[%(default)s]")
+    parser.add_argument("-num_gpus", type=int, default=1, metavar="N", help="of each training [1]")
     parser.add_argument(
         "--gate", nargs="+", default=[], metavar="KEY=VALUE", help="limits of the gate, such as voxel_confidence=0.7"
     )
@@ -36,7 +40,22 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.rounds.mutual import STAGES, MutualLearning
 
     usable_device(args.device)
-    learning = MutualLearning(args.dataset, args.configuration, args.fold, args.plans, args.device, args.gate)
+    learning = MutualLearning(args.dataset, args.configuration, args.fold, args.plans, args.device, args.gate,
+                              args.num_gpus)  # fmt: skip
+    check_settings(learning.content, STAGES)
     learning.run()
     print(f"{learning.output_folder(STAGES[1])}: predict with -tr {STAGES[1]}")
     return 0
+
+
+def check_settings(plans: dict, trainers: Sequence[str]) -> None:
+    """Raises UserError for settings that a later stage would refuse, before the first one is trained."""
+    from importlib import import_module
+
+    from nnunet_diffusion.settings import chosen
+
+    classes = [getattr(import_module(f"nnunet_diffusion.trainers.{name}"), name) for name in trainers]
+    groups = [chosen(plans, trainer).get("groups") for trainer in classes]
+    if groups[0] != groups[1]:
+        given = " and ".join(f"{value} for {name}" for name, value in zip(trainers, groups, strict=True))
+        raise UserError(f"setting groups is {given}: give both the same")

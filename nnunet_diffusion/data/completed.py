@@ -10,9 +10,17 @@ from nnunet_diffusion.data.pseudo import PseudoLabelDataset, pseudo_folder, usab
 from nnunet_diffusion.errors import UserError
 
 
-def completed_folder(preprocessed_dataset_folder_base: str, data_identifier: str, fold: int | str) -> str:
-    """Where the completed labels of a fold's training cases are."""
-    return pseudo_folder(preprocessed_dataset_folder_base, data_identifier, f"mutual_fold_{fold}")
+def completed_folder(base: str, data_identifier: str, plans: str, configuration: str, fold: int | str) -> str:
+    """Where the completed labels of a fold's training cases are.
+
+    Args:
+        base: The data set's folder in nnUNet_preprocessed.
+        data_identifier: Of the configuration; several plans and configurations may share preprocessed data.
+        plans: Name of the plans.
+        configuration: Its name.
+        fold: A number, or all.
+    """
+    return pseudo_folder(base, data_identifier, f"mutual__{plans}__{configuration}__fold_{fold}")
 
 
 class Stacked:

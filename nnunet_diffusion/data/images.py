@@ -12,20 +12,43 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunet_diffusion.errors import UserError
 
 
+class Outside:
+    """Labels (1, X, Y, Z) of an image without any, read when indexed: -1 where all channels are 0, else background.
+
+    So nnU-Net marks what is outside a body that was masked when it was normalised, and its augmentation keeps it 0.
+    """
+
+    def __init__(self, image):
+        self.image, self.shape = image, (1, *image.shape[1:])
+
+    def __getitem__(self, index) -> np.ndarray:
+        """A part of them."""
+        is_outside = (self.image[(slice(None), *index[1:])] == 0).all(0, keepdims=True)
+        return -is_outside.astype(np.int16)
+
+
 class ImageDataset(nnUNetBaseDataset):
     """Images of the labelled cases and of the pool in one nnU-Net data set; labels are read as all background.
 
     An identifier is the path of a preprocessed image without `.b2nd`.
     """
 
-    def __init__(self, identifiers: list[str]):
+    def __init__(self, identifiers: list[str], marks_outside: bool = False):
+        """Lists them.
+
+        Args:
+            identifiers: Of the images.
+            marks_outside: Whether labels are -1 outside the body, see `Outside`.
+        """
         super().__init__("", list(identifiers))
+        self.marks_outside = marks_outside
 
     def load_case(self, identifier: str) -> tuple:
         """As nnU-Net's `load_case`: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
         kwargs = {} if os.name == "nt" else {"mmap_mode": "r"}
         image = blosc2.open(urlpath=f"{identifier}.b2nd", mode="r", dparams={"nthreads": 1}, **kwargs)
-        labels = np.broadcast_to(np.int16(0), (1, *image.shape[1:]))  # takes no memory
+        nothing = np.broadcast_to(np.int16(0), (1, *image.shape[1:]))  # takes no memory
+        labels = Outside(image) if self.marks_outside else nothing
         return image, labels, None, {"class_locations": {}}
 
     @staticmethod

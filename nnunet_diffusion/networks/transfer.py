@@ -170,10 +170,12 @@ def own_results(
         trainer: Of the pre-training.
         file: In its output folder.
     """
-    inherited = plans.plans["configurations"][configuration].get("inherits_from")
+    names = [configuration]
+    while inherited := plans.plans["configurations"][names[-1]].get("inherits_from"):
+        names.append(inherited)
     return [
         os.path.join(nnUNet_results, plans.dataset_name, f"{trainer}__{plans_name}__{name}", f"fold_{number}", file)
-        for name in (configuration, inherited) if name
+        for name in names
         for number in dict.fromkeys((fold, "all"))
     ]  # fmt: skip
 

@@ -32,7 +32,8 @@ STAGES = ("MutualDifferenceTrainer", "MutualSimilarityTrainer")
 class MutualLearning:
     """Both stages on one fold, with logs and the state in a results folder of their own."""
 
-    def __init__(self, dataset: str, configuration: str, fold: str, plans: str, device: str, gate: list[str]):
+    def __init__(self, dataset: str, configuration: str, fold: str, plans: str, device: str, gate: list[str],
+                 num_gpus: int = 1):  # fmt: skip
         """Checks what was asked for.
 
         Args:
@@ -42,6 +43,7 @@ class MutualLearning:
             plans: Name of the plan.
             device: cpu or cuda.
             gate: Settings of the gate, as KEY=VALUE.
+            num_gpus: Of each training.
 
         Raises:
             UserError: If there is no such data set, plan, configuration or fold.
@@ -51,14 +53,15 @@ class MutualLearning:
         except (RuntimeError, ValueError) as error:
             raise UserError(f"-d {dataset}: {error}") from error
         self.configuration, self.fold, self.plans, self.device = configuration, fold, plans, device
+        self.num_gpus = num_gpus
         self.gate = GateSettings.from_pairs(gate)
         self.base = os.path.join(nnUNet_preprocessed, self.dataset)
         if not (fold.isdigit() or fold == "all"):
             raise UserError(f"-f {fold}: give the number of a fold, or all")
         content = read_plans(self.base, plans, configuration)
-        self.block = content.get(BLOCK, {})
+        self.content, self.block = content, content.get(BLOCK, {})
         identifier = PlansManager(content).get_configuration(configuration).data_identifier
-        self.completed_folder = completed_folder(self.base, identifier, fold)
+        self.completed_folder = completed_folder(self.base, identifier, plans, configuration, fold)
         self.cases = training_cases_of(self.base, identifier, fold)
         folder = os.path.join(nnUNet_results, self.dataset, f"mutual__{plans}__{configuration}", f"fold_{fold}")
         self.lock_file = os.path.join(folder, "lock")
@@ -87,7 +90,7 @@ class MutualLearning:
             f"train {trainer}",
             ["nnunet_diffusion", "train", *choice],
             self.final(trainer),
-            where=["-device", self.device],
+            where=["-device", self.device, "-num_gpus", str(self.num_gpus)],
             counts=r"Epoch time: ",
             depends_on=self.what_decides(trainer),
             resume_with=["--c"],
