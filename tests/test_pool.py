@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.data.checks import label_values
 from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, measure
-from nnunet_diffusion.data.images import Outside
+from nnunet_diffusion.data.images import ImageDataset, Outside, body_locations, image_loader
 from nnunet_diffusion.data.pool import pool_folder, pool_identifiers, preprocess_labeled, preprocess_pool
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
@@ -335,3 +335,18 @@ def test_what_is_outside_the_body_is_marked_as_nnunet_does():
     part = (slice(0, 1), slice(1, 3), slice(0, 4), slice(2, 6))
     np.testing.assert_array_equal(labels[part], expected[part])
     np.testing.assert_array_equal(labels[(slice(None),) * 4], expected)
+
+
+def test_patches_are_centred_on_the_body(tmp_path):
+    """A bright box in dark air: all but the threshold's own voxel lie in it; with a share of 1 all patches do."""
+    image = np.random.default_rng(0).normal(-1, 0.05, (1, 20, 30, 40)).astype(np.float32)
+    image[0, 8:12, 10:20, 15:25] += 1
+    found = body_locations(image)
+    assert len(found) in (400, 401) and (image[tuple(found.T)] > -0.5).sum() == 400
+    assert body_locations(image, 50).shape == (50, 4) and len(body_locations(np.zeros((1, 4, 4, 4)))) == 0
+    blosc2.asarray(image, urlpath=str(tmp_path / "scan.b2nd"))
+    labels = PlansManager({"configurations": {}}).get_label_manager({"labels": {"background": 0, "box": 1}})
+    for share, least, most in ((1.0, 0.9, 1.0), (0.0, 0.0, 0.5)):
+        loader = image_loader(ImageDataset([str(tmp_path / "scan")]), 8, (4, 4, 4), (4, 4, 4), labels, body_share=share)
+        centres = np.concatenate([next(loader)["data"][:, 0, 2, 2, 2].numpy() for _ in range(4)])
+        assert least <= (centres > -0.5).mean() <= most

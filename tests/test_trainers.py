@@ -122,6 +122,17 @@ def test_other_processes_train_and_sample(plans, settings):
     assert {"denoiser.pth", "samples.png", "progress.png"} <= set(os.listdir(trainer.output_folder))
 
 
+def test_noise_is_measured_in_a_share_of_the_images_root_mean_square(plans):
+    scales = []
+    for share in (1.0, 0.25):
+        name = plans(f"Noise{share}", DenoisingDiffusionTrainer={"noise_scale": share, "body_share": 0.5})
+        trainer = tiny.trainer(DenoisingDiffusionTrainer, fold="all", plans=name)
+        trainer.run_training()
+        assert torch.isfinite(torch.tensor(trainer.logger.get_value("train_losses", step=None))).all()
+        scales.append(load_denoiser(denoiser_path(plans=name))["denoiser_weights"]["input_scale"])
+    torch.testing.assert_close(scales[1], 0.25 * scales[0])
+
+
 def test_pretraining_lowers_the_loss(plans):
     settings = {"num_epochs": 8, "num_iterations_per_epoch": 12, "initial_lr": 1e-2, "warmup_epochs": 0}
     trainer = tiny.trainer(DenoisingDiffusionTrainer, plans=plans("Longer", DenoisingDiffusionTrainer=settings))

@@ -53,6 +53,8 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     antithetic: bool = True  # timesteps come in pairs t and T - 1 - t
     ema_decay: float = 0.999  # of the average of the weights, which is what is kept
     timestep: int = 300  # t*, at which `network_weights` of denoiser.pth is folded
+    noise_scale: float = 1.0  # noise of unit variance is this share of the images' root mean square
+    body_share: float = 0.0  # of the patches are centred on the body, which is brighter than what is around it
     augment: bool = True  # small rotations and scalings; never mirrors, which would make impossible anatomy
     held_out: float = 0.05  # share of the pool that fold `all` does not train on
     sample_every: int = 50  # epochs between two sheets of samples; 0 for none
@@ -122,13 +124,13 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         if not self.is_resumed:
             rms, low, high = image_statistics(train)
             for denoiser in (unwrap(self.network), self.ema.module):
-                denoiser.input_scale.copy_(torch.as_tensor(rms))
+                denoiser.input_scale.copy_(torch.as_tensor(rms) * self.noise_scale)
                 denoiser.image_range.copy_(torch.tensor([low, high]))
         patch_size = self.configuration_manager.patch_size
         sampled_size, transforms = self.spatial_augmentation() if self.augment else (patch_size, None)
         on_cuda = self.device.type == "cuda"
         loader = image_loader(
-            train, self.batch_size, patch_size, sampled_size, self.label_manager,
+            train, self.batch_size, patch_size, sampled_size, self.label_manager, body_share=self.body_share,
             transforms=transforms, workers=get_allowed_n_proc_DA(), pin_memory=on_cuda,
         )  # fmt: skip
         count = self.num_val_iterations_per_epoch

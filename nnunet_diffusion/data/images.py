@@ -8,6 +8,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
+from skimage.filters import threshold_otsu
 
 from nnunet_diffusion.errors import UserError
 
@@ -42,6 +43,8 @@ class ImageDataset(nnUNetBaseDataset):
         """
         super().__init__("", list(identifiers))
         self.marks_outside = marks_outside
+        self.finds_body = False  # whether there are locations of the body, as class 1
+        self.bodies: dict[str, np.ndarray] = {}  # those that were found
 
     def load_case(self, identifier: str) -> tuple:
         """As nnU-Net's `load_case`: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
@@ -49,7 +52,13 @@ class ImageDataset(nnUNetBaseDataset):
         image = blosc2.open(urlpath=f"{identifier}.b2nd", mode="r", dparams={"nthreads": 1}, **kwargs)
         nothing = np.broadcast_to(np.int16(0), (1, *image.shape[1:]))  # takes no memory
         labels = Outside(image) if self.marks_outside else nothing
-        return image, labels, None, {"class_locations": {}}
+        return image, labels, None, {"class_locations": {1: self.body(identifier, image)} if self.finds_body else {}}
+
+    def body(self, identifier: str, image) -> np.ndarray:
+        """Locations in a body; each image is searched once."""
+        if identifier not in self.bodies:
+            self.bodies[identifier] = body_locations(image[:1])
+        return self.bodies[identifier]
 
     @staticmethod
     def save_case(data, seg, properties, output_filename_truncated):
@@ -61,6 +70,21 @@ class ImageDataset(nnUNetBaseDataset):
         """The identifiers of the images in a folder."""
         names = sorted(n for n in os.listdir(folder) if n.endswith(".b2nd") and not n.endswith("_seg.b2nd"))
         return [os.path.join(folder, name.removesuffix(".b2nd")) for name in names if not name.startswith(".")]
+
+
+def body_locations(image: np.ndarray, most: int = 500) -> np.ndarray:
+    """Some voxels of what is brighter than its surroundings, by Otsu's threshold; always the same.
+
+    Args:
+        image: (1, X, Y, Z).
+        most: How many.
+
+    Returns:
+        (N, 4) indices, as nnU-Net keeps the locations of classes; none if the image is constant.
+    """
+    where = np.flatnonzero(image > threshold_otsu(image))
+    chosen = np.random.RandomState(1234).permutation(len(where))[:most]
+    return np.stack(np.unravel_index(where[chosen], image.shape), 1)
 
 
 def image_statistics(dataset: ImageDataset, most: int = 30) -> tuple[np.ndarray, float, float]:
@@ -128,13 +152,16 @@ def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_siz
         patch_size: Of the patches that come out, in voxels.
         sampled_size: Of the patches before the transforms, at least `patch_size`.
         label_manager: nnU-Net's.
-        **kwargs: `transforms`; `workers`, number of background processes; `pin_memory`.
+        **kwargs: `transforms`; `workers`, number of background processes; `pin_memory`; `body_share`, of the patches
+            that are centred on the body.
 
     Returns:
         An iterator over batches {"data": (B, C, X, Y[, Z]), "target": all background, "keys": identifiers}.
     """
+    share = kwargs.get("body_share", 0.0)
+    dataset.finds_body = share > 0
     loader = nnUNetDataLoader(
-        dataset, batch_size, sampled_size, patch_size, label_manager, transforms=kwargs.get("transforms")
+        dataset, batch_size, sampled_size, patch_size, label_manager, share, transforms=kwargs.get("transforms")
     )
     # An ignore label restricts patches to annotated voxels, which says nothing about images.
     loader.has_ignore = False
