@@ -15,8 +15,8 @@ Killed at any point, the same command continues. What is finished is never train
 are in plans.json; limits of the gate: docs/mutual_learning.md.
 
 example:
-  nnunet_diffusion mutual -d 600 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans
-  nnUNetv2_predict -d 600 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans -tr MutualSimilarityTrainer -i IMAGES -o OUT
+  nnunet_diffusion mutual -d 601 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans
+  nnUNetv2_predict -d 601 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans -tr MutualSimilarityTrainer -i IMAGES -o OUT
 """
 
 

@@ -58,9 +58,8 @@ class MutualLearning:
         self.base = os.path.join(nnUNet_preprocessed, self.dataset)
         if not (fold.isdigit() or fold == "all"):
             raise UserError(f"-f {fold}: give the number of a fold, or all")
-        content = read_plans(self.base, plans, configuration)
-        self.content, self.block = content, content.get(BLOCK, {})
-        identifier = PlansManager(content).get_configuration(configuration).data_identifier
+        self.content = read_plans(self.base, plans, configuration)
+        identifier = PlansManager(self.content).get_configuration(configuration).data_identifier
         self.completed_folder = completed_folder(self.base, identifier, plans, configuration, fold)
         self.cases = training_cases_of(self.base, identifier, fold)
         folder = os.path.join(nnUNet_results, self.dataset, f"mutual__{plans}__{configuration}", f"fold_{fold}")
@@ -101,7 +100,7 @@ class MutualLearning:
     def what_decides(self, trainer: str) -> dict[str, Any]:
         """Settings, cases and annotations, and the completed labels if the trainer reads them."""
         return {
-            "settings": self.block.get(trainer, {}),
+            "settings": self.content.get(BLOCK, {}).get(trainer, {}),
             "annotated_labels": load_json(os.path.join(self.base, "dataset.json")).get("annotated_labels", {}),
             "cases": self.cases,
             "completed": self.completed() if trainer == STAGES[1] else {},
