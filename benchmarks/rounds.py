@@ -10,7 +10,7 @@ seed:
 Validation Dice is on fold 0's validation cases, which choose nothing here (the early stop is off). Dice of pseudo
 labels is in the network's space: of all that was predicted, and of what the gate let through. With --by_hand, the
 seconds of a round outside its training are compared with nnU-Net's own prediction of the same raw scans and
-nnUNetv2_preprocess of the result.
+nnUNetv2_preprocess of what one would train on then, annotated cases and pseudo labels.
 What is finished is kept, so the same command continues after a crash; seeds can run side by side into the same folder,
 and one command with all of them then makes the table and the figure.
 
@@ -152,7 +152,7 @@ def summary(lists: dict[str, list[float]]) -> dict[str, float | None]:
 
 
 def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) -> dict[str, float]:
-    """Seconds of what a person does: predict the raw scans, make a data set of the result, preprocess it."""
+    """Seconds of what a person does: predict the raw scans, make a data set with the annotated ones, preprocess it."""
     ours = os.environ | command_environment(None, args.device)
     hand = {f"nnUNet_{kind}": str(work / "hand" / kind) for kind in ("raw", "preprocessed")}
     description = json.loads((raw / "dataset.json").read_text())
@@ -166,11 +166,14 @@ def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) 
     model = work / "results" / raw.name / f"{TRAINERS[0]}__gated__{args.c}"
     start = time.time()
     command = ["nnUNetv2_predict_from_modelfolder", "-i", inputs, "-o", outputs, "-m", model, "-f", "0"]
-    subprocess.run([*command, "-device", args.device], check=True, env=ours, stdout=subprocess.DEVNULL)
+    command += ["-device", args.device, *(["--disable_tta"] if args.disable_tta else [])]
+    subprocess.run(command, check=True, env=ours, stdout=subprocess.DEVNULL)
     predicted = time.time()
+    annotated = json.loads((work / "preprocessed" / raw.name / "splits_final.json").read_text())[0]["train"]
+    labels = {case: files[case]["label"] for case in annotated} | {case: outputs / (case + ending) for case in hidden}
     table = {
-        case: {"images": [os.path.abspath(i) for i in files[case]["images"]], "label": str(outputs / (case + ending))}
-        for case in hidden
+        case: {"images": [os.path.abspath(i) for i in files[case]["images"]], "label": os.path.abspath(label)}
+        for case, label in labels.items()
     }
     for folder in ("raw", "preprocessed"):
         (work / "hand" / folder / raw.name).mkdir(parents=True)

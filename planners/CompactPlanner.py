@@ -27,7 +27,7 @@ class CompactPlanner(ExperimentPlanner):
     settings = {
         "ConfiguredTrainer": SHORT_TRAINING,
         "PartialLabelTrainer": FINE_TUNING,
-        "DenoisingDiffusionTrainer": {**SHORT_TRAINING, "initial_lr": 1e-3, "warmup_epochs": 2},
+        "DenoisingDiffusionTrainer": {**SHORT_TRAINING, "initial_lr": 3e-3, "warmup_epochs": 2},
         "DiffusionPretrainedTrainer": FINE_TUNING,
         "DiffusionPretrainedDecoderTrainer": FINE_TUNING,
         "DiffusionPretrainedLinearTrainer": FINE_TUNING,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunet_diffusion.data.images import ImageStatistics
 from nnunet_diffusion.diffusion import pictures, process
 from nnunet_diffusion.diffusion.diffusion import Diffusion
 from nnunet_diffusion.diffusion.sampler import ddim
@@ -84,23 +85,71 @@ def test_the_mean_of_v_is_restored_where_it_can_be_known():
     """A constant patch of value 2 under little noise: v's mean is -sqrt(1 - a) * 2."""
     a = torch.tensor([0.9])
     x_0, noise = torch.full((1, 1, 64, 64), 2.0), torch.randn(1, 1, 64, 64)
-    mean = process.patch_mean("v", process.add_noise(x_0, noise, a), a)
+    mean = process.patch_mean("v", process.add_noise(x_0, noise, a), a, (torch.zeros(1), torch.ones(1)))
     assert mean.shape == (1, 1, 1, 1)
     assert mean.item() == pytest.approx(-math.sqrt(0.1) * 2, abs=0.02)
 
 
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 def test_the_mean_is_the_best_linear_estimate(prediction):
-    """Second route: a least-squares fit of the true means to those of many noised patches of 16 voxels."""
+    """Second route: a line fitted to the true means of many noised patches of 16 voxels, channel by channel."""
     a = torch.full((20000,), 0.03)
-    x_0 = torch.randn(20000, 1, 1, 1).expand(-1, 1, 4, 4)
-    noise = torch.randn(20000, 1, 4, 4)
+    prior = torch.tensor([0.0, -4.0]), torch.tensor([1.0, 2.5])
+    x_0 = (prior[0] + prior[1] * torch.randn(20000, 2)).reshape(20000, 2, 1, 1).expand(-1, 2, 4, 4)
+    noise = torch.randn(20000, 2, 4, 4)
     x_t = process.add_noise(x_0, noise, a)
-    true = process.prediction_target(prediction, x_0, noise, a).mean((1, 2, 3))
-    seen = x_t.mean((1, 2, 3))
-    slope = (true * seen).sum() / seen.square().sum()
-    ours = process.patch_mean(prediction, x_t, a).flatten()
-    torch.testing.assert_close(ours, slope * seen, atol=0.05 * ours.std().item(), rtol=0.05)
+    true = process.prediction_target(prediction, x_0, noise, a).mean((2, 3))
+    seen = x_t.mean((2, 3))
+    ours = process.patch_mean(prediction, x_t, a, prior)
+    assert ours.shape == (20000, 2, 1, 1)
+    for channel in range(2):
+        slope, intercept = np.polyfit(seen[:, channel], true[:, channel], 1)
+        fitted, found = slope * seen[:, channel] + intercept, ours[:, channel].flatten()
+        torch.testing.assert_close(found, fitted.float(), atol=0.05 * found.std().item(), rtol=0.05)
+
+
+def test_sampling_starts_from_means_of_noised_images():
+    """Second route: mean and spread of the patch means of many images noised to the last timestep."""
+    a = torch.full((20000,), 0.004)
+    prior = torch.tensor([3.0, -4.0]), torch.tensor([0.5, 2.5])
+    x_0 = (prior[0] + prior[1] * torch.randn(20000, 2)).reshape(20000, 2, 1, 1).expand(-1, 2, 8, 8)
+    expected = process.add_noise(x_0, torch.randn(20000, 2, 8, 8), a).mean((2, 3))
+    noise = torch.randn(20000, 2, 8, 8)
+    start = process.with_spread_means(noise, a, prior)
+    found = start.mean((2, 3))
+    torch.testing.assert_close(found.mean(0), expected.mean(0), atol=0.01, rtol=0)
+    torch.testing.assert_close(found.std(0), expected.std(0), atol=0, rtol=0.02)
+    flat = [each - each.mean((2, 3), keepdim=True) for each in (start, noise)]
+    torch.testing.assert_close(*flat, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prediction", process.PREDICTIONS)
+def test_samples_have_the_brightness_of_the_images(prediction):
+    """Flat patches: their mean is all there is to know, and a network behind instance norm knows nothing of it."""
+    prior = ([-4.0], [1.5])
+    diffusion = Diffusion("linear", 1000, prediction, prior=prior)
+    x_T = torch.randn(500, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def network(x, t):
+        flat = x - x.mean((1, 2, 3), keepdim=True)  # the noise, but for its mean
+        a = process.per_sample(diffusion.alpha_bar[t], x)
+        return flat / (1 - a).sqrt() if prediction == "epsilon" else flat / (1 - a).sqrt() * a.sqrt()
+
+    samples = diffusion.sample(network, x_T, 200)
+    assert samples.mean().item() == pytest.approx(-4, abs=0.2)
+    assert samples.mean((1, 2, 3)).std().item() == pytest.approx(1.5, abs=0.15)
+
+
+def test_what_is_known_of_images_by_hand():
+    """Two patches of means 2 and 6 with noise of 0.5 * 4: means of 1 and 3 in units of noise."""
+    diffusion, network = Diffusion(), torch.nn.Module()
+    network.input_scale, network.image_range = torch.ones(1), torch.zeros(2)
+    patches = [torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 2, 2), 6.0)]
+    diffusion.know_images([network], ImageStatistics(np.array([0.5]), -1.0, 9.0), patches, 4)
+    assert network.input_scale.tolist() == [2] and network.image_range.tolist() == [-1, 9]
+    assert diffusion.description["prior"] == [[2.0], [1.0]]
+    again = Diffusion(**diffusion.description)
+    assert [values.tolist() for values in again.prior] == [[2.0], [1.0]]
 
 
 def test_antithetic_timesteps_come_in_pairs():
@@ -123,7 +172,8 @@ def test_unknown_choices_are_refused():
 @pytest.mark.parametrize("prediction", process.PREDICTIONS)
 @pytest.mark.parametrize("weighting", process.WEIGHTINGS)
 def test_loss_equals_a_loop_over_samples(prediction, weighting):
-    diffusion = Diffusion("cosine", 100, prediction, weighting)
+    m, s = 0.7, 1.8
+    diffusion = Diffusion("cosine", 100, prediction, weighting, prior=([m], [s]))
     x_0, noise = torch.randn(2, 3, 2, 6, 6)
     timestep = torch.tensor([3, 50, 98])
 
@@ -136,7 +186,7 @@ def test_loss_equals_a_loop_over_samples(prediction, weighting):
         x_t = math.sqrt(a) * x_0[i] + math.sqrt(1 - a) * noise[i]
         output = 0.3 * x_t + timestep[i] / 100
         target, mean = noise[i], x_t.mean((1, 2), keepdim=True)
-        mean_of_noise = math.sqrt(1 - a) / 36 / (a + (1 - a) / 36) * mean
+        mean_of_noise = math.sqrt(1 - a) / 36 / (a * s**2 + (1 - a) / 36) * (mean - math.sqrt(a) * m)
         if prediction == "epsilon":
             output = output + mean_of_noise
         else:

@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.data.checks import label_values
 from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, measure
-from nnunet_diffusion.data.images import ImageDataset, Outside, body_locations, image_loader
+from nnunet_diffusion.data.images import ImageDataset, Outside, body_locations, image_loader, image_statistics, in_body
 from nnunet_diffusion.data.pool import pool_folder, pool_identifiers, preprocess_labeled, preprocess_pool
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
@@ -338,11 +338,11 @@ def test_what_is_outside_the_body_is_marked_as_nnunet_does():
 
 
 def test_patches_are_centred_on_the_body(tmp_path):
-    """A bright box in dark air: all but the threshold's own voxel lie in it; with a share of 1 all patches do."""
+    """A bright box in dark air: all of it is found, and little else; with a share of 1 nearly all patches lie in it."""
     image = np.random.default_rng(0).normal(-1, 0.05, (1, 20, 30, 40)).astype(np.float32)
-    image[0, 8:12, 10:20, 15:25] += 1
-    found = body_locations(image)
-    assert len(found) in (400, 401) and (image[tuple(found.T)] > -0.5).sum() == 400
+    image[0, 4:16, 10:20, 15:25] += 1
+    found = body_locations(image, 5000)
+    assert len(found) < 1.1 * 1200 and (image[tuple(found.T)] > -0.5).sum() == 1200
     assert body_locations(image, 50).shape == (50, 4) and len(body_locations(np.zeros((1, 4, 4, 4)))) == 0
     blosc2.asarray(image, urlpath=str(tmp_path / "scan.b2nd"))
     labels = PlansManager({"configurations": {}}).get_label_manager({"labels": {"background": 0, "box": 1}})
@@ -350,3 +350,26 @@ def test_patches_are_centred_on_the_body(tmp_path):
         loader = image_loader(ImageDataset([str(tmp_path / "scan")]), 8, (4, 4, 4), (4, 4, 4), labels, body_share=share)
         centres = np.concatenate([next(loader)["data"][:, 0, 2, 2, 2].numpy() for _ in range(4)])
         assert least <= (centres > -0.5).mean() <= most
+
+
+def test_noise_is_measured_in_what_varies_inside_the_body(tmp_path):
+    """CT as a plan clips it: air at -3, soft tissue N(0, 0.2), bone at 4, which moves the root mean square alone."""
+    rng = np.random.default_rng(0)
+    for bone in (10, 40):
+        image = np.full((1, 40, 50, 60), -3, np.float32)
+        image[0, 10:30, 10:40, 10:50] = rng.normal(0, 0.2, (20, 30, 40))
+        image[0, 12:14, 12:38, 5 : 5 + bone] = 4
+        blosc2.asarray(image, urlpath=str(tmp_path / f"scan_{bone}.b2nd"))
+        np.testing.assert_array_equal(in_body(image), image > -2)
+    statistics = image_statistics(ImageDataset([str(tmp_path / f"scan_{bone}") for bone in (10, 40)]))
+    np.testing.assert_allclose(statistics.spread, [0.2], rtol=0.1)
+    assert (statistics.low, statistics.high) == (-3, 4)
+
+
+def test_images_without_a_body_have_a_spread_too(tmp_path):
+    """Constant channels: the root mean square; a channel of zeros is an error."""
+    blosc2.asarray(np.full((1, 4, 5, 6), 2, np.float32), urlpath=str(tmp_path / "flat.b2nd"))
+    np.testing.assert_allclose(image_statistics(ImageDataset([str(tmp_path / "flat")])).spread, [2])
+    blosc2.asarray(np.zeros((1, 4, 5, 6), np.float32), urlpath=str(tmp_path / "empty.b2nd"))
+    with pytest.raises(ValueError, match="a channel is empty"):
+        image_statistics(ImageDataset([str(tmp_path / "empty")]))

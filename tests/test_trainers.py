@@ -6,6 +6,7 @@ import pickle
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -122,15 +123,19 @@ def test_other_processes_train_and_sample(plans, settings):
     assert {"denoiser.pth", "samples.png", "progress.png"} <= set(os.listdir(trainer.output_folder))
 
 
-def test_noise_is_measured_in_a_share_of_the_images_root_mean_square(plans):
-    scales = []
+def test_noise_is_measured_in_the_spread_of_the_body(plans):
+    files = []
     for share in (1.0, 0.25):
-        name = plans(f"Noise{share}", DenoisingDiffusionTrainer={"noise_scale": share, "body_share": 0.5})
+        name = plans(f"Noise{share}", DenoisingDiffusionTrainer={"noise_scale": share})
         trainer = tiny.trainer(DenoisingDiffusionTrainer, fold="all", plans=name)
         trainer.run_training()
         assert torch.isfinite(torch.tensor(trainer.logger.get_value("train_losses", step=None))).all()
-        scales.append(load_denoiser(denoiser_path(plans=name))["denoiser_weights"]["input_scale"])
+        files.append(load_denoiser(denoiser_path(plans=name)))
+    scales = [content["denoiser_weights"]["input_scale"] for content in files]
     torch.testing.assert_close(scales[1], 0.25 * scales[0])
+    priors = [np.array(content["process"]["prior"]) for content in files]
+    assert (priors[0][1] > 0).all()
+    np.testing.assert_allclose(priors[1], 4 * priors[0], rtol=1e-4)
 
 
 def test_pretraining_lowers_the_loss(plans):

@@ -48,13 +48,13 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     schedule: str = "linear"  # or cosine, sigmoid
     timesteps: int = 1000  # noise levels
     prediction: str = "epsilon"  # or v
-    weighting: str = "uniform"  # or min_snr
+    weighting: str = "min_snr"  # or uniform
     min_snr_gamma: float = 5.0  # Hang et al. 2023, Sec. 3.4
     antithetic: bool = True  # timesteps come in pairs t and T - 1 - t
     ema_decay: float = 0.999  # of the average of the weights, which is what is kept
     timestep: int = 300  # t*, at which `network_weights` of denoiser.pth is folded
-    noise_scale: float = 1.0  # noise of unit variance is this share of the images' root mean square
-    body_share: float = 0.0  # of the patches are centred on the body, which is brighter than what is around it
+    noise_scale: float = 1.0  # noise of unit variance is this many times the spread of intensities in the body
+    body_share: float = 0.67  # of the patches are centred on the body, which is brighter than what is around it
     augment: bool = True  # small rotations and scalings; never mirrors, which would make impossible anatomy
     held_out: float = 0.05  # share of the pool that fold `all` does not train on
     sample_every: int = 50  # epochs between two sheets of samples; 0 for none
@@ -121,20 +121,18 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     def get_dataloaders(self):
         """Random patches to train on; a fixed set of held-out batches to measure the loss on."""
         train, held_out = self.get_tr_and_val_datasets()
+        patch_size, count = self.configuration_manager.patch_size, self.num_val_iterations_per_epoch
         if not self.is_resumed:
-            rms, low, high = image_statistics(train)
-            for denoiser in (unwrap(self.network), self.ema.module):
-                denoiser.input_scale.copy_(torch.as_tensor(rms) * self.noise_scale)
-                denoiser.image_range.copy_(torch.tensor([low, high]))
-        patch_size = self.configuration_manager.patch_size
+            networks = [unwrap(self.network), self.ema.module]
+            patches = fixed_batches(train, 20, self.batch_size, patch_size, self.label_manager, 1234, self.body_share)
+            self.diffusion.know_images(networks, image_statistics(train), patches, self.noise_scale)
         sampled_size, transforms = self.spatial_augmentation() if self.augment else (patch_size, None)
         on_cuda = self.device.type == "cuda"
         loader = image_loader(
             train, self.batch_size, patch_size, sampled_size, self.label_manager, body_share=self.body_share,
             transforms=transforms, workers=get_allowed_n_proc_DA(), pin_memory=on_cuda,
         )  # fmt: skip
-        count = self.num_val_iterations_per_epoch
-        fixed = fixed_batches(held_out, count, self.batch_size, patch_size, self.label_manager, seed=1234)
+        fixed = fixed_batches(held_out, count, self.batch_size, patch_size, self.label_manager, 1234, self.body_share)
         batches = [{"data": data, "number": number} for number, data in enumerate(fixed)]
         self.real_images = batches[0]["data"].numpy()
         return loader, itertools.cycle(batches)
@@ -210,14 +208,17 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         self.current_epoch += 1
 
     def extra_state(self) -> dict:
-        """The average goes into the checkpoint, so that a resumed run continues it."""
-        return {"ema": self.ema.state_dict()}
+        """The average and the process go into the checkpoint, so that a resumed run continues them."""
+        return {"ema": self.ema.state_dict(), "process": self.diffusion.description}
 
     def load_checkpoint(self, filename_or_checkpoint):
         """Continues the average, too."""
         super().load_checkpoint(filename_or_checkpoint)
         checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
         self.ema.load_state_dict(checkpoint["ema"])
+        self.diffusion = Diffusion(
+            **checkpoint["process"], weighting=self.weighting, gamma=self.min_snr_gamma, device=self.device
+        )
         self.is_resumed = True
 
     def on_train_end(self):

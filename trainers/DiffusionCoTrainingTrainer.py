@@ -9,7 +9,13 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import autocast
 
 from nnunet_diffusion.data.annotated import annotated_mask
-from nnunet_diffusion.data.images import ImageDataset, image_loader, image_statistics, refuse_other_channels
+from nnunet_diffusion.data.images import (
+    ImageDataset,
+    fixed_batches,
+    image_loader,
+    image_statistics,
+    refuse_other_channels,
+)
 from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
 from nnunet_diffusion.diffusion.diffusion import Diffusion
 from nnunet_diffusion.errors import UserError
@@ -153,11 +159,10 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
             )
         refuse_other_channels(pool, self.num_input_channels)
         self.print_to_log_file(f"{self.method} with {len(pool.identifiers)} unlabelled images")
-        if self.method == "co_training" and not self.is_resumed:
-            rms, low, high = image_statistics(pool)
-            self.teacher.network.input_scale.copy_(torch.as_tensor(rms))
-            self.teacher.network.image_range.copy_(torch.tensor([low, high]))
         patch_size = self.configuration_manager.patch_size
+        if self.method == "co_training" and not self.is_resumed:
+            patches = fixed_batches(pool, 20, self.batch_size, patch_size, self.label_manager, seed=1234)
+            self.teacher.diffusion.know_images([self.teacher.network], image_statistics(pool), patches)
         rotation, dummy_2d, size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         return image_loader(
             pool, self.batch_size, patch_size, size, self.label_manager,

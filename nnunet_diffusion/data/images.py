@@ -1,6 +1,7 @@
 """Preprocessed images without their labels, for training that needs none."""
 
 import os
+from typing import NamedTuple
 
 import blosc2
 import numpy as np
@@ -8,7 +9,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
-from skimage.filters import threshold_otsu
+from skimage.filters import threshold_triangle
 
 from nnunet_diffusion.errors import UserError
 
@@ -72,8 +73,23 @@ class ImageDataset(nnUNetBaseDataset):
         return [os.path.join(folder, name.removesuffix(".b2nd")) for name in names if not name.startswith(".")]
 
 
+def in_body(image: np.ndarray) -> np.ndarray:
+    """What is brighter than air and padding, by the triangle threshold (Zack et al. 1977).
+
+    Most voxels of a scan are as dark as air, which a histogram shows as one peak at its end. Otsu's threshold divides
+    two equal classes, and finds the bones in a scan that the plan clips between fat and bone.
+
+    Args:
+        image: Of any shape.
+
+    Returns:
+        Booleans of its shape; none is true in a constant image.
+    """
+    return image > threshold_triangle(image) if image.min() < image.max() else np.zeros(image.shape, bool)
+
+
 def body_locations(image: np.ndarray, most: int = 500) -> np.ndarray:
-    """Some voxels of what is brighter than its surroundings, by Otsu's threshold; always the same.
+    """Some voxels of what `in_body` finds; always the same.
 
     Args:
         image: (1, X, Y, Z).
@@ -82,35 +98,55 @@ def body_locations(image: np.ndarray, most: int = 500) -> np.ndarray:
     Returns:
         (N, 4) indices, as nnU-Net keeps the locations of classes; none if the image is constant.
     """
-    where = np.flatnonzero(image > threshold_otsu(image))
+    where = np.flatnonzero(in_body(image))
     chosen = np.random.RandomState(1234).permutation(len(where))[:most]
     return np.stack(np.unravel_index(where[chosen], image.shape), 1)
 
 
-def image_statistics(dataset: ImageDataset, most: int = 30) -> tuple[np.ndarray, float, float]:
-    """Root mean square and range of preprocessed intensities.
+class ImageStatistics(NamedTuple):
+    """Of preprocessed intensities.
+
+    Attributes:
+        spread: (C,) of the body: the median over images of its interquartile range, divided by that of a standard
+            normal distribution. On CT it is that of soft tissue and fat; air, bone and metal have no part in it.
+        low: The lowest value.
+        high: The highest value.
+    """
+
+    spread: np.ndarray
+    low: float
+    high: float
+
+
+def image_statistics(dataset: ImageDataset, most: int = 30) -> ImageStatistics:
+    """Statistics of some images.
 
     Args:
         dataset: The images.
         most: How many of them are read, evenly over the data set.
 
-    Returns:
-        (C,) root mean square, lowest and highest value.
-
     Raises:
         ValueError: If a channel is zero everywhere.
     """
     chosen = np.unique(np.linspace(0, len(dataset.identifiers) - 1, most).round().astype(int))
-    squares, lows, highs = [], [], []
+    squares, spreads, lows, highs = [], [], [], []
     for index in chosen:
         image = dataset.load_case(dataset.identifiers[index])[0][:]
         squares.append(np.square(image, dtype=np.float64).reshape(len(image), -1).mean(1))
+        spreads.append([interquartile_deviation(channel) for channel in image])
         lows.append(image.min())
         highs.append(image.max())
-    rms = np.sqrt(np.mean(squares, 0))
+    rms, spread = np.sqrt(np.mean(squares, 0)), np.median(spreads, 0)
     if not (np.isfinite(rms).all() and (rms > 0).all()):
         raise ValueError(f"the preprocessed images' root mean square is {rms}: a channel is empty or not finite")
-    return rms, float(min(lows)), float(max(highs))
+    # A picture whose body is as uniform as air has no spread to go by.
+    return ImageStatistics(np.where(spread > 0.01 * rms, spread, rms), float(min(lows)), float(max(highs)))
+
+
+def interquartile_deviation(image: np.ndarray) -> float:
+    """The standard deviation of a normal distribution with the interquartile range of the body; 0 without a body."""
+    body = image[in_body(image)]
+    return float(np.subtract(*np.percentile(body, [75, 25])) / 1.349) if len(body) else 0.0
 
 
 def refuse_other_channels(dataset: ImageDataset, channels: int) -> None:
@@ -190,12 +226,14 @@ def in_background(loader: nnUNetDataLoader, workers: int, cached: int, pin_memor
     )
 
 
-def fixed_batches(dataset: ImageDataset, number: int, batch_size: int, patch_size, label_manager, seed: int):
+def fixed_batches(
+    dataset: ImageDataset, number: int, batch_size: int, patch_size, label_manager, seed: int, body_share: float = 0.0
+):
     """Yields `number` batches (B, C, X, Y[, Z]) of random patches that are always the same; torch tensors.
 
     Leaves numpy's generator, which nnU-Net's loader draws from, as it was.
     """
-    loader = image_loader(dataset, batch_size, patch_size, patch_size, label_manager)
+    loader = image_loader(dataset, batch_size, patch_size, patch_size, label_manager, body_share=body_share)
     state = np.random.RandomState(seed).get_state()
     for _ in range(number):
         before = np.random.get_state()

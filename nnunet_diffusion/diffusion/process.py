@@ -1,7 +1,7 @@
 """The diffusion process: schedules, noising, targets and loss weights, each a pure function.
 
 Symbols follow Ho et al. 2020 (DDPM, arXiv 2006.11239): x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps.
-`alpha_bar` arguments hold one value a sample and broadcast over channels and space; x_0 has unit second moment.
+`alpha_bar` arguments hold one value a sample and broadcast over channels and space.
 """
 
 import math
@@ -51,6 +51,11 @@ def per_sample(values: Tensor, like: Tensor) -> Tensor:
     return values.to(like).reshape(-1, *[1] * (like.ndim - 1))
 
 
+def per_channel(prior: tuple[Tensor, Tensor], like: Tensor) -> list[Tensor]:
+    """Reshapes (C,) values to (1, C, 1, ..., 1) in the type of `like`, so that they broadcast over it."""
+    return [values.to(like).reshape(1, -1, *[1] * (like.ndim - 2)) for values in prior]
+
+
 def add_noise(x_0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
     """x_t of Ho et al. 2020, Eq. 4; all (B, C, X, Y[, Z]), `alpha_bar` (B,)."""
     a = per_sample(alpha_bar, x_0)
@@ -67,29 +72,50 @@ def prediction_target(prediction: str, x_0: Tensor, noise: Tensor, alpha_bar: Te
     raise ValueError(f"prediction is {prediction!r}: it must be one of {PREDICTIONS}")
 
 
-def patch_mean(prediction: str, x_t: Tensor, alpha_bar: Tensor) -> Tensor:
+def patch_mean(prediction: str, x_t: Tensor, alpha_bar: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
     """The patch mean of what is predicted, estimated from that of the noised image; our reconstruction.
 
     Instance normalisation removes the mean of a patch, so a normalised network can neither see nor predict it; samples
     would keep the brightness of the noise that they started from. mean(x_t) = sqrt(a) mean(x_0) + sqrt(1 - a)
-    mean(eps), where mean(eps) has variance 1 / N over N voxels and mean(x_0) is taken to have variance 1: the Wiener
-    estimate of mean(eps) follows, and with it that of v = (eps - sqrt(1 - a) x_t) / sqrt(a).
+    mean(eps), where mean(eps) has variance 1 / N over N voxels and mean(x_0) is taken to be normally distributed over
+    patches, with mean m and standard deviation s: the Wiener estimate of mean(eps) follows, and with it that of
+    v = (eps - sqrt(1 - a) x_t) / sqrt(a).
 
     Args:
         prediction: "epsilon" or "v".
         x_t: (B, C, X, Y[, Z]) noised images.
         alpha_bar: (B,).
+        prior: m and s, each (C,).
 
     Returns:
         (B, C, 1, 1[, 1]), to be added to the network's output.
     """
-    a = per_sample(alpha_bar, x_t)
+    a, (m, s) = per_sample(alpha_bar, x_t), per_channel(prior, x_t)
     mean = x_t.mean(dim=tuple(range(2, x_t.ndim)), keepdim=True)
     noise_variance = (1 - a) / x_t[0, 0].numel()
-    mean_of_noise = noise_variance / (a + noise_variance) * mean / (1 - a).sqrt()
+    mean_of_noise = noise_variance / (a * s**2 + noise_variance) * (mean - a.sqrt() * m) / (1 - a).sqrt()
     if prediction == "epsilon":
         return mean_of_noise
     return (mean_of_noise - (1 - a).sqrt() * mean) / a.sqrt()
+
+
+def with_spread_means(noise: Tensor, alpha_bar: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
+    """Noise to start sampling from, whose patch means are spread as those of images noised to the last timestep.
+
+    What is left of an image there is nothing to a voxel, but the mean over a patch shows it: drawn from noise alone,
+    samples would all have the brightness of 0.
+
+    Args:
+        noise: (B, C, X, Y[, Z]) standard normal; its means are spread by 1 / N over N voxels.
+        alpha_bar: (B,) of the last timestep.
+        prior: Mean and standard deviation of the images' patch means, each (C,).
+
+    Returns:
+        (B, C, X, Y[, Z]).
+    """
+    a, (m, s) = per_sample(alpha_bar, noise), per_channel(prior, noise)
+    mean = noise.mean(dim=tuple(range(2, noise.ndim)), keepdim=True)
+    return noise + a.sqrt() * m + mean * ((a * s**2 * noise[0, 0].numel() + 1 - a).sqrt() - 1)
 
 
 def estimate(prediction: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,8 +80,8 @@ class Denoiser(nn.Module):
 
     Attributes:
         network: The planned network; its normalisations are `ConditionalNorm`s.
-        input_scale: (C,) root mean square of the images that it is trained on, per channel: the process works on
-            image / input_scale, which has unit second moment.
+        input_scale: (C,) what noise of unit variance is in the plan's normalisation, per channel: the process works
+            on image / input_scale.
         image_range: (2,) lowest and highest value of these images, in the plan's normalisation.
     """
 

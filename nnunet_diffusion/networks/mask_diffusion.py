@@ -68,7 +68,7 @@ class MaskDiffusion(nn.Module):
     """Mask pathway and image pathway.
 
     Attributes:
-        input_scale: (C,) root mean square of the images per channel: the image's process works on image / input_scale.
+        input_scale: (C,) what noise of unit variance is, per channel: the image's process works on image / input_scale.
         image_range: (2,) lowest and highest value of the images.
     """
 
