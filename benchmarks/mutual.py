@@ -49,6 +49,12 @@ TRAINERS = {1: "MutualDifferenceTrainer", 2: "MutualSimilarityTrainer", 0: "Part
 CONTROLS = {1: "none", 2: "partial"}
 
 
+def choose_patients(patients: dict[str, list[str]], number: int | None, seed: int) -> list[str]:
+    """The cases of some patients, drawn by seed; of all without a number."""
+    chosen = sorted(patients) if number is None else random.Random(f"patients {seed}").sample(sorted(patients), number)
+    return sorted(case for patient in chosen for case in patients[patient])
+
+
 def deal(cases: list[str], groups: list[list[str]], seed: int) -> dict[str, list[str]]:
     """Deals cases to groups of about equal size: {case: the labels that it keeps}."""
     order = random.Random(f"groups {seed}").sample(sorted(cases), len(cases))
@@ -125,6 +131,7 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--groups", nargs="+", required=True, metavar="LABEL,LABEL", help="what each group annotates")
+    parser.add_argument("--train_patients", type=int, help="drawn by seed (default: all that are not tested on)")
     parser.add_argument("--stage_1", nargs="+", default=list(STAGE_1), choices=list(STAGE_1))
     parser.add_argument("--stage_2", nargs="*", default=list(STAGE_2), choices=list(STAGE_2))
     parser.add_argument("--beside", nargs="*", default=list(BESIDE), choices=list(BESIDE))
@@ -141,12 +148,14 @@ def main() -> int:
     args.base = dataset_folder(args, "nnUNet_preprocessed")
     args.out = output_folder(args, args.base, "mutual_benchmark")
     test, rest = split_patients(args, args.base, args.out)
-    train = [case for cases in rest.values() for case in cases]
+    if args.train_patients and args.train_patients > len(rest):
+        raise UserError(f"--train_patients {args.train_patients}: {len(rest)} are not tested on")
+    train = {seed: choose_patients(rest, args.train_patients, seed) for seed in args.seeds}
     beside = [(0, arm) for arm in args.beside]
     arms = {1: [(1, arm) for arm in args.stage_1], 2: [(2, arm) for arm in args.stage_2] + beside}
     failed = []
     for stage, wanted in arms.items():
-        jobs = [describe_run(args, *arm, seed, train, test) for seed in args.seeds for arm in wanted]
+        jobs = [describe_run(args, *arm, seed, train[seed], test) for seed in args.seeds for arm in wanted]
         lost = run_all(jobs, args.out, args.jobs)
         failed += lost
         if runs := results_of(jobs, lost):
