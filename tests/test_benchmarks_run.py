@@ -93,8 +93,9 @@ def test_rounds(home):
 
 
 def test_flare22_in_miniature(home):
-    """The few-label protocol with one command: plan, split, pre-training, all budgets of one arm, the table."""
+    """The few-label protocol with one command: plan, split, pre-training, two budgets of one arm, the table."""
     short = "--pretraining_epochs 1 --pretraining_iterations 1 --seeds 0 --num_epochs 1 --num_iterations_per_epoch 1"
-    benchmark(home, f"flare22.py -d 501 -c 2d -pl CompactPlanner {short} --arms full --device cpu -o flare22")
+    budgets = "--arms full --budgets 4slices 10%"
+    benchmark(home, f"flare22.py -d 501 -c 2d -pl CompactPlanner {short} {budgets} --device cpu -o flare22")
     table = (home / "flare22" / "flare22.md").read_text()
     assert "| ours, full |" in table and "0.518" in table and "is not FLARE22" in table

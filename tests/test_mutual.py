@@ -329,15 +329,52 @@ def test_batches_of_stage_2_hold_both_label_maps(learned):
     assert (batch.completed_annotation == torch.arange(4)).all() and sorted(batch.group.tolist()) == [0, 1]
 
 
-def test_two_processes_train_and_validate(learned):
+@pytest.mark.parametrize("trainer", BLOCK)
+def test_two_processes_train_and_validate(learned, trainer):
     """On CPUs, under torchrun; each process has cases of both groups in its batch."""
-    shutil.rmtree(results())
-    program = results().with_suffix(".py")
+    shutil.rmtree(results(trainer))
+    program = results(trainer).with_suffix(".py")
     program.write_text(
         "from nnunet_diffusion.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
-    arguments = ["train", str(tiny.ID), "2d", "0", "-tr", "MutualSimilarityTrainer", "-p", tiny.PLANS, "-device", "cpu"]
+    arguments = ["train", str(tiny.ID), "2d", "0", "-tr", trainer, "-p", tiny.PLANS, "-device", "cpu"]
     done = subprocess.run([*launcher, str(program), *arguments], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (results() / "fold_0" / "validation" / "summary.json").is_file()
+    assert (results(trainer) / "fold_0" / "validation" / "summary.json").is_file()
+
+
+def test_ignored_voxels_stay_ignored_under_the_gate_as_it_comes(world, tmp_path, monkeypatch):
+    """Both stages by the command, with an ignore label; after so short a training the gate believes next to nothing."""
+    folder = tmp_path / "preprocessed" / tiny.NAME
+    shutil.copytree(world, folder, ignore=shutil.ignore_patterns("*_pseudo"))
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    content = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps({**content, "labels": {**tiny.LABELS, "ignore": 4}}))
+    data = next(path.parent for path in folder.glob("*_2d/tiny_000_seg.b2nd"))
+    dataset = nnUNetDatasetBlosc2(str(data), list(ANNOTATED))
+    true = {}
+    for case in ANNOTATED:
+        _, seg, _, properties = dataset.load_case(case)
+        true[case] = np.array(seg[:])
+        true[case][:, :4] = 4
+        # as nnU-Net's preprocessing leaves it: with an ignore label, patches are drawn around what is annotated
+        properties["class_locations"][(-1, *range(4))] = np.argwhere(true[case] != 4)
+        (data / f"{case}.pkl").write_bytes(pickle.dumps(properties))
+        (data / f"{case}_seg.b2nd").unlink()
+        chunks = (1, *true[case].shape[1:])
+        nnUNetDatasetBlosc2.save_seg(true[case], str(data / f"{case}_seg"), chunks, chunks)
+    assert main(COMMAND) == 0
+    completed = next(folder.glob("*_pseudo/mutual__*__fold_0"))
+    for case in ("tiny_000", "tiny_001", "tiny_002"):
+        label = open_pseudo_label(str(completed), case)
+        segmentation = label.segmentation[:]
+        assert (segmentation[true[case] == 4] == 4).all()
+        assert (segmentation[np.isin(true[case], [1, 2, 3])] == true[case][np.isin(true[case], [1, 2, 3])]).all()
+        assert set(ANNOTATED[case]) <= label.annotation.labels
+    losses = [
+        torch.load(path, map_location="cpu", weights_only=False)["logging"]["train_losses"]
+        for path in (tmp_path / "results").glob("*/*/fold_0/checkpoint_final.pth")
+    ]
+    assert len(losses) == 2 and np.isfinite(losses).all()

@@ -35,7 +35,6 @@ PRETRAINING = {
     "num_iterations_per_epoch": 25,
     "num_val_iterations_per_epoch": 2,
     "warmup_epochs": 2,
-    "initial_lr": 1e-3,
     "sample_steps": 20,
     "save_every": 6,
 }
