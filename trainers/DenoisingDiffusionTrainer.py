@@ -26,7 +26,7 @@ from nnunet_diffusion.diffusion.process import draw_timesteps
 from nnunet_diffusion.networks.conditioning import condition
 from nnunet_diffusion.networks.denoiser_file import plan_identity, save_denoiser
 from nnunet_diffusion.networks.transfer import unwrap
-from nnunet_diffusion.optimization import WarmupPolyLR, warming_ema
+from nnunet_diffusion.optimization import WarmupPolyLR, adamw, warming_ema
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
 
@@ -97,7 +97,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     def configure_optimizers(self):
         """AdamW, as diffusion models are trained."""
         trainable = [p for p in self.network.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, self.initial_lr, weight_decay=self.weight_decay)
+        optimizer = adamw(trainable, self.initial_lr, self.weight_decay)
         return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
 
     def set_deep_supervision_enabled(self, enabled: bool):

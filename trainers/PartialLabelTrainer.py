@@ -19,7 +19,7 @@ from nnunet_diffusion.evaluation.annotated_pairs import hard_counts, restrict_su
 from nnunet_diffusion.losses.partial import PartialLabelLoss, annotated
 from nnunet_diffusion.losses.regions import PartialRegionLoss
 from nnunet_diffusion.networks.transfer import HEADS, unwrap
-from nnunet_diffusion.optimization import WarmupPolyLR, ramp_up
+from nnunet_diffusion.optimization import WarmupPolyLR, adamw, ramp_up
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
 
@@ -58,7 +58,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
             kwargs = {"momentum": 0.99, "nesterov": True}
             optimizer = torch.optim.SGD(groups, self.initial_lr, weight_decay=self.weight_decay, **kwargs)
         elif self.optimizer_name == "AdamW":
-            optimizer = torch.optim.AdamW(groups, self.initial_lr, weight_decay=self.weight_decay)
+            optimizer = adamw(groups, self.initial_lr, self.weight_decay)
         else:
             raise UserError(f"setting optimizer_name is {self.optimizer_name!r}: it must be SGD or AdamW")
         return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
