@@ -62,7 +62,8 @@ def test_from_a_denoiser_to_figures_and_a_page(folders, capsys, configuration, v
 def test_real_patches_are_nearer_to_real_patches_than_noise_is(folders):
     content = load_denoiser(str(folders["2d"] / "denoiser.pth"))
     extractor = encoder_features(build(content).eval(), content["timestep"], "")
-    real = torch.from_numpy(np.concatenate(list(real_batches(content["plan"], 20, 8))))
+    description = {"plan": content["plan"], "body_share": 0.5}
+    real = torch.from_numpy(np.concatenate(list(real_batches(description, 20, 8))))
     first, second, noise = (extractor.extract(x) for x in (real[:80], real[80:], torch.randn(80, *real.shape[1:])))
     for kind in (0, 1):
         between, to_noise = (frechet_distance(first[kind].numpy(), x[kind].numpy()) for x in (second, noise))

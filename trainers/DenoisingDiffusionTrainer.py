@@ -245,6 +245,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
             "epochs": self.current_epoch,
             "iterations_per_epoch": self.num_iterations_per_epoch,
             "batch_size": self.configuration_manager.batch_size,
+            "body_share": self.body_share,
             "held_out_loss": [float(value) for value in values],
         }
         plan = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     if args.d:
         require_folders(("nnUNet_raw",))
     dataset = find_dataset(args.d) if args.d else None
-    real = real_batches(plan, math.ceil(number_of_real / DRAWN_AT_ONCE), DRAWN_AT_ONCE, dataset)
+    real = real_batches(description, math.ceil(number_of_real / DRAWN_AT_ONCE), DRAWN_AT_ONCE, dataset)
     found = {
         "real": features(extractor, (image for batch in real for image in batch), number_of_real, args.batch_size),
         "samples": features(extractor, read_samples(args.samples, numbers, plan), len(numbers), args.batch_size),

@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     folder = args.output or os.path.join(os.path.dirname(path), "samples")
     description = {"denoiser": os.path.abspath(path), "denoiser_sha256": sha256(path), "sampler": args.sampler}
     description |= {"steps": steps, "seed": args.seed, "plan": plan}
+    description["body_share"] = content["training"].get("body_share", 0.0)
     sample_files.begin(folder, description)
 
     there = set(sample_files.numbers_in(folder, len(plan["channel_names"])))
@@ -79,7 +80,7 @@ def draw_sheet(folder: str, number: int, description: dict) -> None:
     scales = plan_scales(plan)
     samples = np.stack(list(read_samples(folder, range(min(number, 32)), plan)))
     try:
-        real = next(real_batches(plan, 1, 8))
+        real = next(real_batches(description, 1, 8))
     except UserError:  # not preprocessed here: a denoiser can come from anywhere
         real = samples[:0]
     real, samples = ([to_intensities(image, scales) for image in images] for images in (real, samples))
@@ -120,11 +121,13 @@ def find_denoiser(args: argparse.Namespace) -> str:
     return first_existing([os.path.join(folder, "denoiser.pth")], f"{train}\nor name one with --denoiser")
 
 
-def real_batches(plan: dict, number: int, batch_size: int, dataset: str | None = None):
-    """Yields (B, C, X, Y[, Z]) random patches of the preprocessed images, labelled and pool, always the same.
+def real_batches(description: dict, number: int, batch_size: int, dataset: str | None = None):
+    """Yields (B, C, X, Y[, Z]) patches of the preprocessed images, labelled and pool, always the same.
+
+    They are drawn as the denoiser was trained: at random, or a share of them centred on the body.
 
     Args:
-        plan: Identity of the denoiser's plan.
+        description: Of the samples, with the denoiser's plan.
         number: Of batches.
         batch_size: Patches each.
         dataset: Folder name of another data set in nnUNet_preprocessed, with a plan of the same name.
@@ -140,6 +143,7 @@ def real_batches(plan: dict, number: int, batch_size: int, dataset: str | None =
     from nnunet_diffusion.plans import read_plans
 
     require_folders(("nnUNet_preprocessed",))
+    plan = description["plan"]
     folder = os.path.join(os.environ["nnUNet_preprocessed"], dataset or plan["dataset_name"])
     plans = PlansManager(read_plans(folder, plan["plans_name"], plan["configuration"]))
     configuration = plans.get_configuration(plan["configuration"])
@@ -148,7 +152,8 @@ def real_batches(plan: dict, number: int, batch_size: int, dataset: str | None =
     if not images:
         raise UserError(f"{folders[0]} holds no preprocessed images: run nnunet_diffusion plan_and_preprocess")
     labels = plans.get_label_manager(read_json(os.path.join(folder, "dataset.json")))
-    for batch in fixed_batches(ImageDataset(images), number, batch_size, plan["patch_size"], labels, seed=0):
+    share = description["body_share"]
+    for batch in fixed_batches(ImageDataset(images), number, batch_size, plan["patch_size"], labels, 0, share):
         yield batch.numpy()
 
 

@@ -53,6 +53,7 @@ def read_description(folder: str) -> dict[str, Any]:
         with open(path, encoding="utf-8") as f:
             content = json.load(f)
         plan_scales(content["plan"])
+        content.setdefault("body_share", 0.0)
     except FileNotFoundError:
         raise UserError(f"{folder} has no {DESCRIPTION}: draw samples with nnunet_diffusion sample first") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
