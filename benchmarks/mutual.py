@@ -20,6 +20,7 @@ import argparse
 import json
 import random
 
+from regimes import draw
 from report import mean_per_organ, summarize, write_arms_figure
 from runs import (
     VALIDATION_ITERATIONS,
@@ -47,12 +48,6 @@ STAGE_2 = {"none": STAGE_1["none"], "ps": STAGE_1["pd"], "dfs": STAGE_1["fd"], "
 BESIDE = {"partial": {"is_told": True}, "upper": {"is_told": False}}
 TRAINERS = {1: "MutualDifferenceTrainer", 2: "MutualSimilarityTrainer", 0: "PartialLabelTrainer"}
 CONTROLS = {1: "none", 2: "partial"}
-
-
-def choose_patients(patients: dict[str, list[str]], number: int | None, seed: int) -> list[str]:
-    """The cases of some patients, drawn by seed; of all without a number."""
-    chosen = sorted(patients) if number is None else random.Random(f"patients {seed}").sample(sorted(patients), number)
-    return sorted(case for patient in chosen for case in patients[patient])
 
 
 def deal(cases: list[str], groups: list[list[str]], seed: int) -> dict[str, list[str]]:
@@ -131,7 +126,7 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--groups", nargs="+", required=True, metavar="LABEL,LABEL", help="what each group annotates")
-    parser.add_argument("--train_patients", type=int, help="drawn by seed (default: all that are not tested on)")
+    parser.add_argument("--budget", default="100%", help="training cases, drawn by seed: 30, or 50%% (default: all)")
     parser.add_argument("--stage_1", nargs="+", default=list(STAGE_1), choices=list(STAGE_1))
     parser.add_argument("--stage_2", nargs="*", default=list(STAGE_2), choices=list(STAGE_2))
     parser.add_argument("--beside", nargs="*", default=list(BESIDE), choices=list(BESIDE))
@@ -148,9 +143,9 @@ def main() -> int:
     args.base = dataset_folder(args, "nnUNet_preprocessed")
     args.out = output_folder(args, args.base, "mutual_benchmark")
     test, rest = split_patients(args, args.base, args.out)
-    if args.train_patients and args.train_patients > len(rest):
-        raise UserError(f"--train_patients {args.train_patients}: {len(rest)} are not tested on")
-    train = {seed: choose_patients(rest, args.train_patients, seed) for seed in args.seeds}
+    if args.budget.endswith("slices"):
+        raise UserError(f"--budget {args.budget}: groups are dealt whole cases: give cases or per cent")
+    train = {seed: list(draw(args.budget, rest, seed)) for seed in args.seeds}
     beside = [(0, arm) for arm in args.beside]
     arms = {1: [(1, arm) for arm in args.stage_1], 2: [(2, arm) for arm in args.stage_2] + beside}
     failed = []

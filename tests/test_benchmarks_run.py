@@ -76,7 +76,7 @@ def test_co_training(home):
 
 
 def test_mutual(home):
-    groups = "--groups Brainstem,SpinalCord Mandible --train_patients 4 --gate is_open=true"
+    groups = "--groups Brainstem,SpinalCord Mandible --budget 4 --gate is_open=true"
     arms = "--stage_1 none pd+fd --stage_2 ps+dfs --beside partial"
     benchmark(home, f"mutual.py {COMMON} {SHORT} {groups} {arms}")
     assert arms_of(home / "out" / "mutual_stage1.json") == {"none", "pd+fd"}

@@ -212,13 +212,14 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         return {"ema": self.ema.state_dict(), "process": self.diffusion.description}
 
     def load_checkpoint(self, filename_or_checkpoint):
-        """Continues the average, too."""
+        """Continues the average and the process, too."""
         super().load_checkpoint(filename_or_checkpoint)
         checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
         self.ema.load_state_dict(checkpoint["ema"])
-        self.diffusion = Diffusion(
-            **checkpoint["process"], weighting=self.weighting, gamma=self.min_snr_gamma, device=self.device
-        )
+        if "process" in checkpoint:  # earlier ones were trained with the prior as it comes
+            self.diffusion = Diffusion(
+                **checkpoint["process"], weighting=self.weighting, gamma=self.min_snr_gamma, device=self.device
+            )
         self.is_resumed = True
 
     def on_train_end(self):
