@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from running import run_command
 from test_docs import ROOT
 from test_docs_run import write_scans
 
@@ -44,7 +44,7 @@ def run(folder: Path, command: str) -> str:
     environment = {**os.environ, "nnUNet_compile": "f", "nnUNet_n_proc_DA": "0"}
     environment |= {f"nnUNet_{kind}": str(folder / f"nnUNet_{kind}") for kind in ("raw", "preprocessed", "results")}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-    result = subprocess.run(command.split(), cwd=folder, env=environment, capture_output=True, text=True)
+    result = run_command(command.split(), cwd=folder, env=environment)
     assert result.returncode == 0, f"{command}\n{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
     return result.stdout
 

@@ -7,13 +7,13 @@ gates open, as nothing is certain after so short a training, and nnU-Net's comma
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from running import run_command
 from skimage.io import imsave
 from test_convert_public_sets import kits
 from test_docs import ROOT, commands
@@ -103,8 +103,7 @@ def run(home: Path, folder: Path, lines: list[str]) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_") or "_n_" in key}
     environment |= {"HOME": str(home), "PATH": f"{home / 'bin'}:{BIN}:{os.environ['PATH']}", "nnUNet_compile": "f"}
     script = ["set -euxo pipefail", 'eval "$(nnunet_diffusion env --root ~/nnunet)"', *lines]
-    result = subprocess.run(["bash", "-c", "\n".join(script)], cwd=folder, env=environment,
-                            capture_output=True, text=True)  # fmt: skip
+    result = run_command(["bash", "-c", "\n".join(script)], cwd=folder, env=environment)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import tiny
+from running import run_command
 
 pytestmark = pytest.mark.slow
 BIN = Path(sys.executable).parent
@@ -22,7 +22,7 @@ def run(*command, code=0, **environment):
     env = {**os.environ, "nnUNet_extTrainer": str(TRAINERS), **environment}
     env = {key: value for key, value in env.items() if value is not None}
     arguments = [str(BIN / command[0]), *map(str, command[1:])]
-    result = subprocess.run(arguments, env=env, capture_output=True, text=True)
+    result = run_command(arguments, env=env)
     assert result.returncode == code, f"{' '.join(arguments)}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result
 

@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from running import run_command
 
 from nnunet_diffusion import stock
 from nnunet_diffusion.cli import main
@@ -339,7 +340,7 @@ def test_two_processes_train_and_validate(learned, trainer):
     )
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
     arguments = ["train", str(tiny.ID), "2d", "0", "-tr", trainer, "-p", tiny.PLANS, "-device", "cpu"]
-    done = subprocess.run([*launcher, str(program), *arguments], capture_output=True, text=True, timeout=500)
+    done = run_command([*launcher, str(program), *arguments])
     assert done.returncode == 0, done.stderr[-3000:]
     assert (results(trainer) / "fold_0" / "validation" / "summary.json").is_file()
 

@@ -17,6 +17,7 @@ import SimpleITK as sitk
 import tiny_dataset
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from running import run_command
 
 from nnunet_diffusion.data.checks import label_values
 from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, measure
@@ -292,7 +293,7 @@ def test_killed_and_continued_is_as_if_never_killed(dataset):
         for case in pool_identifiers(folder):
             np.testing.assert_array_equal(voxels(folder, case), voxels(uninterrupted, case))
     assert done > 0, "never killed in the middle"
-    subprocess.run(command, check=True)
+    run_command(command).check_returncode()
     assert_same(folder, uninterrupted)
     assert os.listdir(join(folder, ".nnunet_diffusion")) == ["identity.json"]
 

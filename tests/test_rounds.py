@@ -18,6 +18,7 @@ import pytest
 import SimpleITK as sitk
 import tiny
 import torch
+from running import run_command
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.data.annotated import Annotation
@@ -582,7 +583,7 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     shutil.copy(next(images.glob("tiny_003*")), tmp_path / "in")
     predict = ["nnUNetv2_predict", "-d", str(tiny.ID), "-c", "2d", "-f", "0", "-tr", "PseudoLabelTrainer", "-p", "P"]
     predict += ["-i", tmp_path / "in", "-o", tmp_path / "out", "-device", "cpu", "-npp", "1", "-nps", "1"]
-    subprocess.run(predict, check=True, capture_output=True, env=os.environ | command_environment(None, "cpu"))
+    run_command(predict, env=os.environ | command_environment(None, "cpu")).check_returncode()
     assert (tmp_path / "out" / "tiny_003.nii.gz").is_file()
 
 
@@ -611,7 +612,7 @@ def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path
             process.wait()
             is_new = False
             kills += 1
-    subprocess.run(command, env=environment, check=True, capture_output=True)
+    run_command(command, env=environment).check_returncode()
     mine = run_folder(tmp_path / "preprocessed" / tiny.NAME)
     verdicts = [
         json.loads((run / "state.json").read_text())["rounds"][1]["verdicts"] for run in (mine, run_folder(folder))

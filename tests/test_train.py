@@ -3,12 +3,12 @@
 import json
 import os
 import socket
-import subprocess
 import sys
 
 import pytest
 import tiny
 import torch
+from running import run_command
 
 from nnunet_diffusion.cli import main
 
@@ -68,7 +68,7 @@ def torchrun(number, *command):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), *command]
     environment = os.environ | {"TESTS": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(launcher, env=environment, capture_output=True, text=True, timeout=300)
+    return run_command(launcher, env=environment)
 
 
 @pytest.mark.slow
@@ -76,7 +76,7 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(world, tmp_pat
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     environment = os.environ | {"TESTS": os.path.dirname(__file__)}
-    subprocess.run([sys.executable, str(program), str(tmp_path / "one")], env=environment, check=True)
+    run_command([sys.executable, str(program), str(tmp_path / "one")], env=environment).check_returncode()
     done = torchrun(2, str(program), str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-2000:]
     for plans in ("DiceFalse", "DiceTrue"):
