@@ -376,8 +376,8 @@ document.title = "RESULT" + JSON.stringify(result) + "END";
 
 
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-breakpad
---disable-sync --disable-background-networking --disable-component-update --disable-quic --enable-logging=stderr --v=0 --dump-dom
---virtual-time-budget=60000""".split()
+--disable-sync --disable-background-networking --disable-component-update --disable-quic
+--enable-logging=stderr --v=0 --dump-dom --virtual-time-budget=60000""".split()
 
 
 def load(chromium, file, width=800):
