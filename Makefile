@@ -13,8 +13,9 @@ test: test-fast test-slow
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
+# What hangs is told, with where, and tried once more; what fails is not.
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow --reruns 1 --only-rerun Timeout --rerun-show-tracebacks
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

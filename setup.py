@@ -55,7 +55,15 @@ if __name__ == "__main__":
             "tqdm",
         ],
         extras_require={
-            "dev": ["pre-commit", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools"],
+            "dev": [
+                "pre-commit",
+                "pytest",
+                "pytest-rerunfailures",
+                "pytest-timeout",
+                "pytest-xdist",
+                "ruff",
+                "setuptools",
+            ],
             # Other implementations of the diffusion process and of figures: tests compare ours with them.
             "reference": [
                 "diffusers; python_version >= '3.11'",

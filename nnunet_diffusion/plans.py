@@ -31,7 +31,9 @@ def read_plans(folder: str, name: str, configuration: str | None = None) -> dict
         remedy = f"give -p {' or '.join(there)}" if there else "run nnunet_diffusion plan_and_preprocess first"
         raise UserError(f"-p {name}: there is no {path}: {remedy}")
     plans = read_json(path, "correct it, or replace it with plan_and_preprocess --replan")
-    known = plans.get("configurations", {})
+    known = plans.get("configurations") if isinstance(plans, dict) else None
+    if not isinstance(known, dict):
+        raise UserError(f"{path}: has no configurations, it is no plans file: plan_and_preprocess --replan makes one")
     if configuration is not None and configuration not in known:
         raise UserError(f"-c {configuration}: {path} has {', '.join(known)}")
     return plans

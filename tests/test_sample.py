@@ -139,7 +139,7 @@ def test_draws_what_is_missing(tmp_path, capsys):
     assert -961 <= values.min() < values.max() <= 1041  # the range of the images that it was trained on
 
 
-def test_the_sheet_needs_no_plan_of_this_machine(tmp_path, nnunet_folders):
+def test_the_sheet_needs_no_plan_of_this_machine(tmp_path, nnunet_folders, capsys):
     """Neither where there is a plan of that name without this configuration, nor where it is not preprocessed."""
     path = denoisers.write(tmp_path / "d.pth")
     folder = nnunet_folders / "nnUNet_preprocessed" / "Dataset990_Tiny"
@@ -149,7 +149,7 @@ def test_the_sheet_needs_no_plan_of_this_machine(tmp_path, nnunet_folders):
         (folder / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "box": 1}}))
         out = tmp_path / f"samples_{len(configurations)}"
         assert run("--denoiser", path, "--steps", 2, "-n", 1, "-o", out) == 0
-        assert (out / "samples.png").exists()
+        assert (out / "samples.png").exists() and "No real images in the sheet: " in capsys.readouterr().out
 
 
 def test_ddpm_visits_every_noise_level(tmp_path):

@@ -112,6 +112,7 @@ def test_the_command_trains_and_validates_under_torchrun(world):
         (["8", "2d", "0", "-device", "cpu"], {}, "give -p nnUNetCompactPlans or nnUNetDiffusionPlans"),
         (["8", "4d", "0", "-device", "cpu", "-p", "nnUNetCompactPlans"], {}, "nnUNetCompactPlans.json has 2d, 3d"),
         (["8", "2d", "0", "-device", "cpu", "-p", "nnUNetDiffusionPlans"], {}, "nnUNetDiffusionPlans.json: is no JSON"),
+        (["8", "2d", "0", "-device", "cpu", "-p", "Mine"], {}, "Mine.json: has no configurations"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folders, monkeypatch, capsys):
@@ -122,6 +123,7 @@ def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folde
     folder.mkdir()
     (folder / "nnUNetCompactPlans.json").write_text('{"configurations": {"2d": {}, "3d": {}}}')
     (folder / "nnUNetDiffusionPlans.json").write_text("{,}")
+    (folder / "Mine.json").write_text("[1]")
     assert main(["train", *arguments]) == 1
     assert message in capsys.readouterr().err
 

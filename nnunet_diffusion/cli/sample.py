@@ -81,7 +81,8 @@ def draw_sheet(folder: str, number: int, description: dict) -> None:
     samples = np.stack(list(read_samples(folder, range(min(number, 32)), plan)))
     try:
         real = next(real_batches(description, 1, 8))
-    except UserError:  # not preprocessed here: a denoiser can come from anywhere
+    except UserError as error:  # a denoiser can come from anywhere
+        print(f"No real images in the sheet: {error}")
         real = samples[:0]
     real, samples = ([to_intensities(image, scales) for image in images] for images in (real, samples))
     how = f"{description['sampler'].upper()}, {description['steps']} steps"

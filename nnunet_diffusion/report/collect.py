@@ -3,13 +3,14 @@
 Nothing is unpickled: of nnU-Net's output its logs and JSON files are read, of ours denoiser.pth with `weights_only`.
 """
 
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from nnunet_diffusion.files import read_json
 
 MODEL = re.compile(r"(?P<trainer>.+)__(?P<plans>.+)__(?P<configuration>.+)")
 FOLD = re.compile(r"fold_(\d+|all)")
@@ -221,12 +222,6 @@ def model_scores(model: Model) -> Scores:
         if parts and len(merged["DSC"]) >= len(best.measures["DSC"]):
             best = Scores(parts[0].source, merged)
     return best
-
-
-def read_json(path: str) -> Any:
-    """The content of a JSON file."""
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)
 
 
 def _dataset(path: str) -> dict:

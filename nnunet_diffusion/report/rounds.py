@@ -6,8 +6,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from nnunet_diffusion.files import read_json
 from nnunet_diffusion.report.charts import line_chart, share_bar
-from nnunet_diffusion.report.collect import Results, read_json
+from nnunet_diffusion.report.collect import Results
 from nnunet_diffusion.report.html import Html, element, join, table
 from nnunet_diffusion.report.training import picture
 
