@@ -106,6 +106,12 @@ def of_one_member(run: dict) -> dict:
     return {**run, "arm": f"{run['arm']}, one member", "dice": dice}
 
 
+def share_of_claims(run: dict) -> dict[str, float]:
+    """Of the voxels that stage 1 adds to the training cases, the share that is right, another label, background."""
+    total = {truth: sum(case[truth] for case in run["claims"].values()) for truth in ("right", "another", "background")}
+    return {truth: round(voxels / max(1, sum(total.values())), 5) for truth, voxels in total.items()}
+
+
 def report(args: argparse.Namespace, stage: int, runs: list[dict]) -> None:
     """Prints and writes table, JSON and figure of a stage."""
     if stage == 2:
@@ -117,6 +123,7 @@ def report(args: argparse.Namespace, stage: int, runs: list[dict]) -> None:
              "dice_per_organ": {o: v and round(v, 4) for o, v in mean_per_organ(run["gated"]).items()}}
             for run in runs
         ]  # fmt: skip
+        summary["claims"] = [{"arm": run["arm"], "seed": run["seed"], **share_of_claims(run)} for run in runs]
     write_json(args.out / f"mutual_stage{stage}.json", summary)
     write_arms_figure(summary, args.out / f"mutual_stage{stage}.png", CONTROLS[stage])
     print(f"{table}\n{args.out / f'mutual_stage{stage}.json'}", flush=True)

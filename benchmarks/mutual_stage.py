@@ -39,11 +39,13 @@ def score_completion(job: dict, folder: str, channels: dict) -> dict[str, dict]:
 
     Returns:
         {"dice": case -> label -> Dice before the gate, "gated": the same over the voxels that are not ignored, of the
-        labels that the gate believes}; None for a label that the case annotates or neither mask has.
+        labels that the gate believes, "claims": case -> how many of the voxels that are predicted to be a label that
+        the case lacks are that label, another one, background}; None for a label that the case annotates or neither
+        mask has.
     """
     source = Path(job["preprocessed"], Path(folder).parent.name.removesuffix("_pseudo"))
     dataset = nnUNetDatasetBlosc2(str(source), list(job["cases"]))
-    scores: dict[str, dict] = {"dice": {}, "gated": {}}
+    scores: dict[str, dict] = {"dice": {}, "gated": {}, "claims": {}}
     for case in dataset.identifiers:
         true = dataset.load_case(case)[1][:][0]
         predicted = load_prediction(os.path.join(folder, "predicted"), case).labels
@@ -52,6 +54,11 @@ def score_completion(job: dict, folder: str, channels: dict) -> dict[str, dict]:
         is_known = completed <= max(next(iter(values)) for values in channels.values())
         for kind in scores:
             scores[kind][case] = {}
+        lacking = [next(iter(values)) for name, values in channels.items() if name not in job["kept_labels"][case]]
+        claimed = np.isin(predicted, [value for value in lacking if value])
+        right, background = predicted == true, true == 0
+        for truth, voxels in (("right", right), ("another", ~right & ~background), ("background", background)):
+            scores["claims"][case][truth] = int((claimed & voxels).sum())
         for name, values in channels.items():
             value = next(iter(values))
             if value == 0:
