@@ -23,7 +23,6 @@ class MutualSimilarityTrainer(MutualDifferenceTrainer):
     abstract; the formulas are our reconstruction. The model folder predicts with the mean of their probabilities.
     """
 
-    feature_weight: float = 1.0  # of the term between features
     supervised_share: float = 0.0  # the predictions of the others ramp up from the first epoch on
     validate_members: bool = True  # the final validation predicts with every member as well
 
