@@ -1,14 +1,16 @@
 """Runs the commands that a user would type, one after another, each with a log; continues where it was stopped."""
 
+import codecs
 import json
 import os
 import re
+import select
 import shlex
 import shutil
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import time
 from typing import Any
@@ -150,8 +152,6 @@ class Steps:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
         )
         bar = tqdm(
             total=step.total or None,
@@ -162,7 +162,7 @@ class Steps:
         )
         try:
             with open(log, "w", encoding="utf-8") as f, bar:
-                for line in process.stdout:
+                for line in printed_lines(process):
                     f.write(line)
                     f.flush()
                     if line.strip():
@@ -176,6 +176,23 @@ class Steps:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
+            process.stdout.close()
+
+
+def printed_lines(process: subprocess.Popen) -> Iterator[str]:
+    """What a process prints, until it has ended, though one that it left behind may still hold its output open."""
+    output, rest = process.stdout.fileno(), ""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    while True:
+        if select.select([output], [], [], 1)[0]:
+            if not (read := os.read(output, 1 << 16)):
+                break
+            *lines, rest = re.split("\r\n|\r|\n", rest + decoder.decode(read))
+            yield from (line + "\n" for line in lines)
+        elif process.poll() is not None:
+            break
+    if rest:
+        yield rest + "\n"
 
 
 def command_environment(root: str | None, device: str) -> dict[str, str]:

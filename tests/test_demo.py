@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -117,6 +119,19 @@ def test_step_that_skipped_something_is_done_but_not_forgotten(steps_of, tmp_pat
     assert steps.partly_done == ["one"] and "| 1 scan was skipped" in capsys.readouterr().out
     with pytest.raises(UserError, match="exit code 1"):
         steps_of().run(python("two", code, tmp_path / "b", partly_done_if="something else"))
+
+
+def test_a_process_that_a_step_leaves_behind_does_not_hold_it_up(steps_of, tmp_path):
+    code = (
+        "import subprocess, sys, pathlib\n"
+        "left = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "pathlib.Path(sys.argv[1]).write_text(str(left.pid)); print('last words')"
+    )
+    start = time.monotonic()
+    steps_of().run(python("one", code, tmp_path / "a"))
+    assert time.monotonic() - start < 30
+    os.kill(int((tmp_path / "a").read_text()), signal.SIGKILL)
+    assert "last words" in (tmp_path / "run" / "logs" / "one.txt").read_text()
 
 
 def test_step_without_its_output_failed(steps_of, tmp_path):
