@@ -125,7 +125,8 @@ def report(args: argparse.Namespace, stage: int, runs: list[dict]) -> None:
         ]  # fmt: skip
         summary["claims"] = [{"arm": run["arm"], "seed": run["seed"], **share_of_claims(run)} for run in runs]
     write_json(args.out / f"mutual_stage{stage}.json", summary)
-    write_arms_figure(summary, args.out / f"mutual_stage{stage}.png", CONTROLS[stage])
+    scored = "labels that the training cases lack" if stage == 1 else ""
+    write_arms_figure(summary, args.out / f"mutual_stage{stage}.png", CONTROLS[stage], scored)
     print(f"{table}\n{args.out / f'mutual_stage{stage}.json'}", flush=True)
 
 

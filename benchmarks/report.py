@@ -98,8 +98,15 @@ def write_figure(content: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def write_arms_figure(content: dict, path: Path, control: str) -> None:
-    """Draws each arm's Dice per organ, a dot a seed and a bar for their mean, with 90 % of the control's mean."""
+def write_arms_figure(content: dict, path: Path, control: str, scored: str = "") -> None:
+    """Draws each arm's Dice per organ, a dot a seed and a bar for their mean, with 90 % of the control's mean.
+
+    Args:
+        content: See `summarize`.
+        path: Of the figure.
+        control: An arm.
+        scored: What was scored, if not the test cases.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -118,8 +125,9 @@ def write_arms_figure(content: dict, path: Path, control: str) -> None:
         if arm == control:
             axes.plot(x, 0.9 * values.mean(0), "_", color="black", label=f"90 % of {control}")
     protocol = next(iter(content["arms"].values()))
-    axes.set(xticks=range(len(organs)), xticklabels=organs, ylabel="Dice, mean over test cases",
-             title=f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases")
+    scored = scored or f"{len(content['test_cases'])} test cases"
+    axes.set(xticks=range(len(organs)), xticklabels=organs, ylabel="Dice, mean",
+             title=f"{protocol['dataset']}, {protocol['configuration']}, {scored}")
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     with atomic(path) as temporary:
