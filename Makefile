@@ -13,9 +13,8 @@ test: test-fast test-slow
 test-fast: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
 
-# What hangs is told, with where, and tried once more; what fails is not.
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadfile -m slow --reruns 1 --only-rerun Timeout --rerun-show-tracebacks
+	$(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

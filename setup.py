@@ -58,7 +58,6 @@ if __name__ == "__main__":
             "dev": [
                 "pre-commit",
                 "pytest",
-                "pytest-rerunfailures",
                 "pytest-timeout",
                 "pytest-xdist",
                 "ruff",

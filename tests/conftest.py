@@ -5,6 +5,7 @@ import os
 import random
 import sys
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
@@ -41,11 +42,22 @@ def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def without_forks() -> Iterator[None]:
+    """nnU-Net lists a folder in twelve forks; forks of a process with threads, as the tests' is, can wait for ever."""
+    from nnunetv2.utilities import utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "Pool", ThreadPool)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def without_waiting(request: pytest.FixtureRequest) -> Iterator[None]:
     """Takes two waits out of the trainings that run in the tests' own process; those by command are as a user's.
 
-    nnU-Net spawns its workers, each of which imports torch again: here they are forked. It draws progress.png after
-    every epoch: here once a folder.
+    nnU-Net spawns its workers, each of which imports torch again: here a process that has imported it and does nothing
+    else forks them. Forked from the tests' own process, with its threads, they can wait for ever. nnU-Net draws
+    progress.png after every epoch: here once a folder.
     """
     if not any(item.get_closest_marker("slow") for item in request.session.items):
         yield
@@ -53,6 +65,7 @@ def without_waiting(request: pytest.FixtureRequest) -> Iterator[None]:
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
     get_context, draw = multiprocessing.get_context, LocalLogger.plot_progress_png
+    multiprocessing.set_forkserver_preload(["nnunetv2.training.nnUNetTrainer.nnUNetTrainer"])
 
     def draw_once(logger, folder: str) -> None:
         if not Path(folder, "progress.png").exists():
@@ -60,7 +73,7 @@ def without_waiting(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalLogger, "plot_progress_png", draw_once)
-        patch.setattr(multiprocessing, "get_context", lambda method=None: get_context(method and "fork"))
+        patch.setattr(multiprocessing, "get_context", lambda method=None: get_context(method and "forkserver"))
         yield
 
 

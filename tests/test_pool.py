@@ -11,18 +11,20 @@ import time
 from os.path import join
 
 import blosc2
+import nnunetv2.utilities.utils
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import tiny_dataset
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from running import run_command
 
 from nnunet_diffusion.data.checks import label_values
 from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, measure
 from nnunet_diffusion.data.images import ImageDataset, Outside, body_locations, image_loader, image_statistics, in_body
-from nnunet_diffusion.data.pool import pool_folder, pool_identifiers, preprocess_labeled, preprocess_pool
+from nnunet_diffusion.data.pool import labeled_files, pool_folder, pool_identifiers, preprocess_labeled, preprocess_pool
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.processes import run_in_processes
@@ -39,6 +41,22 @@ def dataset(nnunet_folders):
     write_json(preprocessed / "Plans.json", plans())
     (preprocessed / "dataset.json").write_text((raw / "dataset.json").read_text())
     return raw, str(preprocessed), PlansManager(plans())
+
+
+def test_labelled_files_are_found_as_nnunet_finds_them_without_a_fork(tmp_path, monkeypatch):
+    names = [f"imagesTr/{case}_{c:04d}.nii.gz" for case in ("b", "a", "a_b", "a.b") for c in (1, 0)]
+    for name in [*names, "imagesTr/a_0000.json", "imagesTr/a_0000.nii", "labelsTr/a.nii.gz"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    content = {"file_ending": ".nii.gz"}
+    expected = get_filenames_of_train_images_and_targets(str(tmp_path), content)
+    monkeypatch.setattr(os, "fork", None)
+    monkeypatch.setattr(nnunetv2.utilities.utils, "Pool", None)
+    assert labeled_files(str(tmp_path), content) == expected and len(expected) == 4
+    content["dataset"] = {"c": {"images": ["imagesTr/a_0000.nii.gz"], "label": "/elsewhere/c.nii.gz"}}
+    assert labeled_files(str(tmp_path), content) == {
+        "c": {"images": [str(tmp_path / "imagesTr/a_0000.nii.gz")], "label": "/elsewhere/c.nii.gz"}
+    }
 
 
 def plans() -> dict:

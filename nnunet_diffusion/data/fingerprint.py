@@ -13,10 +13,9 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor impo
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunet_diffusion.data.checks import check_labeled_case, label_values, number_of_channels
-from nnunet_diffusion.data.pool import read_scan
+from nnunet_diffusion.data.pool import labeled_files, read_scan
 from nnunet_diffusion.data.unlabeled import unlabeled_cases
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json, write_json
@@ -133,7 +132,7 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
         lonely = {name.removesuffix(ending) for name in os.listdir(labels) if name.endswith(ending)} - images
         if lonely:
             raise UserError(f"{labels}: {sorted(lonely)} have no image in imagesTr: add it or take the label out")
-    dataset = get_filenames_of_train_images_and_targets(folder, dataset_json)
+    dataset = labeled_files(folder, dataset_json)
     if not dataset:
         raise UserError(f"{folder}: no labelled case; nnU-Net plans with at least one")
     channels = len(dataset_json["channel_names"])

@@ -17,7 +17,11 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from nnunetv2.utilities.utils import (
+    create_paths_fn,
+    get_filenames_of_train_images_and_targets,
+    get_identifiers_from_splitted_dataset_folder,
+)
 from tqdm import tqdm
 
 from nnunet_diffusion.data.checks import check_channels
@@ -75,6 +79,22 @@ def preprocess_pool(
     return _preprocess(cases, folder, UNLABELED_FILES, plans_manager, configuration, dataset_json, num_processes, part)
 
 
+def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
+    """Case -> {"images": paths, "label": path} of the labelled cases, as nnU-Net finds them.
+
+    nnU-Net lists a folder in twelve forks of the process, and one that has threads may wait for them for ever: here the
+    process lists it itself.
+    """
+    if "dataset" in dataset_json:
+        return get_filenames_of_train_images_and_targets(dataset_folder, dataset_json)
+    images, labels = join(dataset_folder, "imagesTr"), join(dataset_folder, "labelsTr")
+    ending, files = dataset_json["file_ending"], sorted(os.listdir(images))
+    return {
+        str(case): {"images": create_paths_fn(images, files, ending, case), "label": join(labels, case + ending)}
+        for case in get_identifiers_from_splitted_dataset_folder(images, ending)
+    }
+
+
 def preprocess_labeled(dataset_name, plans_manager, configuration, num_processes=default_num_processes) -> None:
     """Preprocesses the labelled cases as `nnUNetv2_preprocess` does, but only those that are missing or changed.
 
@@ -89,7 +109,7 @@ def preprocess_labeled(dataset_name, plans_manager, configuration, num_processes
     """
     dataset_folder = join(nnUNet_raw, dataset_name)
     dataset_json = load_json(join(dataset_folder, "dataset.json"))
-    dataset = get_filenames_of_train_images_and_targets(dataset_folder, dataset_json)
+    dataset = labeled_files(dataset_folder, dataset_json)
     cases = {case: (files["images"], files["label"]) for case, files in dataset.items()}
     identifier = plans_manager.get_configuration(configuration).data_identifier
     folder = join(nnUNet_preprocessed, dataset_name, identifier)
