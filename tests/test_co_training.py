@@ -75,6 +75,21 @@ def teacher_path(fold="all", plans=tiny.PLANS):
     return folder / f"fold_{fold}" / "teacher.pth"
 
 
+def test_masked_mr_volumes(monkeypatch, tmp_path):
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    folder = tiny.prepare(modality="MR")
+    content = json.loads((folder / f"{tiny.PLANS}.json").read_text())
+    tiny.write_plans(content, DiffusionTeacherTrainer=SHORT, DiffusionCoTrainingTrainer=CO_TRAINING)
+    for cls in (DiffusionTeacherTrainer, DiffusionCoTrainingTrainer):
+        trainer = tiny.trainer(cls, "3d_fullres")
+        assert trainer.configuration_manager.normalization_schemes == ["ZScoreNormalization"]
+        assert trainer.configuration_manager.use_mask_for_norm == [True]
+        trainer.run_training()
+        assert np.isfinite(trainer.logger.get_value("train_losses", step=None)).all()
+    assert "The teacher starts from" in log_of(trainer)
+
+
 # ---------------------------------------------------------------- the teacher, without labels
 
 

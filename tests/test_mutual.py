@@ -1,5 +1,6 @@
 """Mutual learning end to end in nnU-Net's own loop, on a tiny data set of which each case annotates some labels."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -8,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +25,9 @@ from nnunet_diffusion.cli import main
 from nnunet_diffusion.data.groups import KEY
 from nnunet_diffusion.data.pseudo import open_pseudo_label
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.rounds import mutual
 from nnunet_diffusion.rounds.completing import training_cases_of
+from nnunet_diffusion.rounds.state import load_state, save_state
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 from nnunet_diffusion.trainers.MutualDifferenceTrainer import MutualDifferenceTrainer
 from nnunet_diffusion.trainers.MutualSimilarityTrainer import MutualSimilarityTrainer
@@ -150,37 +155,203 @@ def test_all_members_start_from_the_denoiser_with_heads_of_their_own(world):
     assert len(heads) == 8, "two members, two stages, weight and bias"
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda d: d.update(labels={"background": 0, "all": [1, 2], "one": 1}, regions_class_order=[1, 2]), "regions"),
-        (lambda d: d.pop("annotated_labels"), "two groups or more"),
-        (lambda d: d["annotated_labels"].update(tiny_002=[*BALLS, *BOX]), "groups overlap"),
-    ],
-)
-def test_unfit_data_sets_are_refused_by_name(world, change, message):
-    path = world / "dataset.json"
+@contextmanager
+def edited(path, change):
+    """A JSON file with a change, for a while."""
     before = path.read_text()
     content = json.loads(before)
     change(content)
     try:
         path.write_text(json.dumps(content))
-        with pytest.raises((UserError, NotImplementedError), match=message):
-            build(world, MutualDifferenceTrainer, plans="Unfit").initialize()
+        yield
     finally:
         path.write_text(before)
 
 
-def test_cascades_and_pretrained_weights_are_refused_by_name(world, monkeypatch):
-    def cascade(plans):
-        plans["configurations"]["2d"]["previous_stage"] = "3d_fullres"
-        return plans
+TRAINERS = pytest.mark.parametrize("cls", [MutualDifferenceTrainer, MutualSimilarityTrainer])
+UNFIT = pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(labels={"background": 0, "all": [1, 2], "one": 1}, regions_class_order=[1, 2]), "regions"),
+        (lambda d: d.pop("annotated_labels"), "two groups or more"),
+        (lambda d: d["annotated_labels"].update(tiny_002=[*BALLS, *BOX]), "groups overlap"),
+        (
+            lambda d: d["annotated_labels"].update(tiny_000=BALLS[:1], tiny_002=BALLS[:1]),
+            "no group of training cases annotates ['right ball']",
+        ),
+    ],
+)
 
-    with pytest.raises(NotImplementedError, match="MutualDifferenceTrainer: 2d is a cascade's second stage"):
-        build(world, MutualDifferenceTrainer, plans="Cascade", change=cascade)
+
+def cascade(plans):
+    plans["configurations"]["2d"]["previous_stage"] = "3d_fullres"
+    return plans
+
+
+@TRAINERS
+@UNFIT
+def test_trainers_refuse_unfit_data_sets_by_name(world, cls, change, message):
+    with edited(world / "dataset.json", change):
+        with pytest.raises((UserError, NotImplementedError), match=re.escape(message)) as refused:
+            build(world, cls, plans="Unfit").initialize()
+    assert refused.type is UserError or cls.__name__ in str(refused.value)
+
+
+@UNFIT
+def test_the_command_refuses_unfit_data_sets_by_name(world, capsys, change, message):
+    with edited(world / "dataset.json", change):
+        assert main(COMMAND) == 1
+    printed = capsys.readouterr()
+    assert message in printed.err and "[1/3]" not in printed.out, "before anything is trained"
+
+
+@TRAINERS
+def test_trainers_refuse_cascades_and_pretrained_weights_by_name(world, monkeypatch, cls):
+    with pytest.raises(NotImplementedError, match=f"{cls.__name__}: 2d is a cascade's second stage"):
+        build(world, cls, plans="Cascade", change=cascade)
     monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", "x.pth"])
     with pytest.raises(UserError, match="-pretrained_weights x.pth is for one network"):
-        build(world, MutualDifferenceTrainer).initialize()
+        build(world, cls).initialize()
+
+
+def test_the_command_refuses_cascades_and_missing_cases_by_name(world, capsys):
+    with edited(world / f"{tiny.PLANS}.json", cascade):
+        assert main(COMMAND) == 1
+    assert "-c 2d: a cascade's second stage has no mutual learning: take the first" in capsys.readouterr().err
+    with edited(world / "splits_final.json", lambda splits: splits[0]["train"].append("tiny_009")):
+        assert main(COMMAND) == 1
+    assert "1 training case(s) of fold 0, such as tiny_009, are not there" in capsys.readouterr().err
+
+
+@TRAINERS
+def test_groups_too_small_for_a_batch_are_named_in_the_log(world, cls):
+    """In training two cases annotate the balls, one the box."""
+
+    def warnings(batch_size):
+        def change(plans):
+            plans["configurations"]["2d"]["batch_size"] = batch_size
+            return plans
+
+        trainer = build(world, cls, plans=f"Batch{batch_size}", change=change)
+        trainer.initialize()
+        return trainer.batch_size, re.findall(r"WARNING: .*\S", Path(trainer.log_file).read_text())
+
+    assert warnings(2) == (2, [])
+    size, (box,) = warnings(4)
+    assert size == 4 and box == (
+        "WARNING: group ['box'] has 1 training case(s) and gives up to 2 of the 4 patches of a batch, so batches hold "
+        "the same case several times: add cases that annotate these labels, or give the plan a batch_size of 2 or less "
+        "for each process"
+    )
+    _, (balls, box) = warnings(5)
+    assert "['left ball', 'right ball'] has 2 training case(s) and gives up to 3 of the 5 patches" in balls
+    assert "batch_size of 4 or less" in balls and "['box'] has 1" in box
+    size, (raised,) = warnings(1)
+    assert size == 2 and "a batch of 1 patches cannot hold 2 groups: it is raised to 2" in raised
+
+
+# ---------------------------------------------------------------- what has changed
+
+
+@pytest.fixture
+def faked(world, tmp_path, monkeypatch):
+    """The command on a copy of the data, with trainings and a completion that only leave files behind.
+
+    Returns the commands that were run; the trainings start from the file denoiser.pth.
+    """
+    folder, commands = tmp_path / "preprocessed" / tiny.NAME, []
+    shutil.copytree(world, folder, ignore=shutil.ignore_patterns("*_pseudo"))
+    monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    (folder / "denoiser.pth").write_bytes(b"denoiser")
+    block = {trainer: {"scratch": False, "denoiser": str(folder / "denoiser.pth")} for trainer in BLOCK}
+    tiny.write_plans(json.loads((folder / f"{tiny.PLANS}.json").read_text()), **block)
+
+    def execute(steps, step, command, log):
+        commands.append(command)
+        Path(step.output).parent.mkdir(parents=True, exist_ok=True)
+        Path(step.output).write_bytes(b"weights")
+        return 0, []
+
+    def complete(teacher, cases, to, gate):
+        Path(to).mkdir(parents=True, exist_ok=True)
+        for case in cases:
+            Path(to, f"{case}_seg.b2nd").write_bytes(b"completed")
+        Path(to, "completed.json").write_text(json.dumps({"teacher": teacher.identity, "gate": gate.as_dict()}))
+
+    monkeypatch.setattr(mutual.Steps, "_execute", execute)
+    monkeypatch.setattr(mutual, "Teacher", lambda folder, folds, identity, device: SimpleNamespace(identity=identity))
+    monkeypatch.setattr(mutual, "describe_cases", lambda base, teacher, names: names)
+    monkeypatch.setattr(mutual, "complete_cases", complete)
+    monkeypatch.setattr(mutual, "completion_table", lambda *_: "")
+    return folder, commands
+
+
+def test_a_finished_run_names_what_has_changed(faked, capsys, monkeypatch):
+    folder, commands = faked
+    assert main(COMMAND) == 0 and len(commands) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", None, raising=False)  # no file is read a second time
+        assert main(COMMAND) == 0 and len(commands) == 2
+    plan, labeled = folder / f"{tiny.PLANS}.json", next(folder.glob("*_2d/tiny_000.b2nd")).parent
+    for path, message in [
+        (labeled / "tiny_000_seg.b2nd", "training cases are not .*changed: tiny_000.*remove the folder .*Difference"),
+        (labeled / "tiny_001.b2nd", "training cases are not .*changed: tiny_001"),
+        (labeled / "tiny_003_seg.b2nd", "validation cases are not .*changed: tiny_003"),
+        (folder / "denoiser.pth", r"\n  denoiser: was .*denoiser.pth"),
+        (next(folder.glob("*_pseudo/*/tiny_001_seg.b2nd")), "completed cases are not .*changed: tiny_001.*Similarity"),
+        (results("MutualDifferenceTrainer") / "fold_0" / "checkpoint_final.pth", r"Similarity.*\n  teacher: was"),
+    ]:
+        before = path.read_bytes()
+        path.write_bytes(before + b" ")
+        assert main(COMMAND) == 1
+        assert re.search(message, capsys.readouterr().err)
+        path.write_bytes(before)
+        assert main(COMMAND) == 0, "the content is what it was"
+    for path, change, message in [
+        (plan, lambda p: p["configurations"]["2d"].update(spacing=[9, 2]), r"\n  spacing: was \[2.*, now \[9, 2\]"),
+        (plan, lambda p: p["configurations"]["2d"]["architecture"].update(arch_kwargs={}), r"\n  architecture: was"),
+        (folder / "dataset.json", lambda d: d["annotated_labels"].update(tiny_003=BOX), "validation.*changed: tiny_0"),
+        (folder / "splits_final.json", lambda s: s[0]["train"].append("tiny_003"), r"was \[3, 2\], now \[4, 2\]"),
+        (folder / "splits_final.json", lambda s: s[0]["train"].remove("tiny_000"), "training .*missing: tiny_000"),
+    ]:  # fmt: skip
+        with edited(path, change):
+            assert main(COMMAND) == 1
+        assert re.search(message, capsys.readouterr().err)
+    with edited(plan, lambda p: p["configurations"]["3d_fullres"].update(batch_size=7)):
+        assert main(COMMAND) == 0, "another configuration"
+    for ending in (".pkl", "_seg.b2nd", ".b2nd"):
+        shutil.copy(labeled / f"tiny_000{ending}", labeled / f"tiny_009{ending}")
+    assert main(COMMAND) == 0, "a case of no fold"
+    monkeypatch.setattr(mutual, "version", lambda name: "9.9")
+    assert main(COMMAND) == 1 and "nnunet_diffusion: was " in capsys.readouterr().err
+    assert len(commands) == 2
+
+
+def test_what_is_not_finished_is_made_anew_from_changed_labels(faked):
+    folder, commands = faked
+    assert main(COMMAND) == 0
+    models = [results(trainer) / "fold_0" / "checkpoint_final.pth" for trainer in BLOCK]
+    models[1].unlink()
+    state = next(folder.parent.parent.glob("results/*/mutual__*/fold_0/state.json"))
+    content = load_state(str(state))
+    content["steps"]["train MutualSimilarityTrainer"]["seconds"] = None
+    save_state(str(state), content)
+    assert main(COMMAND) == 0 and commands[2][-1] == "--c", "it was stopped"
+    models[1].unlink()
+    completed = next(folder.glob("*_pseudo/*/tiny_000_seg.b2nd"))
+    completed.write_bytes(b"corrected by hand")
+    assert main(COMMAND) == 0 and commands[3][-1] != "--c"
+    for model in models:
+        model.unlink()
+    label = next(folder.glob("*_2d/tiny_000_seg.b2nd"))
+    label.write_bytes(label.read_bytes() + b" ")
+    assert main(COMMAND) == 0 and [command[6] for command in commands[4:]] == list(BLOCK)
+    assert all("--c" not in command for command in commands[4:])
+    known = load_state(str(state))
+    assert set(known["versions"]) == set(BLOCK) and set(known["versions"]["MutualDifferenceTrainer"]) == {
+        "nnunetv2", "torch",
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------- both stages
@@ -247,15 +418,12 @@ def test_the_same_command_does_nothing_twice(world, learned, capsys):
     assert out.count("done before") == 3 and "[2/3] complete the training cases" in out
     assert [file.stat().st_mtime_ns for file in files] == before
     assert main([*COMMAND, "--gate", "voxel_confidence=0.9"]) == 1, "or a finished model would be lost"
-    assert "was trained on labels that were completed by another model or gate" in capsys.readouterr().err
-    plans = world / f"{tiny.PLANS}.json"
-    before_plans = plans.read_text()
-    try:
-        plans.write_text(before_plans.replace('"supervised_share": 0.0', '"supervised_share": 0.5'))
+    assert "gate: was {'is_open': True" in capsys.readouterr().err
+    change = lambda plans: plans["nnunet_diffusion"]["MutualDifferenceTrainer"].update(supervised_share=0.5)  # noqa: E731
+    with edited(world / f"{tiny.PLANS}.json", change):
         assert main([*COMMAND, "--gate", "is_open=true"]) == 1
-    finally:
-        plans.write_text(before_plans)
-    assert "checkpoint_final.pth was made with other settings, labels or options" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"remove the folder {files[0].parent} to start anew" in error and "settings: was {" in error
     assert [file.stat().st_mtime_ns for file in files] == before
 
 

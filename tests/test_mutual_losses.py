@@ -156,6 +156,18 @@ def test_feature_difference_against_a_loop():
     assert feature_difference(own, OrganFeatures(other.means, other.is_present & False)) == 0
 
 
+def test_feature_difference_by_hand():
+    # The network claims organ 1 with (3, 4) and organ 2 with (-4, 3); the owner sees organ 3 as (6, 8):
+    # cosines (18 + 32) / (5 * 10) = 1 and (-24 + 24) / 50 = 0, mean 1/2. Seen as (0, 2) they are 8 / 10 and 6 / 10,
+    # mean 0.7; as (-1, 0), in the other direction, -3 / 5 and 4 / 5: their sizes count, mean 0.7.
+    own = OrganFeatures(torch.tensor([[[0, 0], [3, 4], [-4, 3], [0, 0]]]).double(), torch.tensor([[0, 1, 1, 0]]) > 0)
+    for owner, expected in (((6, 8), 0.5), ((0, 2), 0.7), ((-1, 0), 0.7)):
+        true = torch.zeros(1, CLASSES, 2, dtype=torch.float64)
+        true[0, 3] = torch.tensor(owner)
+        found = feature_difference(own, OrganFeatures(true, torch.tensor([[0, 0, 0, 1]]) > 0))
+        assert found == pytest.approx(expected)
+
+
 def test_the_owners_features_are_constant():
     own, other = random_features(0, requires_grad=True), random_features(1, requires_grad=True)
     feature_difference(own, other).backward()
@@ -213,6 +225,18 @@ def test_the_better_member_gives_its_features_and_gets_no_gradient():
         for b, c in there:
             learns[b, c] = best[b, c] != k
         assert (seen[k].means.grad.any(2) == learns).all()
+
+
+def test_feature_similarity_by_hand():
+    # Network 0 sees organ 1 as (3, 4), network 1 as (4, 3): cosine (12 + 12) / 25 = 0.96. Organ 2 is (1, 0) and (0, 2):
+    # cosine 0. Organ 3 is not there. Network 0 is better at organ 1, so network 1 has 1 - 0.96 to learn; network 1 is
+    # better at organ 2, so network 0 has 1 - 0 to learn. If network 0 is better at both, network 1 learns from both.
+    means = [[[0, 0], [3, 4], [1, 0], [5, 5]], [[0, 0], [4, 3], [0, 2], [9, 1]]]
+    seen = [OrganFeatures(torch.tensor([m]).double(), torch.tensor([[0, 1, 1, 0]]) > 0) for m in means]
+    errors = torch.tensor([[[0.9, 0.2, 0.6, 0.9]], [[0.1, 0.3, 0.5, 0.1]]])
+    assert [float(loss) for loss in feature_similarity(seen, errors)] == pytest.approx([1, 0.04])
+    errors[1, 0, 2] = 0.7
+    assert [float(loss) for loss in feature_similarity(seen, errors)] == pytest.approx([0, (0.04 + 1) / 2])
 
 
 def test_identical_features_teach_nothing():

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 from os.path import join
 
 import blosc2
@@ -238,7 +239,7 @@ def test_full_disk_names_the_case_and_leaves_nothing_half_done(dataset, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr("nnunet_diffusion.data.pool.nnUNetDatasetBlosc2.save_case", save_case)
-        with pytest.raises(OSError, match="u0 was not written to .*MB are free: .*No space left"):
+        with pytest.raises(OSError, match="u0 was not written to .*MB are free: No space left.*; make room"):
             preprocess(plans_manager)
     folder, failures = preprocess(plans_manager)
     assert failures == {} and len(pool_identifiers(folder)) == 4
@@ -341,6 +342,33 @@ def test_parts_of_the_pool_are_done_beside_each_other(dataset):
     with pytest.raises(UserError, match="made with another plan"):
         part(0, PlansManager(other))
     assert pool_identifiers(folder) == whole
+
+
+PART = f"""
+import os, sys, time
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunet_diffusion.data.pool import preprocess_pool
+plans, part, started = PlansManager(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+open(os.path.join(started, str(part)), "w").close()
+while len(os.listdir(started)) < 2:
+    time.sleep(0.0005)
+assert preprocess_pool({tiny_dataset.NAME!r}, plans, "3d_fullres", 1, 2, part) == {{}}
+"""
+
+
+@pytest.mark.slow
+def test_two_parts_that_begin_at_the_same_moment_make_what_one_process_makes(dataset, tmp_path):
+    _, preprocessed, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    whole = shutil.move(folder, folder + "_whole")
+    (tmp_path / "started").mkdir()
+    arguments = [join(preprocessed, "Plans.json"), str(tmp_path / "started")]
+    commands = [[sys.executable, "-c", PART, arguments[0], part, arguments[1]] for part in "01"]
+    with ThreadPool(2) as both:
+        for done in both.imap(lambda command: run_command(command, 200), commands):
+            assert done.returncode == 0, done.stderr
+    assert_same(folder, whole)
+    assert os.listdir(join(folder, ".nnunet_diffusion")) == ["identity.json"]
 
 
 def test_what_is_outside_the_body_is_marked_as_nnunet_does():

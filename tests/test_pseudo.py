@@ -1,6 +1,8 @@
 """Pseudo labels: what a prediction adds to annotations, and how it is kept for nnU-Net's loader."""
 
+import errno
 import os
+import re
 
 import blosc2
 import numpy as np
@@ -184,11 +186,21 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path, label_map):
         open_pseudo_label(tmp_path, "b")
 
 
-def test_a_failing_write_leaves_the_former_label(tmp_path, label_map, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left", "/x/.tmp1_a"), RuntimeError("No space left")])
+def test_a_full_disk_is_named_with_a_remedy_and_leaves_the_former_label(tmp_path, label_map, monkeypatch, error):
+    """In the middle of the file; blosc2 itself raises a RuntimeError."""
     save_pseudo_label(tmp_path, "a", label_map, NOTHING_ANNOTATED, MANAGER, (8, 8))
-    monkeypatch.setattr(pseudo.blosc2, "asarray", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("disk")))
-    with pytest.raises(OSError, match="was not written: disk"):
+
+    def write_half(array, urlpath, **_):
+        open(urlpath, "wb").write(b"half")
+        raise error
+
+    monkeypatch.setattr(pseudo.blosc2, "asarray", write_half)
+    folder = re.escape(str(tmp_path))
+    says = rf"^a_seg.b2nd was not written to {folder}, where \d+ MB are free: No space left; make room"
+    with pytest.raises(OSError, match=says) as raised:
         save_pseudo_label(tmp_path, "a", label_map * 0, NOTHING_ANNOTATED, MANAGER, (8, 8))
+    assert "run the same command again" in str(raised.value) and ".tmp" not in str(raised.value)
     assert np.array_equal(open_pseudo_label(tmp_path, "a").segmentation[0], label_map)
     assert os.listdir(tmp_path) == ["a_seg.b2nd"]
 

@@ -20,6 +20,7 @@ from nnunet_diffusion.report.outcome import best_median_worst, organ_mean
 from nnunet_diffusion.report.rounds import find_rounds, rounds_section
 from nnunet_diffusion.report.slices import case_planes, organ_colors, slices_to_show
 from nnunet_diffusion.report.training import annotation_kind
+from nnunet_diffusion.rounds.state import save_state
 
 NAME = "Dataset995_Report"
 EVIL = '<img src=x onerror=alert(1)>"&\''
@@ -255,7 +256,7 @@ def test_rounds_are_shown_and_are_no_model(root):
     state = preprocessed / "nnUNetPlans_2d_pseudo" / "nnUNetPlans__2d__fold_0" / "state.json"
     state.parent.mkdir(parents=True)
     rounds = [{"round": i, "agreement": dice} for i, dice in enumerate([0.61, 0.66, None])]
-    state.write_text(json.dumps({"format": 1, "rounds": rounds}))
+    save_state(str(state), {"format": 1, "rounds": rounds})
     found = collect(NAME, "", str(preprocessed), str(results), [])
     assert [model.trainer for model in found.models] == ["DiffusionPretrainedTrainer"]
     runs = find_rounds(found, str(results), str(preprocessed))
@@ -267,6 +268,10 @@ def test_rounds_are_shown_and_are_no_model(root):
     assert "kept 5, waiting 2, dropped 1" in page and "Dice ends at 0.66" in page
     (folder / "report.json").write_text('{"title"')
     assert find_rounds(found, str(results), str(preprocessed))[name][2].organs == {} and len(found.problems) == 1
+    save_state(str(state), {"format": 2, "rounds": rounds})
+    assert [entry.dice for entry in find_rounds(found, str(results), str(preprocessed))[name]] == [None, None]
+    problem = found.problems[1]
+    assert f"{state}: cannot be read" in problem and "has format 2, this version writes 1" in problem
 
 
 def test_what_was_trained_beside_the_labels_is_said_and_mutual_logs_are_no_model(root):
@@ -338,15 +343,34 @@ def test_an_unknown_data_set_is_named(root, capsys):
     assert "-d 996" in capsys.readouterr().err
 
 
+def luminance(colour):
+    """Relative luminance of #rrggbb, WCAG 2.1."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+
+def contrast(colour, other):
+    """From 1 to 21, WCAG 2.1."""
+    dark, light = sorted(map(luminance, (colour, other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
 def test_what_is_read_by_its_colour_stands_out():
-    """At least 3:1 against white, WCAG 2.1's least for what is not text."""
+    """At least 3:1 against white, WCAG 2.1's least for what is not text, and 4.5:1 of text against what it is on."""
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
     css = Path(find_rounds.__code__.co_filename).with_name("page.css").read_text()
     colours = re.findall(r"(?:outline: 3px solid |fill: )(#[0-9a-f]{6})", css)
     assert len(colours) >= 4
     for colour in colours:
-        parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-        assert 1.05 / (np.dot(linear, (0.2126, 0.7152, 0.0722)) + 0.05) >= 3, colour
+        assert contrast(colour, "#ffffff") >= 3, colour
+    named = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", css)) | {"white": "#ffffff"}
+    texts = {text for text in re.findall(r"[^-]color: var\(--([a-z-]+)\)", css)}
+    on = {"ink": ["paper", "ground"], "soft": ["paper", "ground"], "accent": ["paper", "ground"],
+          "warn": ["warn-ground"], "white": ["accent"]}  # fmt: skip
+    assert texts | {"white"} == set(on), "a colour of text that this test does not know"
+    for text, ground in ((text, ground) for text, grounds in on.items() for ground in grounds):
+        assert contrast(named[text], named[ground]) >= 4.5, f"{text} on {ground}"
 
 
 # ---------------------------------------------------------------- in a browser
@@ -377,14 +401,15 @@ document.title = "RESULT" + JSON.stringify(result) + "END";
 
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-breakpad
 --disable-sync --disable-background-networking --disable-component-update --disable-quic
---enable-logging=stderr --v=0 --dump-dom --virtual-time-budget=60000""".split()
+--enable-logging=stderr --v=0 --virtual-time-budget=60000""".split()
 
 
-def load(chromium, file, width=800):
+def load(chromium, file, width=800, then="--dump-dom"):
     """Loads a page in headless Chromium; one that does not answer in time is started once more."""
     for attempt in range(2):
         with tempfile.TemporaryDirectory() as profile:
-            command = [chromium, *FLAGS, f"--window-size={width},900", f"--user-data-dir={profile}", file.as_uri()]
+            command = [chromium, *FLAGS, then, f"--window-size={width},900", f"--user-data-dir={profile}"]
+            command.append(file.as_uri())
             try:
                 return run_command(command, timeout=60)
             except TimeoutError:
@@ -426,6 +451,16 @@ def test_works_in_a_browser(chromium, root, tmp_path, width):
     found, console = browse(chromium, report(root)[1], tmp_path, width)
     assert console == []
     assert found == {"bad": [], "moved": True, "planes": 9, "hidden": "hidden", "shown": "visible", "wide": False}
+
+
+@pytest.mark.slow
+def test_prints_on_paper(chromium, root, tmp_path):
+    make_results(root)
+    report(root)
+    page, paper = root / "nnUNet_results" / NAME / "report.html", tmp_path / "report.pdf"
+    load(chromium, page, then=f"--print-to-pdf={paper}")
+    content = paper.read_bytes()
+    assert content.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", content)) >= 1
 
 
 @pytest.mark.slow

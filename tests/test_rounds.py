@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import blosc2
@@ -27,7 +28,9 @@ from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases, save_p
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, centre, disagreement, measure, pairwise_dice
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, doubts, judge
+from nnunet_diffusion.rounds.given_model import INTENSITIES, refuse_other_data
 from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case, read_preprocessed
+from nnunet_diffusion.rounds.run import remove_stale
 from nnunet_diffusion.rounds.state import load_state, locked, record, refuse_changed_cases, save_state
 from nnunet_diffusion.steps import command_environment
 
@@ -177,6 +180,55 @@ def test_a_second_command_on_the_same_run_is_refused(tmp_path):
         pass
     with locked(path, 0.2):
         pass
+
+
+def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
+    """By hand: hours since the last write, the process, whether the file goes."""
+    gone, running = 999_999_999, os.getpid()  # no system has so many processes
+    files = {(0.0, gone): False, (0.9, gone): False, (1.1, gone): True, (23.0, running): False, (25.0, running): True}
+    names = {case: f".tmp{case[1]}_tiny_{i}.b2nd" for i, case in enumerate(files)}
+    folder = tmp_path / "round_1" / "predicted"
+    folder.mkdir(parents=True)
+    for name, hours in [*((name, case[0]) for case, name in names.items()), ("tiny_1.b2nd", 99), (".tmp_fold_0", 99)]:
+        (folder / name).touch()
+        os.utime(folder / name, (time.time() - 3600 * hours,) * 2)
+    remove_stale(str(tmp_path))
+    kept = {names[case] for case, goes in files.items() if not goes}
+    assert {path.name for path in folder.iterdir()} == {*kept, "tiny_1.b2nd", ".tmp_fold_0"}
+
+
+@pytest.mark.parametrize(
+    ("file", "keys"),
+    [
+        ("dataset.json", ["labels"]),
+        ("dataset.json", ["channel_names"]),
+        ("plans.json", [INTENSITIES]),
+        *(("plans.json", ["configurations", "2d", key])
+          for key in ("spacing", "patch_size", "normalization_schemes", "architecture")),
+    ],
+)  # fmt: skip
+def test_a_model_of_another_data_set_is_named_with_what_differs(tmp_path, file, keys):
+    """Of a plan and a data set that differ in one value; what comes from elsewhere may differ."""
+    plans = {
+        INTENSITIES: {"0": {"mean": 100.0}},
+        "configurations": {
+            "2d": {"spacing": [1.0, 2.0], "patch_size": [16, 16], "normalization_schemes": ["CTNormalization"],
+                   "architecture": {"arch_kwargs": {"n_stages": 3}}},
+            "3d_fullres": {},
+        },
+    }  # fmt: skip
+    dataset_json = {"labels": {"background": 0, "box": 1}, "channel_names": {"0": "CT"}}
+    its = {"plans.json": json.loads(json.dumps(plans)) | {"plans_name": "other"}, "dataset.json": dict(dataset_json)}
+    for name, content in its.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    refuse_other_data(str(tmp_path), plans, "2d", dataset_json)
+    block = its[file]
+    for key in keys[:-1]:
+        block = block[key]
+    block[keys[-1]] = "other"
+    (tmp_path / file).write_text(json.dumps(its[file]))
+    with pytest.raises(UserError, match=rf"is a model of another data set or plan, {keys[-1]} differ from this run's"):
+        refuse_other_data(str(tmp_path), plans, "2d", dataset_json)
 
 
 @pytest.mark.parametrize(
@@ -399,8 +451,14 @@ def test_a_round_starts_from_the_denoiser_of_the_plan_that_it_was_made_from(worl
 
 
 @pytest.mark.slow
-def test_what_changed_is_named_and_not_mixed(world, results, capsys):
+def test_what_changed_is_named_and_not_mixed(world, results, tmp_path, capsys):
     folder, _, _ = world
+    first, state = results / "DiffusionPretrainedTrainer__R__2d" / "fold_0", run_folder(folder) / "state.json"
+    denoiser, transfer, before = tmp_path / "denoiser.pth", first / "transfer_report.json", state.read_text()
+    denoiser.write_bytes(b"weights")
+    transfer.write_text(json.dumps({"source": str(denoiser)}))  # as if the first training had started from it
+    rounds = the_run()
+    rounds.finish(rounds.entry(0), 0)
     assert main([*COMMAND, "--status"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["3", "-"]
     with pytest.raises(UserError, match="trainer: was 'DiffusionPretrainedTrainer', now 'PartialLabelTrainer'"):
@@ -409,6 +467,7 @@ def test_what_changed_is_named_and_not_mixed(world, results, capsys):
         folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_101.b2nd": "pool cases .*changed: tiny_101",
         folder / "nnUNetCompactPlans_2d" / "tiny_002_seg.b2nd": "annotated cases .*changed: tiny_002",
         results / "PseudoLabelTrainer__R_round1__2d" / "fold_0" / "checkpoint_final.pth": "that round 1 ended with",
+        denoiser: "denoiser.pth: is not the denoiser that round 0 started from",
     }
     for path, message in changes.items():
         content = path.read_bytes()
@@ -429,11 +488,33 @@ def test_what_changed_is_named_and_not_mixed(world, results, capsys):
         the_run()
     (folder / "R.json").write_text(plans)
     the_run()
+    transfer.unlink()
+    state.write_text(before)
+
+
+PART = """import os, signal, sys
+from nnunet_diffusion.cli import main
+replace, predicted, last = os.replace, [], int(sys.argv[1])
+
+def replace_or_die(source, target):
+    predicted.extend([target] * (os.path.basename(os.path.dirname(target)) == "predicted"))
+    if len(predicted) == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+
+os.replace = replace_or_die
+sys.exit(main(sys.argv[2:]))"""  # its first argument: which prediction it writes and is killed before it is there
+
+
+def predictions(folder):
+    """All files of a folder as plain values; how blosc2 orders the blocks in a file may differ between processes."""
+    read = {path.name: load_prediction(str(folder), path.name.removesuffix(".b2nd")) for path in folder.iterdir()}
+    return {name: (p.labels.tolist(), p.confidence.tolist(), p.evidence, p.teacher) for name, p in read.items()}
 
 
 @pytest.mark.slow
 def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world):
-    """The next round is predicted by two parts; what one process predicts is the same, bit by bit."""
+    """Two parts predict at the same time, one is killed and started again: what one process predicts, bit by bit."""
     folder, _, _ = world
     pool, state = folder / "nnUNetCompactPlans_2d_unlabeled", run_folder(folder) / "state.json"
     before = state.read_text()
@@ -444,14 +525,21 @@ def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world
         assert rounds.new_cases == ["tiny_200"] and "tiny_200" not in rounds.entry(1)["cases"]
         rounds.begin(2)
         assert rounds.entry(2)["cases"] == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
-        arguments = [*COMMAND, "--num_parts", "2", "--part_id"]
+        arguments, predicted = [*COMMAND, "--num_parts", "2", "--part_id"], Path(rounds.predicted(2))
+        commands = [[sys.executable, "-c", PART, last, *arguments, part] for last, part in (("9", "0"), ("2", "1"))]
+        with ThreadPool(2) as both:
+            done = both.map(run_command, commands)
+        assert [part.returncode for part in done] == [0, -signal.SIGKILL], [part.stderr for part in done]
+        assert sorted(p.name[5:8] for p in predicted.glob("tiny_*")) == ["001", "100", "101", "200"]
+        (left,), kept = predicted.glob(".tmp*_tiny_102.b2nd"), (predicted / "tiny_100.b2nd").stat().st_mtime_ns
         assert main([*arguments, "1"]) == 0
-        assert sorted(p.name for p in Path(rounds.predicted(2)).iterdir()) == ["tiny_100.b2nd", "tiny_102.b2nd"]
-        assert main([*arguments, "0"]) == 0
-        by_parts = contents(rounds.predicted(2))
-        shutil.rmtree(rounds.predicted(2))
+        assert (predicted / "tiny_100.b2nd").stat().st_mtime_ns == kept and left.exists()
+        os.utime(left, (time.time() - 4000,) * 2)
+        remove_stale(rounds.folder)
+        by_parts = predictions(predicted)
+        shutil.rmtree(predicted)
         rounds.predict(2)
-        assert contents(rounds.predicted(2)) == by_parts and len(by_parts) == 5
+        assert predictions(predicted) == by_parts and len(by_parts) == 5
         rounds.gate(2)
         u = json.loads(Path(rounds.reports, "round_2", "report.json").read_text())["cases"]["tiny_100"]["evidence"]
         assert all(math.isfinite(entry["disagreement"]) for entry in u.values())
@@ -481,7 +569,11 @@ def test_a_fall_of_the_agreement_ends_the_run_with_the_model_before(world, resul
     for entry, agreement in zip(rounds.state["rounds"], (0.9, 0.1), strict=True):
         entry["agreement"] = agreement
     object.__setattr__(rounds.request, "tolerance", 0.01)
+    stale = run_folder(world[0]) / "round_1" / ".tmp999999999_tiny_100_seg.b2nd"
+    stale.touch()
+    os.utime(stale, (time.time() - 4000,) * 2)
     rounds.run(3)
+    assert not stale.exists()
     assert "round 1: agreement with the held-out annotations fell: stopped" in capsys.readouterr().out
     first = results / "DiffusionPretrainedTrainer__R__2d" / "fold_0" / "checkpoint_final.pth"
     assert final.read_bytes() == first.read_bytes() and len(rounds.state["rounds"]) == 2

@@ -1,5 +1,6 @@
 """Pre-training and fine-tuning through nnU-Net's own training loop, on a tiny data set."""
 
+import importlib
 import json
 import os
 import pickle
@@ -14,6 +15,8 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn import functional as F
 
+from nnunet_diffusion import installation
+from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.networks.conditioning import fold
 from nnunet_diffusion.networks.denoiser_file import load_denoiser, rebuild
@@ -74,7 +77,32 @@ def test_denoiser_holds_what_the_contract_says(world):
     stock.initialize()
     keys = {k for k in stock.network.state_dict() if "seg_layers" not in k}
     assert keys == {k for k in content["network_weights"] if "seg_layers" not in k}
-    assert content["nnssl_adaptation_plan"]["key_to_encoder"] == "encoder.stages"
+    adaptation, weights = content["nnssl_adaptation_plan"], content["network_weights"]
+    assert adaptation["pretrain_num_input_channels"] == 1 and adaptation["recommended_downstream_patchsize"] == [16, 16]
+    assert adaptation["architecture_plans"]["arch_class_name"].endswith("PlainConvUNet")
+    for place in (adaptation["key_to_encoder"], adaptation["key_to_stem"], *adaptation["keys_to_in_proj"]):
+        assert any(key.startswith(f"{place}.") for key in weights), place
+
+
+def test_samples_are_drawn_at_intervals(plans):
+    name = plans("Sheets", DenoisingDiffusionTrainer={"num_epochs": 3, "sample_every": 2})
+    trainer = tiny.trainer(DenoisingDiffusionTrainer, plans=name)
+    trainer.run_training()
+    assert {p.name for p in Path(trainer.output_folder).glob("samples*")} == {"samples_epoch_2.png"}
+
+
+def test_a_plan_of_nnunets_own_planner_is_enough(world):
+    """No block of settings in it: everything as it comes, but for the length of the training."""
+    assert main(["plan_and_preprocess", "-d", str(tiny.ID), "-pl", "ExperimentPlanner", "-c", "2d", "-np", "1"]) == 0
+    assert "nnunet_diffusion" not in json.loads((world / "nnUNetPlans.json").read_text())
+    for cls in (DenoisingDiffusionTrainer, DiffusionPretrainedTrainer):
+        trainer = tiny.trainer(cls, plans="nnUNetPlans")
+        assert trainer.num_epochs > 100
+        trainer.num_epochs = trainer.num_iterations_per_epoch = trainer.num_val_iterations_per_epoch = 1
+        trainer.batch_size = 2
+        trainer.run_training()
+    report = json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())
+    assert report["matched"] and not report["adapted"] and all("seg_layers" in key for key in report["missing"])
 
 
 def test_folds_leave_their_validation_images_out(world):
@@ -313,6 +341,18 @@ def test_more_channels_share_the_first_convolution(plans, monkeypatch):
     assert "channel_names differs" in report["warnings"][0]
 
 
+def test_another_patch_size_takes_every_weight(plans):
+    def larger(plans):
+        plans["configurations"]["2d"]["patch_size"] = [24, 16]
+        return plans
+
+    name = plans("Larger", change=larger, DiffusionPretrainedTrainer={"denoiser": str(denoiser_path())})
+    trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
+    trainer.run_training()
+    report = json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())
+    assert report["matched"] and not report["adapted"] and all("seg_layers" in key for key in report["missing"])
+
+
 def test_other_normalisation_and_spacing_warn_loudly(plans):
     def other(plans):
         plans["configurations"]["2d"]["spacing"] = [1.0, 1.0]
@@ -398,7 +438,7 @@ def test_a_stock_checkpoint_is_refused(world, monkeypatch):
     trainer.run_training()
     checkpoint = os.path.join(trainer.output_folder, "checkpoint_final.pth")
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", f"-pretrained_weights={checkpoint}"])
-    with pytest.raises(UserError, match="checkpoint_final.pth"):
+    with pytest.raises(UserError, match=r"checkpoint_final.pth holds more than .*: give a denoiser.pth that Denois"):
         tiny.trainer(DiffusionPretrainedTrainer).initialize()
 
 
@@ -448,6 +488,14 @@ def test_left_and_right_are_never_mirrored(world, cls, configuration, axes):
     checkpoint = torch.load(os.path.join(trainer.output_folder, "checkpoint_final.pth"), weights_only=False)
     assert checkpoint["inference_allowed_mirroring_axes"] == axes
     assert checkpoint["trainer_name"] == cls.__name__
+
+
+@pytest.mark.parametrize("name", installation.trainer_names())
+def test_no_trainer_mirrors_left_and_right(world, name):
+    cls = getattr(importlib.import_module(f"nnunet_diffusion.trainers.{name}"), name)
+    trainer = tiny.trainer(cls)
+    *_, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert axes == trainer.inference_allowed_mirroring_axes == (0,)
 
 
 def test_unknown_settings_stop_the_trainer(plans):

@@ -11,8 +11,13 @@ NAME, ID, PLANS = "Dataset990_Tiny", 990, "nnUNetTinyPlans"
 LABELS = {"background": 0, "left ball": 1, "right ball": 2, "box": 3}
 
 
-def write_scans(folder: Path, number: int, channels: int = 1, labels: Path | None = None, first: int = 0) -> list[str]:
-    """Noisy scans of two balls, left and right, and a box; 12 x 20 x 24 voxels of 3 x 2 x 2 mm."""
+def write_scans(
+    folder: Path, number: int, channels: int = 1, labels: Path | None = None, first: int = 0, is_masked: bool = False
+) -> list[str]:
+    """Noisy scans of two balls, left and right, and a box; 12 x 20 x 24 voxels of 3 x 2 x 2 mm.
+
+    Masked ones are zero outside, as MR images of which the skull was taken off are.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     cases = [f"tiny_{i:03d}" for i in range(first, first + number)]
     z, y, x = np.mgrid[:12, :20, :24]
@@ -25,6 +30,8 @@ def write_scans(folder: Path, number: int, channels: int = 1, labels: Path | Non
         seg[2:5, 3:6, 10:14] = 3
         for channel in range(channels):
             image = np.where(seg > 0, 100.0 + 40 * (seg == 3) - 30 * channel, 0.0) + rng.normal(0, 20, seg.shape)
+            if is_masked:
+                image = np.where((abs(z - 5.5) < 4) & (abs(y - 9.5) < 8) & (abs(x - 11.5) < 10), image + 200, 0)
             save(image.astype(np.float32), folder / f"{case}_{channel:04d}.nii.gz")
         if labels is not None:
             labels.mkdir(parents=True, exist_ok=True)
@@ -39,14 +46,14 @@ def save(array: np.ndarray, path: Path) -> None:
     sitk.WriteImage(image, str(path))
 
 
-def write_raw(channels: int = 1, labelled: int = 5, unlabelled: int = 3) -> Path:
-    """Writes the raw data set."""
+def write_raw(channels: int = 1, labelled: int = 5, unlabelled: int = 3, modality: str = "CT") -> Path:
+    """Writes the raw data set; its first channel is of this modality, MR images are masked."""
     raw = Path(os.environ["nnUNet_raw"]) / NAME
-    cases = write_scans(raw / "imagesTr", labelled, channels, raw / "labelsTr")
-    pool = write_scans(raw / "imagesUn", unlabelled, channels, first=100)
+    cases = write_scans(raw / "imagesTr", labelled, channels, raw / "labelsTr", is_masked=modality == "MR")
+    pool = write_scans(raw / "imagesUn", unlabelled, channels, first=100, is_masked=modality == "MR")
     files = {c: [f"{{}}/{c}_{i:04d}.nii.gz" for i in range(channels)] for c in cases + pool}
     content = {
-        "channel_names": {str(i): "CT" if i == 0 else "MR" for i in range(channels)},
+        "channel_names": {str(i): modality if i == 0 else "MR" for i in range(channels)},
         "labels": LABELS,
         "numTraining": len(cases),
         "file_ending": ".nii.gz",
@@ -59,12 +66,12 @@ def write_raw(channels: int = 1, labelled: int = 5, unlabelled: int = 3) -> Path
     return raw
 
 
-def prepare(kind: str = "PlainConvUNet", norm: str = "InstanceNorm", channels: int = 1) -> Path:
+def prepare(kind: str = "PlainConvUNet", norm: str = "InstanceNorm", channels: int = 1, modality: str = "CT") -> Path:
     """Plans, shrinks the plan, preprocesses 2d and 3d_fullres and the pool; returns the preprocessed folder."""
     from nnunet_diffusion.cli import main
     from nnunet_diffusion.planners.CompactPlanner import CompactPlanner  # noqa: F401
 
-    write_raw(channels)
+    write_raw(channels, modality=modality)
     assert (
         main(["plan_and_preprocess", "-d", str(ID), "-pl", "CompactPlanner", "-c", "2d", "3d_fullres", "-np", "1"]) == 0
     )

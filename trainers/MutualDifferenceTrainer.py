@@ -9,7 +9,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import autocast
 
 from nnunet_diffusion.data.annotated import group_map
-from nnunet_diffusion.data.groups import KEY, GroupedLoader, find_groups, owned_channels
+from nnunet_diffusion.data.groups import KEY, GroupedLoader, find_groups, owned_channels, too_small
 from nnunet_diffusion.data.images import in_background
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.losses.members import DifferenceLoss, GroupedBatch
@@ -76,9 +76,17 @@ class MutualDifferenceTrainer(DiffusionPretrainedTrainer):
         self.cases_of_groups = [group.cases for group in found]
         self.group_of = {case: k for k, group in enumerate(found) for case in group.cases}
         self.plans_manager.plans[KEY] = [list(group.labels) for group in found]
-        self.batch_size = max(self.batch_size, len(found))
         for k, group in enumerate(found):
             self.print_to_log_file(f"Member {k}: {len(group.cases)} cases annotated for {', '.join(group.labels)}")
+        if self.batch_size < len(found):
+            self.print_to_log_file(
+                f"WARNING: a batch of {self.batch_size} patches cannot hold {len(found)} groups: it is raised to "
+                f"{len(found)}, one of each group, and needs more memory: give the plan a batch_size of {len(found)} "
+                "or more for each process"
+            )
+            self.batch_size = len(found)
+        for problem in too_small(found, self.batch_size):
+            self.print_to_log_file(f"WARNING: {problem}")
 
     def mark_owners(self, network) -> None:
         """The network predicts each organ with its owner."""

@@ -61,6 +61,18 @@ def owned_channels(groups: Sequence[Sequence[str]], channels: Channels) -> torch
     return torch.tensor([[name in group for name in channels] for group in groups])
 
 
+def too_small(groups: Sequence[Group], batch_size: int) -> list[str]:
+    """A sentence for each group that has fewer cases than a `GroupedLoader` takes from it for a batch."""
+    patches = -(-batch_size // len(groups))
+    return [
+        f"group {list(group.labels)} has {len(group.cases)} training case(s) and gives up to {patches} of the "
+        f"{batch_size} patches of a batch, so batches hold the same case several times: add cases that annotate these "
+        f"labels, or give the plan a batch_size of {len(group.cases) * len(groups)} or less for each process"
+        for group in groups
+        if len(group.cases) < patches
+    ]
+
+
 def _foreground(names, channels: Channels) -> tuple[str, ...]:
     return tuple(name for name, values in channels.items() if name in names and values != {0})
 

@@ -225,12 +225,21 @@ def preprocess_case(
             os.replace(join(temporary, case + ending), join(folder, case + ending))
     except UserError as problem:
         return str(problem)
-    except (RuntimeError, OSError) as error:  # of a full disk blosc2 says no more than that it failed
-        free = shutil.disk_usage(folder).free / 1e6
-        raise OSError(f"{case} was not written to {folder}, where {free:.0f} MB are free: {error}") from error
+    except (RuntimeError, OSError) as error:
+        raise not_written(case, folder, error) from error
     finally:
         shutil.rmtree(temporary)
     return None
+
+
+def not_written(what: str, folder: str, error: RuntimeError | OSError) -> OSError:
+    """The error that says how much room there is: of a full disk blosc2 says no more than that it failed."""
+    free = shutil.disk_usage(folder).free / 1e6
+    said = getattr(error, "strerror", None) or error  # without the name of the temporary file
+    return OSError(
+        f"{what} was not written to {folder}, where {free:.0f} MB are free: {said}; make room if that is too little, "
+        "then run the same command again"
+    )
 
 
 def _run_unlabeled(preprocessor, images, *plan) -> tuple:

@@ -27,6 +27,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffusion.data.annotated import Annotation
+from nnunet_diffusion.data.pool import not_written
 from nnunet_diffusion.data.unlabeled import is_case_name
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic
@@ -98,26 +99,28 @@ def save_pseudo_label(
     locations = class_locations(segmentation, label_manager)
     about = {"annotation": _to_json(annotation), "completes": completes and _to_json(completes)}
     about |= {"info": dict(info or {}), "classes": [_key_to_json(key) for key in locations]}
-    os.makedirs(folder, exist_ok=True)
-    with atomic(os.path.join(folder, case + ENDING)) as temporary:
-        write_array(temporary, segmentation, patch_size, [json.dumps(about), *map(_to_bytes, locations.values())])
+    metadata = [json.dumps(about), *map(_to_bytes, locations.values())]
+    write_array(os.path.join(folder, case + ENDING), segmentation, patch_size, metadata)
 
 
 def write_array(path: str, array: np.ndarray, patch_size, metadata: Any) -> None:
-    """Writes an array as nnU-Net stores label maps, and metadata of plain values into the same file.
+    """Writes an array as nnU-Net stores label maps, and metadata of plain values, into one file, whole or not at all.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If it cannot be written; a former file is then what it was.
     """
+    folder, name = os.path.split(path)
+    os.makedirs(folder, exist_ok=True)
     blocks, chunks = comp_blosc2_params(array.shape, tuple(patch_size), array.itemsize)
     cparams = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "nthreads": 1, "filters": [blosc2.Filter.SHUFFLE]}
     try:
-        stored = blosc2.asarray(
-            np.ascontiguousarray(array), urlpath=path, mode="w", chunks=chunks, blocks=blocks, cparams=cparams
-        )
-        stored.schunk.vlmeta[METADATA] = metadata
-    except RuntimeError as error:  # of a full disk blosc2 says no more than that it failed
-        raise OSError(f"{path} was not written: {error}") from error
+        with atomic(path) as temporary:
+            stored = blosc2.asarray(
+                np.ascontiguousarray(array), urlpath=temporary, mode="w", chunks=chunks, blocks=blocks, cparams=cparams
+            )
+            stored.schunk.vlmeta[METADATA] = metadata
+    except (RuntimeError, OSError) as error:
+        raise not_written(name, folder, error) from error
 
 
 def open_array(path: str) -> tuple[blosc2.NDArray, Any]:

@@ -76,7 +76,7 @@ class Results:
         try:
             return read(path)
         except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            said = f"{type(error).__name__}: {error}".replace(f"{path}: ", "").splitlines()[0][:200]
             self.problems.append(f"{path}: cannot be read, it is not whole or of another version ({said}): left out")
             return None
 

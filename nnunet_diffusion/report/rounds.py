@@ -11,6 +11,7 @@ from nnunet_diffusion.report.charts import line_chart, share_bar
 from nnunet_diffusion.report.collect import Results
 from nnunet_diffusion.report.html import Html, element, join, table
 from nnunet_diffusion.report.training import picture
+from nnunet_diffusion.rounds.state import load_state
 
 DECISIONS = ("keep", "wait", "drop")
 FOLDER = re.compile(r"rounds__(?P<model>.+__.+)")
@@ -88,7 +89,7 @@ def _rounds_table(rounds: list[Round]) -> Html:
 
 
 def _dice(path: str) -> list[float | None]:
-    values = [entry.get("agreement") for entry in read_json(path)["rounds"]]
+    values = [entry.get("agreement") for entry in load_state(path)["rounds"]]
     return [None if value is None else float(value) for value in values]
 
 

@@ -22,7 +22,7 @@ from nnunet_diffusion.rounds.gate import DROP, KEEP, Verdict, judge
 from nnunet_diffusion.rounds.given_model import refuse_leak, refuse_missing, refuse_other_data
 from nnunet_diffusion.rounds.prediction import Teacher, is_predicted, load_prediction, predict_case, read_evidence
 from nnunet_diffusion.rounds.report import draw, to_draw, write_report
-from nnunet_diffusion.rounds.run import CHECKPOINT, TRAINER, Run
+from nnunet_diffusion.rounds.run import CHECKPOINT, TRAINER, Run, remove_stale
 from nnunet_diffusion.rounds.state import digest, record
 from nnunet_diffusion.steps import Step, Steps, command_environment
 
@@ -289,6 +289,7 @@ class Rounds(Run):
         if self.new_cases:
             print(f"new cases, which join the next round: {', '.join(self.new_cases)}", flush=True)
         self.save()
+        remove_stale(self.folder)
         for number, kind, do in self.stages(rounds):
             start = time()
             if do():

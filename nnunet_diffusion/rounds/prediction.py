@@ -23,7 +23,6 @@ from nnunet_diffusion.data.annotated import Annotation
 from nnunet_diffusion.data.completion import most_probable, possible_classes
 from nnunet_diffusion.data.pseudo import open_array, write_array
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic
 from nnunet_diffusion.rounds.evidence import Evidence, measure
 from nnunet_diffusion.stock import find_folds, trainers_of
 
@@ -150,9 +149,8 @@ def save_prediction(folder: str, name: str, prediction: Prediction, patch_size) 
     """Saves it, whole or not at all."""
     confidence = np.round(prediction.confidence * LEVELS).astype(np.int16)
     about = {"teacher": prediction.teacher, "evidence": {k: v._asdict() for k, v in prediction.evidence.items()}}
-    os.makedirs(folder, exist_ok=True)
-    with atomic(os.path.join(folder, name + ".b2nd")) as temporary:
-        write_array(temporary, np.stack([prediction.labels, confidence]), patch_size, json.dumps(about))
+    maps = np.stack([prediction.labels, confidence])
+    write_array(os.path.join(folder, name + ".b2nd"), maps, patch_size, json.dumps(about))
 
 
 def has_prediction(folder: str, name: str) -> bool:

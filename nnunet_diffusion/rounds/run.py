@@ -1,6 +1,10 @@
 """One run of rounds: what was asked for, where everything lies, and what was done before."""
 
+import glob
 import os
+import re
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -24,6 +28,7 @@ from nnunet_diffusion.rounds.state import (
 
 TRAINER = "PseudoLabelTrainer"
 CHECKPOINT = "checkpoint_final.pth"
+HOUR_S, DAY_S = 3600, 86400
 
 
 @dataclass(frozen=True)
@@ -220,3 +225,31 @@ class Run:
         ]
         lines = [line + (" (done)" if number in trained else "") for number, line in enumerate(lines)]
         return "\n".join([*lines, f"then: {self.final_model()}"])
+
+
+def remove_stale(folder: str) -> None:
+    """Removes the temporary files (`nnunet_diffusion.files.atomic`) that killed writers left in a folder and below.
+
+    Parts write beside this process, on other machines too, whose processes cannot be seen from here, but none of them
+    for long. So a file goes when nobody wrote to it for an hour and this machine has no such process, or for a day, by
+    when the number may be another process's.
+    """
+    for path in glob.glob(os.path.join(glob.escape(folder), "**", ".tmp[0-9]*_*"), recursive=True):
+        number = re.match(r"\.tmp(\d+)_", os.path.basename(path))
+        with suppress(FileNotFoundError):  # its writer ended just now
+            quiet_s = time.time() - os.path.getmtime(path)
+            if number and (quiet_s > DAY_S or (quiet_s > HOUR_S and not _is_running(int(number[1])))):
+                os.remove(path)
+
+
+def _is_running(process: int) -> bool:
+    """Whether this machine has a process of that number; where it cannot be asked, on Windows, as if it had."""
+    if os.name == "nt":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        pass
+    return True
