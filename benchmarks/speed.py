@@ -137,26 +137,45 @@ def interleave(ours: Callable, stock: Callable, rounds: int, device: str, warm_u
     return {**medians, "ratio": quartiles[1], "ratio_quartiles": [quartiles[0], quartiles[2]], "rounds": rounds}
 
 
-def peak_memory(name: str, args: argparse.Namespace, settings: dict | None = None, title: str = "") -> dict[str, float]:
-    """Peak memory of a few training steps in MiB; to be called in a process of its own."""
+def training(args: argparse.Namespace, name: str, settings: dict | None = None) -> Callable[[], None]:
+    """A trainer's step."""
+    return stepper(start_trainer(name, args, settings))
+
+
+def prediction(args: argparse.Namespace, name: str) -> Callable[[], None]:
+    """A trainer's prediction of a case."""
+    trainer = start_trainer(name, args)
+    return predictor(trainer, trainer.inference_allowed_mirroring_axes)
+
+
+def preprocessing(args: argparse.Namespace, folder: str, which: int) -> Callable[[], None]:
+    """One of `preprocessors`."""
+    return preprocessors(args, Path(folder))[which]
+
+
+def peak_memory(args: argparse.Namespace, what: str, prepare: Callable, *arguments) -> dict[str, float | str]:
+    """Peak memory in MiB of doing a few times what `prepare(args, *arguments)` returns, in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # may have workers of its own
+        return process.submit(_peak_memory, args, what, prepare, *arguments).result()
+
+
+def _peak_memory(args, what, prepare, *arguments) -> dict[str, float | str]:
     unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss is in bytes there, in KiB on Linux
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    step, name = stepper(start_trainer(name, args, settings)), title or name
+    work = prepare(args, *arguments)
     for _ in range(5):
-        step()
+        work()
     if args.device == "cuda":
-        return {"trainer": name, "peak_mib": torch.cuda.max_memory_allocated() / 2**20}
+        return {"what": what, "peak_mib": torch.cuda.max_memory_allocated() / 2**20}
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return {"trainer": name, "peak_mib": peak, "of_which_imports_mib": before}
+    return {"what": what, "peak_mib": peak, "of_which_imports_mib": before}
 
 
 def measure_co_training(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Steps with a pool against stock steps, which have one batch where these have two: rows of ratios, of memory."""
     name = "DiffusionCoTrainingTrainer"
-    memory = []
-    for trainer, settings, title in [(STOCK, None, STOCK), *((name, s, title) for title, s in CO_TRAINING.items())]:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            memory.append(process.submit(peak_memory, trainer, args, settings, title).result())
+    memory = [peak_memory(args, "stock step", training, STOCK)]
+    memory += [peak_memory(args, what, training, name, settings) for what, settings in CO_TRAINING.items()]
     stock, rows = stepper(start_trainer(STOCK, args)), []
     for title, settings in CO_TRAINING.items():
         ours = stepper(start_trainer(name, args, settings))
@@ -166,10 +185,13 @@ def measure_co_training(args: argparse.Namespace) -> tuple[list[dict], list[dict
 
 def measure(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """All measurements: rows of ratios, rows of memory."""
-    memory = []
-    for name in (STOCK, FINE_TUNING, PRE_TRAINING):  # first: a child's peak counts its parent's size at the fork
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # may have workers of its own
-            memory.append(process.submit(peak_memory, name, args).result())
+    names = {"stock": STOCK, "fine-tuning": FINE_TUNING, "pre-training": PRE_TRAINING}
+    # first: a child's peak counts its parent's size at the fork
+    memory = [peak_memory(args, f"{title} step", training, name) for title, name in names.items()]
+    memory += [peak_memory(args, f"prediction, {name}", prediction, name) for name in (STOCK, FINE_TUNING)]
+    for which, title in enumerate(("pool", "stock")):
+        with tempfile.TemporaryDirectory() as folder:
+            memory.append(peak_memory(args, f"preprocessing, {title}", preprocessing, folder, which))
     stock, tuned, denoiser = (start_trainer(name, args) for name in (STOCK, FINE_TUNING, PRE_TRAINING))
     timed = partial(interleave, device=args.device)
     steps = partial(timed, stock=stepper(stock), rounds=args.rounds, warm_up=5)
@@ -192,8 +214,10 @@ def tabulate(rows: list[dict], memory: list[dict]) -> str:
     lines = ["| what | ours, s | stock, s | ratio | goal |", "|---|---|---|---|---|"]
     lines += [f"| {r['what']} | {r['ours_seconds']:.4f} | {r['stock_seconds']:.4f} | {r['ratio']:.3f} | {r['goal']} |"
               for r in rows]
-    lines += ["", "| trainer | peak memory, MiB |", "|---|---|"]
-    return "\n".join(lines + [f"| {m['trainer']} | {m['peak_mib']:.0f} |" for m in memory])
+    lines += ["", "| what | peak memory, MiB | of which imports |", "|---|---|---|"]
+    return "\n".join(
+        lines + [f"| {m['what']} | {m['peak_mib']:.0f} | {m.get('of_which_imports_mib', 0):.0f} |" for m in memory]
+    )
 
 
 def main() -> None:

@@ -104,3 +104,24 @@ def test_flare22_in_miniature(home):
     benchmark(home, f"flare22.py {where} {short} {budgets}")
     table = (home / "flare22" / "flare22.md").read_text()
     assert "| ours, full |" in table and "0.518" in table and "is not FLARE22" not in table
+
+
+def test_costs(home):
+    """Speed and memory, of training with and without a pool, of the partial loss and of mutual learning."""
+    benchmark(home, f"speed.py {COMMON} --rounds 2 --cases 1 -o speed.json")
+    speed = json.loads((home / "speed.json").read_text())
+    assert len(speed["ratios"]) == 4 and all(row["ratio"] > 0 for row in speed["ratios"])
+    assert {m["what"].split(",")[0] for m in speed["memory"]} >= {"stock step", "prediction", "preprocessing"}
+    benchmark(home, f"speed.py {COMMON} --rounds 2 --co_training -o co_training.json")
+    assert len(json.loads((home / "co_training.json").read_text())["ratios"]) == 4
+    loss = json.loads(benchmark(home, "partial_loss.py --patch 8 --classes 3 --rounds 2"))
+    assert loss["measured"][0]["time_ratio"] > 0
+    plans = next(home.glob(f"nnUNet_preprocessed/*/{PLANS}.json"))
+    table = benchmark(home, f"mutual_memory.py {plans} -c 2d --members 2")
+    assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == ["plain", "checkpointing", "alternate"]
+
+
+def test_feature_probe(home):
+    denoiser = next(home.glob(f"nnUNet_results/*/DenoisingDiffusionTrainer__{PLANS}__2d/fold_0/denoiser.pth"))
+    benchmark(home, f"feature_probe.py 501 2d {PLANS} {denoiser} --timesteps 0 300 --cases 2 --batches 2 -o probe.json")
+    assert json.loads((home / "probe.json").read_text())
