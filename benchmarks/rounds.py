@@ -30,12 +30,11 @@ from pathlib import Path
 
 import blosc2
 import numpy as np
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from runs import VALIDATION_ITERATIONS, data_identifier
 from train_and_test import describe_machine, link_cases
 
 from nnunet_diffusion.cli import main as run_command
-from nnunet_diffusion.data.pool import WORK
+from nnunet_diffusion.data.pool import WORK, labeled_files
 from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases
 from nnunet_diffusion.files import atomic, write_json
 from nnunet_diffusion.rounds.prediction import load_prediction
@@ -156,7 +155,7 @@ def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) 
     ours = os.environ | command_environment(None, args.device)
     hand = {f"nnUNet_{kind}": str(work / "hand" / kind) for kind in ("raw", "preprocessed")}
     description = json.loads((raw / "dataset.json").read_text())
-    files = get_filenames_of_train_images_and_targets(str(raw), description)
+    files = labeled_files(str(raw), description)
     ending, inputs, outputs = description["file_ending"], work / "hand" / "images", work / "hand" / "labels"
     shutil.rmtree(work / "hand", ignore_errors=True)
     inputs.mkdir(parents=True)

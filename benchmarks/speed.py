@@ -29,10 +29,9 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from train_and_test import describe_machine
 
-from nnunet_diffusion.data.pool import UNLABELED_FILES, WORK, preprocess_case
+from nnunet_diffusion.data.pool import UNLABELED_FILES, WORK, labeled_files, preprocess_case
 from nnunet_diffusion.files import write_json
 
 STOCK, FINE_TUNING, PRE_TRAINING = "nnUNetTrainer", "DiffusionPretrainedTrainer", "DenoisingDiffusionTrainer"
@@ -98,7 +97,7 @@ def preprocessors(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
     plans, dataset_json = load(args.dataset, args.p)
     manager = PlansManager(plans)
     configuration = manager.get_configuration(args.c)
-    files = get_filenames_of_train_images_and_targets(str(Path(str(nnUNet_raw), args.dataset)), dataset_json)
+    files = labeled_files(str(Path(str(nnUNet_raw), args.dataset)), dataset_json)
     cases = list(islice(files.items(), args.cases))
     (folder / WORK).mkdir(parents=True)
     as_pool, as_stock = cycle(cases), enumerate(cycle(cases))  # nnU-Net's writer does not overwrite

@@ -25,9 +25,9 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from regimes import keep_slices
 
+from nnunet_diffusion.data.pool import labeled_files
 from nnunet_diffusion.files import write_json
 
 
@@ -55,7 +55,7 @@ def label_slices(job: dict, plans: PlansManager, dataset_json: dict, target: Pat
     """
     configuration = plans.get_configuration(job["configuration"])
     raw_json = json.loads(Path(job["raw"], "dataset.json").read_text())
-    raw = get_filenames_of_train_images_and_targets(job["raw"], raw_json)
+    raw = labeled_files(job["raw"], raw_json)
     chosen = {}
     for case, number in job["cases"].items():
         label = sitk.ReadImage(raw[case]["label"])
