@@ -6,6 +6,7 @@ gates open, as nothing is certain after so short a training, and nnU-Net's comma
 
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,11 +27,17 @@ NOT_HERE = {
     "make ": "sets up an environment of its own",
     "pip install": "the tests run in what it installs",
     "nnunet_diffusion demo": "test_demo.py",
-    "python benchmarks/": "test_benchmarks.py",
     "torchrun --nnodes 2": "needs two machines; test_train.py has one",
     "nnunet_diffusion rounds ...": "test_rounds.py",
 }
-SMALLER = {"-n 5000": "-n 12", "-np 8": "-np 2"}
+FEW = "--num_epochs 1 --num_iterations_per_epoch 1 --device cpu"
+SMALLER = {
+    "-n 5000": "-n 12",
+    "-np 8": "-np 2",
+    "--test_cases 20": "--test_cases 2",
+    "--budgets 2 8 --seeds 0 1 2": f"--budgets 2 --seeds 0 {FEW}",
+    "--budgets 4 8 --seeds 0 1 2": f"--budgets 2 --seeds 0 {FEW}",
+}
 PLANNED = "nnUNetDiffusionPlans"
 
 NNUNET = '#!/bin/sh\nexec "{real}" "$@" -device cpu\n'
@@ -194,6 +201,47 @@ def test_readme(home):
     assert (exported / "fold_0" / "checkpoint_final.pth").exists()
 
 
+def test_label_efficiency(home):
+    folder = home / "label_efficiency"
+    folder.mkdir()
+    prepare_benchmarks(home, folder)
+    run_page(home, "docs/label_efficiency.md")
+    few = next(home.glob("nnunet/nnUNet_results/Dataset501_OpenKBP/*/label_efficiency.json"))
+    assert {group["arm"] for group in json.loads(few.read_text())["summary"]} > {"stock", "scratch", "full", "linear"}
+
+
+def prepare_benchmarks(home: Path, folder: Path) -> None:
+    """Makes the repository's benchmarks those of the folder; nothing was trained on another split before."""
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+    (home / "nnunet/nnUNet_preprocessed/Dataset501_OpenKBP/splits_final.json").unlink(missing_ok=True)
+
+
+def test_extending(home):
+    folder = home / "extending"
+    write_scans(folder / "scans", "FLARE22_Ts", range(1, 2), 13)
+    for number in range(1, 7):
+        case = folder / "pelvis_download" / "scans" / f"{number:03d}"
+        write_scans(case, "ct", [number], 3, case)
+        (case / f"ct_{number:04d}_0000.nii.gz").rename(case / "ct.nii.gz")
+        (case / f"ct_{number:04d}.nii.gz").rename(case / "organs.nii.gz")
+    named = r"`([\w/]+\.py)`[^`]*```python\n(.*?)^```$"
+    files = dict(re.findall(named, (ROOT / "docs/extending.md").read_text(), re.M | re.S))
+    assert set(files) == {"my_trainers/FocalTrainer.py", "my_trainers/test_focal.py", "Dataset301_Pelvis.py"}
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    path = home / "nnunet/nnUNet_preprocessed/Dataset022_FLARE22" / f"{PLANNED}.json"
+    before = path.read_text()
+    plans = json.loads(before)
+    plans["nnunet_diffusion"]["FocalTrainer"] = {**plans["nnunet_diffusion"]["PartialLabelTrainer"], "focal_gamma": 1.0}
+    path.write_text(json.dumps(plans))
+    run_page(home, "docs/extending.md")
+    path.write_text(before)  # other pages' shells do not know that trainer
+    assert (folder / "masks" / "FLARE22_Ts_0001.nii.gz").exists()
+    saved = json.loads((model(home, "FocalTrainer") / "plans.json").read_text())
+    assert saved["nnunet_diffusion"]["FocalTrainer"]["focal_gamma"] == 1.0
+
+
 def test_partial_labels(home):
     folder = home / "partial_labels"
     write_scans(folder / "images", "kbp", range(1, 7), 7, folder / "labelsAll7")
@@ -220,6 +268,7 @@ def test_co_training(home):
             if name == "labels":
                 picture = (picture[..., 0] > 200).astype(np.uint8)
             imsave(folder / name / f"{case}.png", picture, check_contrast=False)
+    prepare_benchmarks(home, folder)
     run_page(home, "docs/co_training.md")
     assert len(list((folder / "masks").glob("*.nii.gz"))) == 2
 

@@ -16,7 +16,7 @@ from nnunet_diffusion.data.annotated import (
 )
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.evaluation.annotated_pairs import hard_counts, restrict_summary
-from nnunet_diffusion.losses.partial import PartialLabelLoss, annotated
+from nnunet_diffusion.losses.partial import PartialLabelLoss, PartialLoss, annotated
 from nnunet_diffusion.losses.regions import PartialRegionLoss
 from nnunet_diffusion.networks.transfer import HEADS, unwrap
 from nnunet_diffusion.optimization import WarmupPolyLR, adamw, ramp_up
@@ -65,17 +65,19 @@ class PartialLabelTrainer(ConfiguredTrainer):
 
     def _build_loss(self):
         """nnU-Net's, deep supervision and all, with the partial loss in the place of the complete one."""
-        nnunet = super()._build_loss()
-        batch_dice, ignore_label = self.configuration_manager.batch_dice, self.label_manager.ignore_label
-        if self.label_manager.has_regions:
-            loss = PartialRegionLoss(batch_dice, self.is_ddp, ignore_label is not None)
-        else:
-            loss = PartialLabelLoss(batch_dice, self.is_ddp, ignore_label, self.exclusion_weight)
+        nnunet, loss = super()._build_loss(), self.partial_loss()
         if not isinstance(nnunet, DeepSupervisionWrapper):
             loss.complete = nnunet
             return loss
         loss.complete, nnunet.loss = nnunet.loss, loss
         return nnunet
+
+    def partial_loss(self) -> PartialLoss:
+        """The loss at one resolution, of partly annotated cases too; nnU-Net's own becomes its `complete`."""
+        batch_dice, ignore_label = self.configuration_manager.batch_dice, self.label_manager.ignore_label
+        if self.label_manager.has_regions:
+            return PartialRegionLoss(batch_dice, self.is_ddp, ignore_label is not None)
+        return PartialLabelLoss(batch_dice, self.is_ddp, ignore_label, self.exclusion_weight)
 
     def knowing(self, batch: dict):
         """Within this context the loss knows what was annotated in the batch."""

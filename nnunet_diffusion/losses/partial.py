@@ -29,7 +29,7 @@ def merged_into_background(is_annotated: Tensor) -> Tensor:
 
 def marginal_cross_entropy(merged: MergedSoftmax) -> Tensor:
     """Cross-entropy of the merged probabilities: mean over the voxels that are not ignored, in nats; 0 if all are."""
-    return -merged.log_target.sum() / _stands_for_itself(merged.voxels, merged.group).sum().clamp_min(1)
+    return -merged.log_target.sum() / counted_voxels(merged).clamp_min(1)
 
 
 def marginal_dice(
@@ -67,6 +67,11 @@ def exclusion_loss(merged: MergedSoftmax) -> Tensor:
     is_unannotated[:, 0] = False
     overlap = 2 * (merged.mass - merged.inside) / (merged.mass + labeled_voxels(merged)[:, None]).clamp_min(1)
     return torch.where(is_unannotated, overlap, 0).sum() / is_unannotated.sum().clamp_min(1)
+
+
+def counted_voxels(merged: MergedSoftmax) -> Tensor:
+    """Scalar: how many voxels are not ignored."""
+    return _stands_for_itself(merged.voxels, merged.group).sum()
 
 
 def labeled_voxels(merged: MergedSoftmax) -> Tensor:
