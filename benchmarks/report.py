@@ -78,7 +78,7 @@ def write_figure(content: dict, path: Path) -> None:
 
     budgets = list(dict.fromkeys(group["budget"] for group in content["summary"]))
     arms = list(dict.fromkeys(group["arm"] for group in content["summary"]))
-    figure, axes = plt.subplots(figsize=(2.5 + 2.2 * len(budgets), 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(3.5 + 2.2 * len(budgets), 4.2), layout="constrained")
     for i, arm in enumerate(arms):
         shift = (i - (len(arms) - 1) / 2) * 0.6 / len(arms)
         groups = [group for group in content["summary"] if group["arm"] == arm]
@@ -92,7 +92,7 @@ def write_figure(content: dict, path: Path) -> None:
              ylabel="Dice, mean over organs and test cases",
              title=f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper", fontsize="small")
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=150)
     plt.close(figure)
