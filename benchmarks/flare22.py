@@ -4,8 +4,10 @@ Converts, plans, preprocesses, holds test patients out, pre-trains on all other 
 slices, 1 % and 10 % (label_efficiency.py) and writes the table beside the paper's figures, with what differs. Stopped
 at any point, the same command continues.
 
+It holds test patients out by a split of its own: give it a data set id that nothing else was trained on.
+
 example, on a GPU:
-  python benchmarks/flare22.py --source ~/FLARE22
+  python benchmarks/flare22.py --source ~/FLARE22 -d 23
 in miniature, on a data set of nnU-Net's that is there:
   python benchmarks/flare22.py -d 501 -c 2d -pl CompactPlanner --pretraining_epochs 2 --num_epochs 2 --device cpu
 """
@@ -22,6 +24,7 @@ from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_da
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, write_json
 from nnunet_diffusion.installation import require_folders
+from nnunet_diffusion.networks.denoiser_file import load_denoiser
 from nnunet_diffusion.steps import Step, Steps, command_environment, number_of_cores
 
 BUDGETS = ("4slices", "1%", "10%")
@@ -31,6 +34,7 @@ DIFFERENCES = """\
 The paper's figures are from its abstract; nobody here has read its method section. What is known to differ:
 - the network: nnU-Net's planned U-Net here, a large diffusion U-Net there; so are its size and the length of training;
 - the images: pre-training on the data set's own scans here, on 207,029 slices at 256 x 256 there;
+- the training: what stands above the list here; there, of a length that the abstract does not tell;
 - the test patients: held out of the labelled scans here; there, what the abstract calls FLARE 2022's evaluation;
 - the budgets: 1 % and 10 % of the labelled training patients here (at least one); there, of what is not said;
 - four slices: the axial slices here come from four patients and are drawn by seed;
@@ -43,7 +47,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", help="the folder that FLARE22 was unpacked into; without it, -d is there already")
     parser.add_argument("-d", type=int, default=22, help="data set id (default: %(default)s)")
-    parser.add_argument("-c", default="2d", help="configuration (default: %(default)s, as the paper)")
+    parser.add_argument("-c", default="2d_256", help="configuration (default: %(default)s, the paper's 256 x 256)")
     parser.add_argument("-pl", default="DiffusionPlanner", help="planner (default: %(default)s)")
     parser.add_argument("--arms", nargs="+", default=["scratch", "full", "decoder", "linear"])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
@@ -69,8 +73,8 @@ def write_plans(preprocessed: Path, plans: str, args: argparse.Namespace) -> str
     return content["plans_name"]
 
 
-def run_steps(args: argparse.Namespace) -> Path:
-    """Runs everything; returns the folder with label_efficiency.json."""
+def run_steps(args: argparse.Namespace) -> tuple[Path, Path]:
+    """Runs everything; returns the folder with label_efficiency.json, and the denoiser."""
     python, d, few = sys.executable, str(args.d), str(Path(__file__).with_name("label_efficiency.py"))
     plans = default_plans_name(find_planner(args.pl))
     raw, root, results = (Path(os.environ[f"nnUNet_{kind}"]) for kind in ("raw", "preprocessed", "results"))
@@ -103,11 +107,23 @@ def run_steps(args: argparse.Namespace) -> Path:
     total = len(args.arms) * len(args.budgets) * len(args.seeds)
     table = str(out / "label_efficiency.json")
     steps.run(Step("few labels", bench, table, r"^\[\d+/\d+\]", total, is_incremental=True))
-    return out
+    return out, model / "denoiser.pth"
 
 
-def comparison(content: dict) -> str:
-    """A Markdown table: a line for each arm, a column for each budget, the paper's figures above."""
+def describe_run(denoiser: Path, fine_tuning_steps: int) -> str:
+    """What was trained, and for how long, after the pre-training that left this denoiser.pth."""
+    content = load_denoiser(str(denoiser))
+    plan, training = content["plan"], content["training"]
+    network, features = plan["network_class"].split(".")[-1], plan["network_kwargs"]["features_per_stage"]
+    patch, steps = " x ".join(map(str, plan["patch_size"])), training["epochs"] * training["iterations_per_epoch"]
+    return (
+        f"{network} with {features[0]} to {features[-1]} features, patches of {patch}. Pre-training: {steps} steps of "
+        f"{training['batch_size']} patches on {training['images']} scans. Fine-tuning: {fine_tuning_steps} steps."
+    )
+
+
+def comparison(content: dict, run: str = "") -> str:
+    """A Markdown table: a line for each arm, a column for each budget, the paper's figures above, `run` below."""
     arms, budgets = (list(dict.fromkeys(group[key] for group in content["summary"])) for key in ("arm", "budget"))
     cells = {(g["arm"], g["budget"]): write_spread(g["mean"], g["sd"]) for g in content["summary"]}
     paper = [f"{PAPER[budget]:.3f}" if budget in PAPER else "" for budget in budgets]
@@ -117,7 +133,8 @@ def comparison(content: dict) -> str:
     lines += [f"| ours, {arm} | {' | '.join(cells.get((arm, budget), '') for budget in budgets)} |" for arm in arms]
     seeds = sorted({seed for group in content["summary"] for seed in group["seeds"]})
     where = f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases"
-    lines.append(f"\n{where}, seeds {', '.join(map(str, seeds))}; ± is the standard deviation over seeds.\n")
+    lines.append(f"\n{where}, seeds {', '.join(map(str, seeds))}; ± is the standard deviation over seeds.")
+    lines.append(f"{run}\n")
     if "FLARE22" not in protocol["dataset"]:
         lines.append(f"**{protocol['dataset']} is not FLARE22: the paper's line shows the form of the table only.**\n")
     return "\n".join([*lines, DIFFERENCES, ""])
@@ -127,8 +144,9 @@ def main() -> int:
     """Runs the protocol and writes the table."""
     args = parse_arguments()
     require_folders()
-    out = run_steps(args)
-    table = comparison(json.loads((out / "label_efficiency.json").read_text()))
+    out, denoiser = run_steps(args)
+    run = describe_run(denoiser, args.num_epochs * args.num_iterations_per_epoch)
+    table = comparison(json.loads((out / "label_efficiency.json").read_text()), run)
     with atomic(out / "flare22.md") as temporary:
         Path(temporary).write_text(table, encoding="utf-8")
     print(f"{table}\n{out / 'flare22.md'}")

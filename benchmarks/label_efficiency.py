@@ -15,9 +15,11 @@ import argparse
 import hashlib
 import json
 import os
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from regimes import draw
 from report import write_figure
 from runs import (
@@ -33,6 +35,9 @@ from runs import (
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.networks.denoiser_file import load_denoiser
+from nnunet_diffusion.plans import read_plans
+from nnunet_diffusion.settings import chosen, declared
 
 ARMS = {
     "stock": ("nnUNetTrainer", {}),
@@ -100,12 +105,28 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
         "num_val_iterations_per_epoch": VALIDATION_ITERATIONS,
         **settings,
     }
-    protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, "settings": dict(settings)}
+    protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, **planned(args, base, trainer)}
+    protocol["settings"] |= settings
     if trainer != "nnUNetTrainer" and not settings.get("scratch"):
         settings["denoiser"] = str(find_pretrained(args, base, test, "DenoisingDiffusionTrainer", "denoiser.pth"))
         protocol["denoiser_sha256"] = hashlib.sha256(Path(settings["denoiser"]).read_bytes()).hexdigest()
+        training = load_denoiser(settings["denoiser"])["training"]
+        protocol["pretraining"] = {key: value for key, value in training.items() if key != "held_out_loss"}
     return {"arm": arm, "trainer": trainer, "settings": settings, "protocol": protocol, "test_cases": test,
             "preprocessed": str(base), "configuration": args.c, "plans": args.p, "device": args.device}
+
+
+def planned(args: argparse.Namespace, base: Path, trainer: str) -> dict:
+    """What else decides a result: the settings that the trainer takes from the plan or its class, patch and network."""
+    plans = read_plans(str(base), args.p, args.c)
+    configuration = PlansManager(plans).get_configuration(args.c).configuration
+    settings = {}
+    if trainer != "nnUNetTrainer":
+        trainer_class = getattr(import_module(f"nnunet_diffusion.trainers.{trainer}"), trainer)
+        settings = {name: default for name, (_, default) in declared(trainer_class).items()}
+        settings |= chosen(plans, trainer_class)
+    return {"settings": settings, "patch_size": configuration.get("patch_size"),
+            "architecture": configuration.get("architecture")}
 
 
 def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]:

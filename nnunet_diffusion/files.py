@@ -1,12 +1,25 @@
 """Files that are written whole or not at all."""
 
+import errno
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from nnunet_diffusion.errors import UserError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# On a full disk torch.save and SimpleITK raise RuntimeErrors; torch's say that its archive is shorter than it must be.
+NO_ROOM_SAID = re.compile(
+    "unexpected pos|iostream error|file write failed|PytorchStreamWriter failed|No space left|couldn't write"
+)
+
+
+class NotWritten(OSError):
+    """A file that could not be written; its message says what to do."""
 
 
 @contextmanager
@@ -16,17 +29,47 @@ def atomic(path: str | os.PathLike) -> Iterator[str]:
     The temporary name ends like `path`, because image writers choose the format by it.
 
     Raises:
-        OSError: If the folder cannot be written to, or the disk is full; `path` is then what it was.
+        OSError: If the folder cannot be written to; `path` is then what it was.
+        NotWritten: If the disk is full; the same.
     """
     folder, name = os.path.split(os.path.abspath(path))
     temporary = os.path.join(folder, f".tmp{os.getpid()}_{name}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with naming_full_disk(path):
+            yield temporary
+            os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
             os.remove(temporary)
         raise
+
+
+@contextmanager
+def naming_full_disk(path: str | os.PathLike) -> Iterator[None]:
+    """Lets the errors of a full disk say which file could not be written, and what to do.
+
+    Raises:
+        NotWritten: Instead of what the writer raised.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if getattr(error, "errno", None) in NO_ROOM or NO_ROOM_SAID.search(str(error)):
+            folder, name = os.path.split(os.path.abspath(path))
+            raise not_written(name, folder, error) from error
+        raise
+
+
+def not_written(what: str, folder: str, error: RuntimeError | OSError) -> NotWritten:
+    """The error that says how much room there is: of a full disk blosc2 says no more than that it failed."""
+    if isinstance(error, NotWritten):
+        return NotWritten(*error.args)
+    free = shutil.disk_usage(folder).free / 1e6
+    said = getattr(error, "strerror", None) or error  # without the name of the temporary file
+    return NotWritten(
+        f"{what} was not written to {folder}, where {free:.0f} MB are free: {said}; make room if that is too little, "
+        "then run the same command again"
+    )
 
 
 def read_json(path: str | os.PathLike, remedy: str = "correct it") -> Any:

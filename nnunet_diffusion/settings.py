@@ -1,5 +1,7 @@
 """Settings of trainers: class attributes with defaults, overridden by the block `nnunet_diffusion` of plans.json."""
 
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -7,6 +9,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.installation import ext_trainer_folders, trainer_names
 
 BLOCK = "nnunet_diffusion"
+Rule = Callable[[Any, dict[str, Any]], str]  # of a value and all settings: what it must be, or nothing if it is that
 
 
 def declared(trainer_class: type) -> dict[str, tuple[type, Any]]:
@@ -24,7 +27,7 @@ def declared(trainer_class: type) -> dict[str, tuple[type, Any]]:
 
 
 def chosen(plans: dict, trainer_class: type) -> dict[str, Any]:
-    """The settings that plans.json gives for a trainer, checked.
+    """The settings that plans.json gives for a trainer, checked, as are those for our other trainers.
 
     Args:
         plans: The content of plans.json.
@@ -34,7 +37,8 @@ def chosen(plans: dict, trainer_class: type) -> dict[str, Any]:
         {name: value}, of the declared types.
 
     Raises:
-        UserError: If the block names an unknown trainer or setting, or a value has another type than its default.
+        UserError: If the block names an unknown trainer or setting, a value has another type than its default, or the
+            trainer's `allowed_values` do not allow it.
     """
     block = plans.get(BLOCK, {})
     if not isinstance(block, dict) or not all(isinstance(v, dict) for v in block.values()):
@@ -44,9 +48,16 @@ def chosen(plans: dict, trainer_class: type) -> dict[str, Any]:
             f"plans.json: {BLOCK}.{name} is not a trainer; known are {sorted(_known_trainers(trainer_class))}: "
             "correct the name, or add the trainer's folder to nnUNet_extTrainer"
         )
+    for name in sorted(set(block) & set(trainer_names()) - {trainer_class.__name__}):  # else found after hours
+        checked(block[name], getattr(import_module(f"nnunet_diffusion.trainers.{name}"), name))
+    return checked(block.get(trainer_class.__name__, {}), trainer_class)
+
+
+def checked(given: dict[str, Any], trainer_class: type) -> dict[str, Any]:
+    """The settings given for a trainer, of the declared types; for the errors see `chosen`."""
     settings = declared(trainer_class)
     values = {}
-    for name, value in block.get(trainer_class.__name__, {}).items():
+    for name, value in given.items():
         key = f"plans.json: {BLOCK}.{trainer_class.__name__}.{name}"
         if name not in settings:
             raise UserError(f"{key} is not a setting; known are {sorted(settings)}: correct or remove it")
@@ -56,7 +67,45 @@ def chosen(plans: dict, trainer_class: type) -> dict[str, Any]:
         if type(value) is not kind:
             raise UserError(f"{key} is {value!r}, of type {type(value).__name__}: it must be {kind.__name__}")
         values[name] = value
+    everything = {name: default for name, (_, default) in settings.items()} | values
+    for name, rule in allowed(trainer_class).items():
+        if must_be := rule(everything[name], everything):
+            key = f"plans.json: {BLOCK}.{trainer_class.__name__}.{name}"
+            raise UserError(f"{key} is {everything[name]!r}: it must be {must_be}")
     return values
+
+
+def allowed(trainer_class: type) -> dict[str, Rule]:
+    """The rules for the values of a trainer's settings: `allowed_values` of it and its bases."""
+    rules = {}
+    for cls in reversed(trainer_class.__mro__):
+        rules.update(vars(cls).get("allowed_values", {}))
+    return rules
+
+
+def at_least(low: float) -> Rule:
+    """A number that is not smaller."""
+    return lambda value, settings: "" if value >= low else f"at least {low}"
+
+
+def above(low: float) -> Rule:
+    """A number that is larger."""
+    return lambda value, settings: "" if value > low else f"above {low}"
+
+
+def between(low: float, high: float) -> Rule:
+    """A number in this range, ends included."""
+    return lambda value, settings: "" if low <= value <= high else f"{low} to {high}"
+
+
+def index_of(length: str) -> Rule:
+    """A number from 0 on that is smaller than another setting."""
+    return lambda value, settings: "" if 0 <= value < settings[length] else f"0 to {settings[length] - 1}"
+
+
+def one_of(*names: str) -> Rule:
+    """One of these names."""
+    return lambda value, settings: "" if value in names else " or ".join(names)
 
 
 def apply(trainer: Any) -> None:

@@ -92,20 +92,6 @@ def test_rounds(home):
     assert (home / "rounds" / "rounds.png").exists()
 
 
-def test_flare22_in_miniature(home):
-    """The few-label protocol with one command, from a folder as FLARE22 is published to the table."""
-    training = home / "FLARE22" / "Training"
-    labelled = training / "FLARE22_LabeledCase50"
-    write_scans(labelled / "images", "FLARE22_Tr", range(1, 7), 13, labelled / "labels")
-    write_scans(training / "FLARE22_UnlabeledCase1-1000", "Case", range(1, 3), 13)
-    short = "--pretraining_epochs 1 --pretraining_iterations 1 --seeds 0 --num_epochs 1 --num_iterations_per_epoch 1"
-    budgets = "--arms full --budgets 4slices 10%"
-    where = "--source FLARE22 -d 22 -c 2d -pl CompactPlanner --device cpu -o flare22"
-    benchmark(home, f"flare22.py {where} {short} {budgets}")
-    table = (home / "flare22" / "flare22.md").read_text()
-    assert "| ours, full |" in table and "0.518" in table and "is not FLARE22" not in table
-
-
 def test_costs(home):
     """Speed and memory, of training with and without a pool, of the partial loss and of mutual learning."""
     benchmark(home, f"speed.py {COMMON} --rounds 2 --cases 1 -o speed.json")

@@ -105,8 +105,9 @@ def test_interrupted_copy_is_continued(source, raw, monkeypatch, capsys):
     copy = shutil.copy2
     monkeypatch.setattr(shutil, "copy2", copy_two)
     assert convert(source, "--copy") == 1
-    assert "No space left on device" in capsys.readouterr().err
     folder = raw / "Dataset005_Tiny"
+    message = rf"b_0000.nii.gz was not written to {folder / 'imagesTr'}, where .*: No space left on device; make room"
+    assert re.search(message, capsys.readouterr().err)
     files = sorted(path.name for path in folder.rglob("*") if path.is_file())
     assert files == ["a.nii.gz", "a_0000.nii.gz"]  # whole, no temporary file, no dataset.json
     monkeypatch.setattr(shutil, "copy2", lambda *args: copied.append(args[0]) or copy(*args))
@@ -282,6 +283,24 @@ def test_folders_that_cannot_be_read(source, raw, capsys):
     (source / "empty").mkdir()
     assert "empty: has no .nii.gz" in refused(capsys, raw, convert(source, pools=("empty",)))
     assert "is not a folder" in refused(capsys, raw, main(["convert", "flare22", str(source / "nowhere")]))
+
+
+@pytest.mark.parametrize("layout", ["folder", "flare22"])
+def test_folder_without_permission_is_named(source, raw, monkeypatch, capsys, layout):
+    """By hand, as root may read everything."""
+
+    def denied(function):
+        def call(folder="."):
+            if str(folder) == str(source / "pool"):
+                raise PermissionError(13, "Permission denied", folder)
+            return function(folder)
+
+        return call
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, denied(getattr(os, name)))
+    code = convert(source) if layout == "folder" else main(["convert", "flare22", str(source)])
+    assert f"error: {source / 'pool'}: cannot be listed (Permission denied): correct" in refused(capsys, raw, code)
 
 
 def test_nnunet_raw_not_set(source, monkeypatch, capsys):

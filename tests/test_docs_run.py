@@ -35,6 +35,8 @@ SMALLER = {
     "-n 5000": "-n 12",
     "-np 8": "-np 2",
     "--test_cases 20": "--test_cases 2",
+    "--source ~/FLARE22 -d 23": f"--source ~/FLARE22 -d 23 -c 2d -pl CompactPlanner --arms full --budgets 4slices 10% "
+    f"--seeds 0 --pretraining_epochs 1 --pretraining_iterations 1 {FEW} -o flare22",
     "--budgets 2 8 --seeds 0 1 2": f"--budgets 2 --seeds 0 {FEW}",
     "--budgets 4 8 --seeds 0 1 2": f"--budgets 2 --seeds 0 {FEW}",
 }
@@ -134,7 +136,11 @@ def model(home: Path, trainer: str, plans: str = PLANNED, configuration: str = "
 def test_tutorial(home):
     folder = home / "tutorial"
     write_scans(folder / "scans", "FLARE22_Ts", range(1, 3), 13, folder / "labelsTs")
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
     run_page(home, "docs/tutorial.md")
+    comparison = (folder / "flare22" / "flare22.md").read_text()
+    assert "| ours, full |" in comparison and "0.518" in comparison and "is not FLARE22" not in comparison
+    assert "Pre-training: 1 steps of " in comparison
     assert {p.name for p in (folder / "masks").glob("*.nii.gz")} == {"FLARE22_Ts_0001.nii.gz", "FLARE22_Ts_0002.nii.gz"}
     table = json.loads((folder / "masks" / "evaluation_flare22.json").read_text())
     assert set(ORGANS) <= set(table["organs"])
@@ -142,7 +148,14 @@ def test_tutorial(home):
 
 
 def test_sharing(home):
+    folder = home / "sharing"
+    folder.mkdir()
+    shutil.copy(model(home, "DenoisingDiffusionTrainer") / "fold_all" / "denoiser.pth", folder)
+    theirs = ["nnunet_diffusion convert flare22 ~/FLARE22 -d 122"]
+    run(home, folder, [*theirs, "nnunet_diffusion plan_and_preprocess -d 122 -pl CompactPlanner -c 2d"])
     run_page(home, "docs/sharing.md")
+    transferred = model(home, "DiffusionPretrainedTrainer", "TheirPlans", data="Dataset122_FLARE22") / "fold_0"
+    assert json.loads((transferred / "transfer_report.json").read_text())["matched"]
     assert (home / "model.zip").exists()
 
 
@@ -152,23 +165,12 @@ def test_evaluation(home):
     for source, target in (("masks", "segmentations"), ("labelsTs", "labelsTs")):
         shutil.copytree(home / "tutorial" / source, folder / target)
     shutil.copy(home / "nnunet/nnUNet_raw/Dataset022_FLARE22/dataset.json", folder)
-    link_validation(home, folder)
     run_page(home, "docs/evaluation.md")
     assert (folder / "segmentations" / "evaluation_flare22.csv").exists()
 
 
 def test_report(home):
-    folder = home / "report"
-    folder.mkdir()
-    link_validation(home, folder)
     run_page(home, "docs/report.md")
-
-
-def link_validation(home: Path, folder: Path) -> None:
-    """Links what somebody who works in a model's folder has there."""
-    (folder / "fold_0").symlink_to(model(home, "DiffusionPretrainedTrainer") / "fold_0")
-    truth = home / "nnunet/nnUNet_preprocessed/Dataset022_FLARE22/gt_segmentations"
-    (folder / "gt_segmentations").symlink_to(truth)
 
 
 def test_samples(home):
@@ -215,14 +217,16 @@ def test_label_efficiency(home):
 def test_extending(home):
     folder = home / "extending"
     write_scans(folder / "scans", "FLARE22_Ts", range(1, 2), 13)
-    for number in range(1, 7):
-        case = folder / "pelvis_download" / "scans" / f"{number:03d}"
-        write_scans(case, "ct", [number], 3, case)
+    for number in range(1, 8):
+        is_test = number == 7
+        case = folder / "pelvis_download" / ("test" if is_test else "scans") / f"{number:03d}"
+        write_scans(case, "ct", [number], 3, None if is_test else case)
         (case / f"ct_{number:04d}_0000.nii.gz").rename(case / "ct.nii.gz")
-        (case / f"ct_{number:04d}.nii.gz").rename(case / "organs.nii.gz")
+        if not is_test:
+            (case / f"ct_{number:04d}.nii.gz").rename(case / "organs.nii.gz")
     named = r"`([\w/]+\.py)`[^`]*```python\n(.*?)^```$"
     files = dict(re.findall(named, (ROOT / "docs/extending.md").read_text(), re.M | re.S))
-    assert set(files) == {"my_trainers/FocalTrainer.py", "my_trainers/test_focal.py", "Dataset301_Pelvis.py"}
+    assert set(files) == {"my_trainers/FocalTrainer.py", "test_focal.py", "Dataset301_Pelvis.py"}
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)

@@ -185,6 +185,17 @@ def test_inception_shows_grey_levels_to_torchvisions_network(tmp_path):
     torch.testing.assert_close(in_3d, pooled, atol=1e-4, rtol=1e-4)  # the middle slice
 
 
+def test_all_figures_of_sets_with_known_answers():
+    """Pooled features of the same images decide FID, precision and recall; spatial ones, moved by 2, decide sFID."""
+    x, spatial = gaussian(60, 4), gaussian(60, 3, seed=1)
+    values = measure([x, spatial], [x, spatial + 2], 3)["values"]
+    assert values == pytest.approx({"FID": 0, "sFID": 4 * 3, "precision": 1, "recall": 1, "F1": 1}, abs=1e-6)
+    collapsed = 0.05 * gaussian(60, 4, seed=2)
+    values = measure([x, spatial], [collapsed, spatial], 3)["values"]
+    assert values["precision"] > 0.9 and values["recall"] < 0.2 and values["sFID"] == pytest.approx(0, abs=1e-6)
+    assert values["FID"] > 1 and values["F1"] == pytest.approx(f1(values["precision"], values["recall"]))
+
+
 def test_fewer_images_than_features_is_said():
     few = measure([gaussian(6, 8), gaussian(6, 3)], [gaussian(9, 8), gaussian(9, 3)], 3)
     assert [warning[:40] for warning in few["warnings"]] == ["FID: 6 images for 8 features: the covari"]

@@ -1,4 +1,5 @@
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunet_diffusion import installation, stock
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import NotWritten, atomic
 
 DATASET = "Dataset777_Tiny"
 DATASET_JSON = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "left": 1, "right": 2}, "numTraining": 1}
@@ -249,13 +251,26 @@ def test_code_in_a_checkpoint_is_not_run(results, tmp_path, monkeypatch):
 
 
 def test_full_disk_leaves_nothing(results, monkeypatch, capsys):
-    source = make_model(results)
+    """On a full disk torch.save raises RuntimeErrors of its own."""
+    source, save = make_model(results), torch.save
 
-    def full(_, path):
+    def full(content, path):
         Path(path).write_bytes(b"half")
-        raise OSError(28, "No space left on device", path)
+        save(content, "/dev/full")
 
     monkeypatch.setattr(torch, "save", full)
     assert main(COMMAND) == 1
-    assert "No space left on device" in capsys.readouterr().err
+    assert re.search(rf"nnUNetTrainer__TinyPlans__2d was not written to {results}.*make room", capsys.readouterr().err)
     assert [path.name for path in results.iterdir()] == [source.name]
+
+
+@pytest.mark.parametrize("values", [1, 10**6])
+def test_full_disk_is_told_of_every_file_of_torch(tmp_path, values):
+    file = tmp_path / "denoiser.pth"
+    message = rf"^denoiser.pth was not written to {tmp_path}, where \d+ MB are free: .*; make room"
+    with pytest.raises(NotWritten, match=message), atomic(file) as temporary:
+        Path(temporary).touch()
+        torch.save({"weights": torch.zeros(values)}, "/dev/full")
+    with pytest.raises(RuntimeError, match="^out of memory$"), atomic(file):
+        raise RuntimeError("out of memory")
+    assert not list(tmp_path.iterdir())

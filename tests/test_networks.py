@@ -13,14 +13,18 @@ from nnunet_diffusion.networks.conditioning import ConditionalNorm, condition, f
 IMPORTS = ["conv_op", "norm_op", "dropout_op", "nonlin"]
 
 
-def planned_network(kind="PlainConvUNet", dim=2, channels=1, outputs=1, norm="InstanceNorm", deep_supervision=False):
+def planned_network(
+    kind="PlainConvUNet", dim=2, channels=1, outputs=1, norm="InstanceNorm", deep_supervision=False, anisotropic=False
+):
+    """Thick slices, if it is anisotropic: the first stage and the first stride leave the first axis alone."""
+    along_first = 1 if anisotropic else 3
     blocks = "n_blocks_per_stage" if kind == "ResidualEncoderUNet" else "n_conv_per_stage"
     kwargs = {
         "n_stages": 3,
         "features_per_stage": [4, 6, 8],
         "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
-        "kernel_sizes": [[3] * dim] * 3,
-        "strides": [[1] * dim, [2] * dim, [2] * dim],
+        "kernel_sizes": [[along_first, *[3] * (dim - 1)], [3] * dim, [3] * dim],
+        "strides": [[1] * dim, [(along_first + 1) // 2, *[2] * (dim - 1)], [2] * dim],
         blocks: [1, 2, 1],
         "n_conv_per_stage_decoder": [1, 2],
         "conv_bias": True,
@@ -58,10 +62,16 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize(("kind", "dim", "norm"), NETWORKS)
-def test_folded_network_has_stock_keys_and_computes_the_denoiser(kind, dim, norm, dtype, tolerance):
-    stock_keys = list(planned_network(kind, dim, channels=2, outputs=2, norm=norm).state_dict())
-    denoiser = trained(condition(planned_network(kind, dim, channels=2, outputs=2, norm=norm), 2)).to(dtype).eval()
+@pytest.mark.parametrize(
+    ("kind", "dim", "norm", "anisotropic"),
+    [(*network, False) for network in NETWORKS] + [(*network, True) for network in NETWORKS if network[1] == 3],
+)
+def test_folded_network_has_stock_keys_and_computes_the_denoiser(kind, dim, norm, anisotropic, dtype, tolerance):
+    def plan():
+        return planned_network(kind, dim, channels=2, outputs=2, norm=norm, anisotropic=anisotropic)
+
+    stock_keys = list(plan().state_dict())
+    denoiser = trained(condition(plan(), 2)).to(dtype).eval()
     images = torch.randn(3, 2, *[16] * dim, dtype=dtype)
     scale = denoiser.input_scale.reshape(1, 2, *[1] * dim)
     for timestep in (0, 300, 999):

@@ -1,8 +1,9 @@
 """The shape of the package: what nnU-Net finds, what may import what, what the wheel holds."""
 
 import ast
-import importlib
+import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,6 +67,18 @@ def test_library_imports_no_trainer(path):
 @pytest.mark.parametrize("path", PLUG_IN_FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
 def test_plug_in_imports_no_command(path):
     assert {name for name in imports(path) if name.startswith("nnunet_diffusion.cli")} == set()
+
+
+def test_every_package_that_we_import_is_a_dependency():
+    calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
+    (setup,) = (call for call in calls if getattr(call.func, "id", "") == "setup")
+    given = {word.arg: word.value for word in setup.keywords}
+    required = {re.match("[A-Za-z0-9-]+", text)[0].lower() for text in ast.literal_eval(given["install_requires"])}
+    top_level = {name.partition(".")[0] for file in (*LIBRARY, *PLUG_IN_FILES) for name in imports(file)}
+    distributions = importlib.metadata.packages_distributions()
+    others = top_level - sys.stdlib_module_names - {"nnunet_diffusion"}
+    assert {name for name in others if not {d.lower() for d in distributions[name]} & required} == set()
+    assert ast.literal_eval(given["python_requires"]) == ">=3.10,<3.14"  # as the classifiers and README.md say
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -76,10 +76,6 @@ def test_first_run_again_and_after_edits(raw, preprocessed, capsys):
     edited = json.loads(plan)
     edited["nnunet_diffusion"]["DenoisingDiffusionTrainer"]["num_epochs"] = 7
     plans_file.write_text(json.dumps(edited))
-    plans_file.with_suffix(".json.unfinished").touch()  # planning was killed: its file is not to be trusted
-    assert run("-c", "2d") == 0
-    assert plans_file.read_bytes() == plan
-    plans_file.write_text(json.dumps(edited))
     capsys.readouterr()
     assert run("-c", "2d") == 0
     assert json.loads(plans_file.read_text()) == edited and "kept\n" in capsys.readouterr().out
@@ -163,6 +159,8 @@ def test_unset_folders_and_broken_plans(raw, preprocessed, capsys, monkeypatch):
     (preprocessed / "nnUNetCompactPlans.json").write_text("{")
     assert run("-c", "2d", "-pl", "CompactPlanner") == 1
     assert "nnUNetCompactPlans.json: is no JSON" in capsys.readouterr().err
+    assert run("-c", "2d", "-pl", "CompactPlanner", "--replan") == 0  # as that message says
+    capsys.readouterr()
     monkeypatch.delenv("nnUNet_preprocessed")
     assert run() == 1
     assert "nnUNet_preprocessed" in capsys.readouterr().err

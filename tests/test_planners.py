@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_dataset
+from nnunetv2.experiment_planning.experiment_planners import default_experiment_planner
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncL,
@@ -14,8 +15,10 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 
 from nnunet_diffusion import trainers
+from nnunet_diffusion.cli import plan_and_preprocess
 from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_planner
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import NotWritten
 from nnunet_diffusion.planners.CompactPlanner import CompactPlanner
 from nnunet_diffusion.planners.DiffusionPlanner import DiffusionPlanner
 from nnunet_diffusion.planners.DiffusionPlannerL import DiffusionPlannerL
@@ -153,6 +156,37 @@ def test_unmeasured_scans_are_an_error(dataset):
     (preprocessed / "unlabeled_fingerprint.json").unlink()
     with pytest.raises(UserError, match="1 unlabelled scans .* were not measured .u0.*plan_and_preprocess"):
         DiffusionPlanner(9)
+
+
+def test_an_earlier_plan_stays_until_the_new_one_is_whole(dataset, monkeypatch):
+    preprocessed = dataset([CT])
+
+    def make(replan=True):
+        return Path(plan_and_preprocess.plan(tiny_dataset.NAME, CompactPlanner, replan))
+
+    def full_disk(content, file, **_):
+        Path(file).write_text(json.dumps(content)[:50])
+        raise OSError(28, "No space left on device")
+
+    file = make()
+    assert file == preprocessed / "nnUNetCompactPlans.json"
+    edited = json.loads(file.read_text())
+    edited["configurations"] |= {"mine": {"inherits_from": "2d", "batch_size": 3}}
+    file.write_text(json.dumps(edited))
+    there = sorted(preprocessed.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(default_experiment_planner, "save_json", full_disk)
+        with pytest.raises(NotWritten, match=f"{file.name} was not written to {preprocessed}, .* No space.*; make"):
+            make()
+    assert json.loads(file.read_text()) == edited and sorted(preprocessed.iterdir()) == there
+    assert json.loads(make().read_text()) == edited  # nnU-Net keeps a user's configurations
+    for left in ("", json.dumps(edited)[:50], "{}"):
+        file.write_text(left)
+        if left != "{}":
+            with pytest.raises(UserError, match=f"{file.name}: is no JSON .*--replan"):
+                make(replan=False)
+        assert set(json.loads(make().read_text())["configurations"]) == {"2d", "3d_fullres"}
+    assert sorted(preprocessed.iterdir()) == there
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ import pytest
 import SimpleITK as sitk
 import tiny_dataset
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from running import run_command
@@ -27,7 +29,7 @@ from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, measure
 from nnunet_diffusion.data.images import ImageDataset, Outside, body_locations, image_loader, image_statistics, in_body
 from nnunet_diffusion.data.pool import labeled_files, pool_folder, pool_identifiers, preprocess_labeled, preprocess_pool
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import write_json
+from nnunet_diffusion.files import NotWritten, write_json
 from nnunet_diffusion.processes import run_in_processes
 
 INTENSITIES = {"mean": 200.0, "std": 30.0, "percentile_00_5": 120.0, "percentile_99_5": 280.0}
@@ -243,6 +245,32 @@ def test_full_disk_names_the_case_and_leaves_nothing_half_done(dataset, monkeypa
             preprocess(plans_manager)
     folder, failures = preprocess(plans_manager)
     assert failures == {} and len(pool_identifiers(folder)) == 4
+
+
+@pytest.mark.parametrize("where", ["run_case", "save_case"])
+def test_labelled_case_that_cannot_be_preprocessed_is_not_blamed_on_the_disk(dataset, monkeypatch, where):
+    raw, _, plans_manager = dataset
+    owner = {"run_case": DefaultPreprocessor, "save_case": nnUNetDatasetBlosc2}[where]
+
+    def fail(*_, **__):
+        raise RuntimeError("of torch or blosc2")
+
+    monkeypatch.setattr(owner, where, fail)
+    image = raw / "scans" / "l0.nii.gz"
+    kind, message = {
+        "run_case": (UserError, rf"^{image}: nnU-Net cannot preprocess this: RuntimeError\('of torch or blosc2'\)"),
+        "save_case": (NotWritten, "^l0 was not written to .*MB are free: of torch or blosc2; make room"),
+    }[where]
+    with pytest.raises(kind, match=message):
+        preprocess_labeled(tiny_dataset.NAME, plans_manager, "3d_fullres", 1)
+
+
+def test_scan_that_could_not_be_read_is_tried_again(dataset, monkeypatch):
+    """Permissions and a network drive that was away change neither its size nor its time."""
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunet_diffusion.data.fingerprint.measure", lambda *_: {"problem": "Permission denied"})
+        assert set(fingerprint_unlabeled(tiny_dataset.NAME, 1)) == {"u0", "u1", "u2", "u3"}
+    assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {}
 
 
 def test_scans_are_measured_once(dataset, monkeypatch):

@@ -15,7 +15,7 @@ from running import run_command
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.phantom import LABELS, phantom
-from nnunet_diffusion.report.charts import line_chart, strip_chart
+from nnunet_diffusion.report.charts import COLORS, line_chart, strip_chart
 from nnunet_diffusion.report.collect import Fold, Model, collect, evaluation_scores, model_scores, read_log
 from nnunet_diffusion.report.html import element
 from nnunet_diffusion.report.outcome import best_median_worst, organ_mean
@@ -233,11 +233,18 @@ def test_names_are_escaped(root):
         ("fold_0/transfer_report.json", "[1, 2]"),
         ("fold_0/denoiser.pth", "not torch"),
         ("plans.json", "{"),
+        ("../label_efficiency__P__2d/label_efficiency.json", '{"summary": []}'),
+        ("../../../nnUNet_preprocessed/Dataset995_Report/splits_final.json", "[{"),
+        ("../DenoisingDiffusionTrainer__P__2d/fold_all/samples/quality_encoder.json", '{"values": {"FID": 1}}'),
         ("fold_0/progress.png", "no picture"),
     ],
 )
 def test_what_is_half_written_or_of_another_version_is_named(root, capsys, file, content):
     _, _, results = make_results(root, files=0)
+    samples = results / "DenoisingDiffusionTrainer__P__2d" / "fold_all" / "samples"
+    for folder in (samples, results / "label_efficiency__P__2d", root / "nnUNet_preprocessed" / NAME):
+        folder.mkdir(parents=True, exist_ok=True)
+    denoisers.write(samples.parent / "denoiser.pth")
     (results / MODEL / file).write_text(content)
     if file.endswith("png"):
         (results / MODEL / "fold_0" / "training_log_2026_1_1_00_00_00.txt").write_text("no epochs")
@@ -252,7 +259,7 @@ def make_rounds(preprocessed, results):
     for number, kept in ((1, 3), (2, 5)):
         folder = results / "rounds__nnUNetPlans__2d" / "fold_0" / f"round_{number}"
         folder.mkdir(parents=True)
-        reasons = {"liver": [f"confidence 0.{number}1 below 0.8"]}
+        reasons = {"liver": [f"confidence 0.{number}1 below 0.8"], EVIL: [EVIL]}
         cases = {"p<1>": {"decision": "keep", "organs": [], "reasons": reasons, "evidence": {}}}
         decisions = {"keep": kept, "wait": 2, "drop": 1}
         report_json = {"title": "t", "decisions": decisions, "organs": {"liver": kept}, "cases": cases}
@@ -273,7 +280,8 @@ def test_rounds_are_shown_and_are_no_model(root):
     (name, (first, second, third)), = runs.items()
     assert name == "nnUNetPlans, 2d, fold 0" and [r.dice for r in (first, second, third)] == [0.61, 0.66, None]
     assert third.decisions == {"keep": 5, "wait": 2, "drop": 1} and third.organs == {"liver": 5}
-    assert third.reasons == {"confidence N below N": 1} and found.problems == []
+    evil = EVIL.replace("1", "N")
+    assert third.reasons == {"confidence N below N": 1, evil: 1} and found.problems == []
     page = rounds_section(found, runs)
     assert "kept 5, waiting 2, dropped 1" in page and "Dice ends at 0.66" in page
     (folder / "report.json").write_text('{"title"')
@@ -373,9 +381,9 @@ def test_what_is_read_by_its_colour_stands_out():
     """At least 3:1 against white, WCAG 2.1's least for what is not text, and 4.5:1 of text against what it is on."""
     assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
     css = Path(find_rounds.__code__.co_filename).with_name("page.css").read_text()
-    colours = re.findall(r"(?:outline: 3px solid |fill: )(#[0-9a-f]{6})", css)
-    assert len(colours) >= 4
-    for colour in colours:
+    colours = re.findall(r"(?:outline: 3px solid |fill: |stroke: )(#[0-9a-f]{6})", css)
+    assert len(colours) >= 6 and "opacity" not in css
+    for colour in [*colours, *COLORS]:
         assert contrast(colour, "#ffffff") >= 3, colour
     named = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", css)) | {"white": "#ffffff"}
     texts = {text for text in re.findall(r"[^-]color: var\(--([a-z-]+)\)", css)}
@@ -392,7 +400,14 @@ def make_everything(root):
     fold = results / MODEL / "fold_0"
     transfer = {"matched": ["stem"], "adapted": [], "missing": ["heads"], "unexpected": [], "warnings": ["a warning"]}
     (fold / "transfer_report.json").write_text(json.dumps({**transfer, "source": "denoiser.pth", "timestep": 300}))
+    other = {**transfer, "source": "denoiser.pth", "timestep": 300, "warnings": [f"only fold 1: {EVIL}"]}
+    (results / MODEL / "fold_1").mkdir()
+    (results / MODEL / "fold_1" / "transfer_report.json").write_text(json.dumps(other))
     Image.new("RGB", (64, 32), "teal").save(fold / "progress.png")
+    organs = {organ: {"dsc": 0.5, "nsd": 0.625, "hd95_mm": 3.0} for organ in list(LABELS)[1:]}
+    scores = {"rules": {"name": "nnunet", "description": EVIL}, "cases": {f"case_{i:03d}": organs for i in range(4)}}
+    (fold / "validation" / "evaluation_nnunet.json").write_text(json.dumps(scores))
+    (results / MODEL / "plans.json").write_text(json.dumps({"nnunet_diffusion": {MODEL.split("__")[0]: {"x": EVIL}}}))
     make_rounds(preprocessed, results)
     copy_benchmarks(results)
     samples = results / "DenoisingDiffusionTrainer__nnUNetPlans__2d" / "fold_all" / "samples"
@@ -400,7 +415,7 @@ def make_everything(root):
     denoisers.write(samples.parent / "denoiser.pth")
     Image.new("L", (64, 32), 128).save(samples / "samples.png")
     values = dict.fromkeys(("FID", "sFID", "precision", "recall", "F1"), 0.5)
-    quality = {"samples": 9, "real": 9, "k": 3, "values": values, "features": "encoder", "warnings": ["few samples"]}
+    quality = {"samples": 9, "real": 9, "k": 3, "values": values, "features": EVIL, "warnings": [EVIL]}
     (samples / "quality_encoder.json").write_text(json.dumps(quality))
 
 
@@ -486,6 +501,9 @@ def test_works_in_a_browser(chromium, root, tmp_path, width):
     make_everything(root)
     code, page = report(root)
     assert code == 0 and re.findall(r'<section id="([a-z]+)', page) == SECTIONS
+    assert EVIL not in page and "<img src=x" not in page
+    assert "only fold 1: " in page and "NSD" in page and page.count("0.625") >= len(LABELS) - 1
+    assert all(alt for alt in re.findall(r'<img [^>]*alt="([^"]*)"[^>]*class="(?:scan|picture)"', page))
     found, console = browse(chromium, page, tmp_path, width)
     assert console == []
     fine = {"bad": [], "moved": True, "planes": 9, "hidden": "hidden", "shown": "visible", "wide": False}
@@ -494,12 +512,14 @@ def test_works_in_a_browser(chromium, root, tmp_path, width):
 
 @pytest.mark.slow
 def test_prints_on_paper(chromium, root, tmp_path):
-    make_results(root)
+    """Pages, and on them the pictures: those of the cases, samples and curves."""
+    make_everything(root)
     report(root)
     page, paper = root / "nnUNet_results" / NAME / "report.html", tmp_path / "report.pdf"
     load(chromium, page, then=f"--print-to-pdf={paper}")
     content = paper.read_bytes()
-    assert content.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", content)) >= 1
+    assert content.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", content)) >= 3
+    assert len(re.findall(rb"/Subtype\s*/Image\b", content)) >= 9 * 2
 
 
 @pytest.mark.slow

@@ -188,6 +188,18 @@ def test_the_plans_that_there_are_are_named(nnunet_folders, capsys):
     assert "make one with\n  nnUNetv2_train 22 2d all -tr DenoisingDiffusionTrainer" in capsys.readouterr().err
 
 
+def test_the_only_denoiser_needs_no_plans(nnunet_folders):
+    (nnunet_folders / "nnUNet_preprocessed" / "Dataset022_FLARE22").mkdir()
+    results = nnunet_folders / "nnUNet_results" / "Dataset022_FLARE22"
+    for name in ("nnUNetDiffusionPlans", "OtherPlans"):
+        folder = results / f"DenoisingDiffusionTrainer__{name}__2d" / "fold_all"
+        folder.mkdir(parents=True)
+        denoisers.write(folder / "denoiser.pth")
+        is_only = name == "nnUNetDiffusionPlans"
+        assert run("-d", "22", "-c", "2d", "-n", "2", "--steps", "2") == (0 if is_only else 1)
+    assert (results / "DenoisingDiffusionTrainer__nnUNetDiffusionPlans__2d/fold_all/samples/samples.png").exists()
+
+
 def test_samples_of_two_denoisers_are_not_mixed(tmp_path, capsys):
     common = ("-n", 1, "--steps", 2, "-o", tmp_path / "samples")
     assert run("--denoiser", denoisers.write(tmp_path / "a.pth"), *common) == 0

@@ -14,7 +14,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.cli.sample import real_batches
-from nnunet_diffusion.evaluation.features import encoder_features
+from nnunet_diffusion.data.sample_files import write_sample
+from nnunet_diffusion.evaluation.features import INCEPTION_FILE, encoder_features
 from nnunet_diffusion.evaluation.generation import frechet_distance
 from nnunet_diffusion.networks.denoiser_file import build, load_denoiser, plan_identity
 
@@ -57,6 +58,35 @@ def test_from_a_denoiser_to_figures_and_a_page(folders, capsys, configuration, v
     main(["report", "-d", str(tiny.ID)])
     page = Path(os.environ["nnUNet_results"], tiny.NAME, "report.html").read_text()
     assert content["features"] in page and "Samples of the denoiser" in page
+
+
+def test_inception_by_command_from_torchs_cache(folders, tmp_path, monkeypatch, capsys):
+    """Weights that nobody trained, where torch keeps those that it downloaded."""
+    from torchvision.models import inception_v3
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    network = inception_v3(weights=None, aux_logits=True, transform_input=False, init_weights=False)
+    torch.save(network.state_dict(), tmp_path / "checkpoints" / INCEPTION_FILE)
+    out = str(tmp_path / "samples")
+    assert main(["sample", *WHERE, "-c", "2d", "-o", out, "-n", "5"]) == 0
+    assert main(["evaluate_samples", out, "--device", "cpu", "--features", "inception"]) == 0
+    content = json.loads((tmp_path / "samples" / "quality_inception.json").read_text())
+    assert content["features"].startswith("torchvision Inception v3, weights ")
+    assert content["features"] in capsys.readouterr().out
+    assert all(np.isfinite(value) for value in content["values"].values())
+
+
+def test_copies_of_real_patches_are_taken_for_real(folders, tmp_path, capsys):
+    out = tmp_path / "samples"
+    assert main(["sample", *WHERE, "-c", "2d", "-o", str(out)]) == 0
+    description = json.loads((out / "samples.json").read_text())
+    for number, image in enumerate(np.concatenate(list(real_batches(description, 2, 8)))[:10]):
+        write_sample(str(out), number, image, description["plan"])
+    assert main(["evaluate_samples", str(out), "--device", "cpu"]) == 0
+    values = json.loads((out / "quality_encoder.json").read_text())["values"]
+    assert values["precision"] == values["recall"] == values["F1"] == 1
+    assert values["FID"] < 1e-3 and values["sFID"] < 1e-3  # 16-bit voxels are rounded
 
 
 def test_real_patches_are_nearer_to_real_patches_than_noise_is(folders):

@@ -1,15 +1,19 @@
 """Settings of trainers from the plans block."""
 
+from importlib import import_module
+
 import pytest
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.settings import apply, chosen, declared
+from nnunet_diffusion.installation import trainer_names
+from nnunet_diffusion.settings import above, allowed, apply, at_least, between, chosen, declared, index_of, one_of
 
 
 class BaseTrainer:
     """Stands in for nnU-Net's: sets in its constructor what a class attribute declares."""
 
     num_epochs: int = 1000
+    allowed_values = {"num_epochs": at_least(1)}
 
     def __init__(self, block):
         self.num_epochs = 7
@@ -23,6 +27,7 @@ class DerivedTrainer(BaseTrainer):
     name: str = "a"
     flag: bool = False
     _private: int = 3
+    allowed_values = {"weight": above(0), "name": one_of("a", "b")}
 
 
 def test_declared_settings_are_annotated_public_attributes_of_the_class_and_its_bases():
@@ -57,8 +62,46 @@ def test_a_block_is_for_its_own_trainer_only():
         ({"DerivedTrainer": {"num_epochs": 2.5}}, "num_epochs is 2.5, of type float: it must be int"),
         ({"DerivedTrainer": {"flag": 1}}, "flag is 1, of type int: it must be bool"),
         ({"DerivedTrainer": 3}, "must be {trainer name"),
+        ({"DerivedTrainer": {"num_epochs": 0}}, "DerivedTrainer.num_epochs is 0: it must be at least 1"),
+        ({"DerivedTrainer": {"weight": float("nan")}}, "DerivedTrainer.weight is nan: it must be above 0"),
+        ({"DerivedTrainer": {"name": "c"}}, "DerivedTrainer.name is 'c': it must be a or b"),
+        ({"PartialLabelTrainer": {"epochs": 5}}, "nnunet_diffusion.PartialLabelTrainer.epochs is not a setting"),
+        ({"PartialLabelTrainer": {"optimizer_name": "Adam"}}, "optimizer_name is 'Adam': it must be SGD or AdamW"),
     ],
 )
 def test_mistakes_are_named(block, message):
     with pytest.raises(UserError, match=message):
         chosen({"nnunet_diffusion": block}, DerivedTrainer)
+
+
+def test_ranges_include_what_their_messages_say():
+    settings = {"timesteps": 100}
+    for rule, inside, outside, message in (
+        (at_least(0), [0, 7], [-1], "at least 0"),
+        (above(0), [0.1], [0, -1], "above 0"),
+        (between(0, 1), [0, 0.5, 1], [-0.1, 1.1], "0 to 1"),
+        (index_of("timesteps"), [0, 99], [-1, 100], "0 to 99"),
+    ):
+        assert {rule(value, settings) for value in inside} == {""}
+        assert {rule(value, settings) for value in outside} == {message}
+
+
+def test_a_default_that_another_setting_forbids_is_named():
+    from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
+
+    block = {"DenoisingDiffusionTrainer": {"timesteps": 100}}
+    with pytest.raises(UserError, match="DenoisingDiffusionTrainer.timestep is 300: it must be 0 to 99"):
+        chosen({"nnunet_diffusion": block}, DenoisingDiffusionTrainer)
+
+
+def test_other_peoples_trainers_are_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "ForeignTrainer.py").write_text("raise AssertionError")
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    assert chosen({"nnunet_diffusion": {"ForeignTrainer": {"anything": 1}}}, DerivedTrainer) == {}
+
+
+def test_every_rule_is_for_a_setting_and_allows_its_default():
+    for name in trainer_names():
+        cls = getattr(import_module(f"nnunet_diffusion.trainers.{name}"), name)
+        assert set(allowed(cls)) <= set(declared(cls)), name
+        assert chosen({}, cls) == {}

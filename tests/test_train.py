@@ -2,8 +2,12 @@
 
 import json
 import os
+import signal
 import socket
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import tiny
@@ -11,6 +15,8 @@ import torch
 from running import run_command
 
 from nnunet_diffusion.cli import main
+from nnunet_diffusion.installation import trainers_folder
+from nnunet_diffusion.networks.denoiser_file import load_denoiser
 
 # What each process does: nnU-Net's own steps on its half of three fixed batches; without torchrun, on the whole ones.
 PROGRAM = """
@@ -97,6 +103,63 @@ def test_the_command_trains_and_validates_under_torchrun(world):
     fold = os.path.join(os.environ["nnUNet_results"], tiny.NAME, "PartialLabelTrainer__DiceTrue__2d", "fold_0")
     for name in ("checkpoint_final.pth", "validation/tiny_003.nii.gz", "validation/summary.json"):
         assert os.path.isfile(os.path.join(fold, name)), name
+
+
+def command(name, *arguments):
+    """A command of this installation."""
+    return [str(Path(sys.executable).parent / name), *map(str, arguments)]
+
+
+@pytest.mark.slow
+def test_a_wrong_setting_is_the_last_line_and_leaves_no_results(world, monkeypatch):
+    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder())
+    tiny.write_plans(
+        json.loads((world / f"{tiny.PLANS}.json").read_text()), "Wrong",
+        DenoisingDiffusionTrainer={"schedule": "quadratic"},
+    )  # fmt: skip
+    results = Path(os.environ["nnUNet_results"])
+    before = sorted(results.rglob("*"))
+    arguments = (tiny.ID, "2d", 0, "-tr", "DenoisingDiffusionTrainer", "-p", "Wrong", "-device", "cpu")
+    message = (
+        "plans.json: nnunet_diffusion.DenoisingDiffusionTrainer.schedule is 'quadratic': "
+        "it must be linear or cosine or sigmoid"
+    )
+    ours, nnunet = (
+        run_command(command(*name, *arguments)) for name in (("nnunet_diffusion", "train"), ("nnUNetv2_train",))
+    )
+    assert (ours.returncode, ours.stderr.splitlines()[-1]) == (1, f"nnunet_diffusion: error: {message}")
+    assert "Traceback" not in ours.stderr
+    assert nnunet.returncode != 0 and nnunet.stderr.splitlines()[-1].endswith(f"UserError: {message}")
+    assert sorted(results.rglob("*")) == before
+
+
+@pytest.mark.slow
+def test_a_killed_pretraining_continues_as_if_nothing_had_happened(world, monkeypatch):
+    """nnUNetv2_train, killed after its first checkpoint, then --c: the denoiser of the uninterrupted command."""
+    monkeypatch.setenv("nnUNet_extTrainer", trainers_folder())
+    plans, files = json.loads((world / f"{tiny.PLANS}.json").read_text()), {}
+    for name in ("Whole", "Killed"):
+        tiny.write_plans(plans, name, DenoisingDiffusionTrainer={"num_epochs": 4, "save_every": 1, "seed": 7})
+        folder = Path(os.environ["nnUNet_results"], tiny.NAME, f"DenoisingDiffusionTrainer__{name}__2d", "fold_0")
+        files[name] = folder / "denoiser.pth"
+    arguments = (tiny.ID, "2d", 0, "-tr", "DenoisingDiffusionTrainer", "-device", "cpu", "-p")
+    run_command(command("nnUNetv2_train", *arguments, "Whole")).check_returncode()
+
+    checkpoint, quiet = files["Killed"].with_name("checkpoint_latest.pth"), {"stdout": subprocess.DEVNULL}
+    with subprocess.Popen(command("nnUNetv2_train", *arguments, "Killed"), **quiet) as process:
+        while process.poll() is None and not checkpoint.exists():
+            time.sleep(0.005)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not files["Killed"].exists(), "it ended before it was killed"
+    epoch = torch.load(checkpoint, map_location="cpu", weights_only=False)["current_epoch"]
+    continued = run_command(command("nnUNetv2_train", *arguments, "Killed", "--c"))
+    assert continued.returncode == 0, continued.stderr[-3000:]
+    assert f"Epoch {epoch}" in continued.stdout and f"Epoch {epoch - 1}" not in continued.stdout
+
+    whole, killed = (load_denoiser(str(files[name])) for name in ("Whole", "Killed"))
+    torch.testing.assert_close(killed["denoiser_weights"], whole["denoiser_weights"], rtol=1e-5, atol=1e-6)
+    losses = [content["training"]["held_out_loss"] for content in (killed, whole)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn import functional as F
 
@@ -119,6 +120,7 @@ def test_resumed_pretraining_is_the_uninterrupted_one(plans, configuration):
     name = plans("Resume", DenoisingDiffusionTrainer={"num_epochs": 4, "save_every": 2})
     whole = tiny.trainer(DenoisingDiffusionTrainer, configuration, plans=name)
     whole.run_training()
+    held_out = load_denoiser(denoiser_path(configuration, 0, name))["training"]["held_out_loss"]
     weights, average = copied(whole.network.state_dict()), copied(whole.ema.state_dict())
 
     class Interrupted(DenoisingDiffusionTrainer):
@@ -137,7 +139,21 @@ def test_resumed_pretraining_is_the_uninterrupted_one(plans, configuration):
     second.run_training()
     assert all(torch.equal(weights[k], v) for k, v in second.network.state_dict().items())
     assert all(torch.equal(average[k], v) for k, v in second.ema.state_dict().items())
-    assert len(load_denoiser(denoiser_path(configuration, 0, name))["training"]["held_out_loss"]) == 4
+    assert len(held_out) == 4
+    assert load_denoiser(denoiser_path(configuration, 0, name))["training"]["held_out_loss"] == held_out
+
+
+def test_the_held_out_loss_of_the_same_weights_is_always_the_same(world):
+    trainer = tiny.trainer(DenoisingDiffusionTrainer)
+    trainer.on_train_start()
+    trainer.on_validation_epoch_start()
+    losses = []
+    for seed in range(2):
+        torch.manual_seed(seed), np.random.seed(seed)
+        with torch.no_grad():
+            steps = [trainer.validation_step(next(trainer.dataloader_val)) for _ in range(2)]
+        losses.append([float(step["loss"]) for step in steps])
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][1]
 
 
 @pytest.mark.parametrize(
@@ -187,6 +203,34 @@ def test_unused_heads_do_not_stop_distributed_training(world):
             parallel(torch.randn(2, 1, 16, 16), torch.tensor([3, 4])).mean().backward()
     finally:
         distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "quadratic"}, "schedule is 'quadratic': it must be linear or cosine or sigmoid"),
+        ({"prediction": "x0"}, "prediction is 'x0': it must be epsilon or v"),
+        ({"weighting": "p2"}, "weighting is 'p2': it must be uniform or min_snr"),
+        ({"timestep": 1000}, "timestep is 1000: it must be 0 to 999"),
+        ({"num_epochs": -1}, "num_epochs is -1: it must be at least 1"),
+        ({"noise_scale": 0.0}, "noise_scale is 0.0: it must be above 0"),
+        ({"body_share": 1.5}, "body_share is 1.5: it must be 0 to 1"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_their_key(plans, settings, message):
+    name = plans("Senseless", DenoisingDiffusionTrainer=settings)
+    with pytest.raises(UserError, match=f"plans.json: nnunet_diffusion.DenoisingDiffusionTrainer.{message}"):
+        tiny.trainer(DenoisingDiffusionTrainer, plans=name)
+    assert not denoiser_path(plans=name).parent.parent.exists()
+
+
+def test_a_cascade_is_refused_by_name(plans):
+    def cascade(plans):
+        plans["configurations"]["2d"]["previous_stage"] = "3d_fullres"
+        return plans
+
+    with pytest.raises(UserError, match="2d is a cascade's second stage"):
+        tiny.trainer(DenoisingDiffusionTrainer, plans=plans("Cascade", change=cascade))
 
 
 # ---------------------------------------------------------------- fine-tuning
@@ -387,6 +431,39 @@ def test_pretrained_weights_of_the_command_line(world, monkeypatch, cls):
     assert report["timestep"] == 700
 
 
+def wider(plans):
+    plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 6, 10]
+    return plans
+
+
+@pytest.mark.parametrize("cls", PRETRAINED)
+def test_pretrained_weights_of_another_network_are_refused_with_file_and_remedy(plans, monkeypatch, cls):
+    """Before nnU-Net's own loader asserts."""
+    path = str(denoiser_path())
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", path])
+    trainer = tiny.trainer(cls, plans=plans("WiderGiven", change=wider))
+    with pytest.raises(
+        UserError, match=r"(?s)another topology.*stages.2.*denoiser \(8.*network \(10.*pre-train"
+    ) as wrong:
+        maybe_load_checkpoint(trainer, False, False, path)
+    assert str(wrong.value).startswith(path)
+
+    trainer = tiny.trainer(cls, plans=plans("ChannelsGiven"))
+    trainer.dataset_json = {**trainer.dataset_json, "channel_names": {"0": "CT", "1": "CT"}}
+    message = rf"denoiser.pth: the denoiser has 1 input channels, this network 2.*{cls.__name__}.denoiser: "
+    with pytest.raises(UserError, match=message) as wrong:
+        maybe_load_checkpoint(trainer, False, False, path)
+    assert path in str(wrong.value)
+
+    trainer = tiny.trainer(cls, plans=plans("LaterGiven", **{cls.__name__: {"timestep": 1000}}))
+    with pytest.raises(UserError, match=rf"{cls.__name__}.timestep is 1000: .*denoiser.pth knows 0 to 999"):
+        maybe_load_checkpoint(trainer, False, False, path)
+
+    trainer = tiny.trainer(cls)
+    maybe_load_checkpoint(trainer, False, False, path)
+    trainer.transfer_denoiser()
+
+
 def test_stock_nnunet_starts_from_the_file(world):
     trainer = tiny.trainer(nnUNetTrainer)
     trainer.initialize()
@@ -450,10 +527,6 @@ def test_another_version_is_refused(world, tmp_path):
 
 
 def test_another_topology_is_an_error_with_a_table(plans):
-    def wider(plans):
-        plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["features_per_stage"] = [4, 6, 10]
-        return plans
-
     name = plans("Wider", change=wider, DiffusionPretrainedTrainer={"denoiser": str(denoiser_path())})
     with pytest.raises(
         UserError, match=r"(?s)another topology \(Dataset990_Tiny, .*stages.2.*denoiser \(8.*network \(10"

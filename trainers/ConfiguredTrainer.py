@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_diffusion import settings
 from nnunet_diffusion.data.laterality import axes_not_to_mirror, lateral_pairs
 from nnunet_diffusion.files import atomic
+from nnunet_diffusion.settings import above, at_least
 
 
 class ConfiguredTrainer(nnUNetTrainer):
@@ -28,8 +29,13 @@ class ConfiguredTrainer(nnUNetTrainer):
     weight_decay: float = 3e-5  # L2 penalty; of AdamW, decoupled
     save_every: int = 50  # epochs between two checkpoint_latest.pth
     seed: int = -1  # negative: not seeded; exact repetition also needs nnUNet_n_proc_DA=0 and a CPU
+    allowed_values = {
+        **dict.fromkeys(("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"), at_least(1)),
+        "initial_lr": above(0), "weight_decay": at_least(0), "save_every": at_least(1),
+    }  # fmt: skip
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        settings.chosen(plans, type(self))  # refuses before nnU-Net makes the results folder
         super().__init__(plans, configuration, fold, dataset_json, device)
         settings.apply(self)
         if self.is_ddp and (device.type != "cuda" or device.index is not None):

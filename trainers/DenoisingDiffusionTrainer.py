@@ -22,11 +22,13 @@ from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
 from nnunet_diffusion.diffusion import pictures
 from nnunet_diffusion.diffusion.diffusion import Diffusion
 from nnunet_diffusion.diffusion.draw import draw_images
-from nnunet_diffusion.diffusion.process import draw_timesteps
+from nnunet_diffusion.diffusion.process import PREDICTIONS, SCHEDULES, WEIGHTINGS, draw_timesteps
+from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.networks.conditioning import condition
 from nnunet_diffusion.networks.denoiser_file import plan_identity, save_denoiser
 from nnunet_diffusion.networks.transfer import unwrap
 from nnunet_diffusion.optimization import WarmupPolyLR, adamw, warming_ema
+from nnunet_diffusion.settings import above, at_least, between, index_of, one_of
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
 
@@ -60,17 +62,22 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     sample_every: int = 50  # epochs between two sheets of samples; 0 for none
     sample_steps: int = 50  # of DDIM
     num_samples: int = 8  # on a sheet
+    allowed_values = {
+        "schedule": one_of(*SCHEDULES), "prediction": one_of(*PREDICTIONS), "weighting": one_of(*WEIGHTINGS),
+        "timesteps": at_least(1), "timestep": index_of("timesteps"), "warmup_epochs": at_least(0),
+        **dict.fromkeys(("min_snr_gamma", "noise_scale"), above(0)),
+        **dict.fromkeys(("ema_decay", "body_share", "held_out"), between(0, 1)),
+        "sample_every": at_least(0), "sample_steps": at_least(1), "num_samples": at_least(1),
+    }  # fmt: skip
     result_file, next_step = "denoiser.pth", "fine-tune with -tr DiffusionPretrainedTrainer"
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.is_cascaded:
-            raise NotImplementedError(
+            raise UserError(
                 f"{configuration} is a cascade's second stage, its input is not an image alone: pre-train 3d_lowres or "
                 "another configuration without a previous stage"
             )
-        if not 0 <= self.timestep < self.timesteps:
-            raise ValueError(f"setting timestep is {self.timestep}: it must be from 0 to {self.timesteps - 1}")
         self.enable_deep_supervision = False
         self.diffusion = Diffusion(
             self.schedule, self.timesteps, self.prediction, self.weighting, self.min_snr_gamma, self.device

@@ -18,6 +18,7 @@ from nnunet_diffusion.data.images import (
 )
 from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
 from nnunet_diffusion.diffusion.diffusion import Diffusion
+from nnunet_diffusion.diffusion.process import SCHEDULES
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.networks.denoiser_file import plan_identity
 from nnunet_diffusion.networks.mask_diffusion import build_pair
@@ -25,6 +26,7 @@ from nnunet_diffusion.networks.teacher_file import load_teacher, restore_teacher
 from nnunet_diffusion.networks.teachers import CrossPseudo, DiffusionTeacher, MeanTeacher, Teacher
 from nnunet_diffusion.networks.transfer import plan_differences, unwrap
 from nnunet_diffusion.optimization import ramp_up
+from nnunet_diffusion.settings import at_least, between, one_of
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 
 METHODS = ("co_training", "cross_pseudo", "mean_teacher", "supervised")
@@ -51,16 +53,21 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
     gate: float = 0.5  # least agreement (mean Dice) of student and teacher on an image; 0: no gate
     ema_decay: float = 0.99  # of mean_teacher
     perturbation: float = 0.1  # standard deviation of the noise on mean_teacher's images
+    allowed_values = {
+        "schedule": one_of(*SCHEDULES),
+        **dict.fromkeys(("unlabeled_weight", "ramp", "gate", "perturbation"), at_least(0)),
+        "ema_decay": between(0, 1),
+    }
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         name = type(self).__name__
         if self.label_manager.has_regions:
-            raise NotImplementedError(f"{name}: regions overlap, a mask has one class a voxel")
+            raise UserError(f"{name}: regions overlap, a mask has one class a voxel")
         if self.is_cascaded:
-            raise NotImplementedError(f"{name}: {configuration} needs the masks of an earlier stage, the pool has none")
+            raise UserError(f"{name}: {configuration} needs the masks of an earlier stage, the pool has none")
         if self.is_ddp:
-            raise NotImplementedError(f"{name} trains on one GPU: leave out -num_gpus")
+            raise UserError(f"{name} trains on one GPU: leave out -num_gpus")
         if self.method not in METHODS:
             raise UserError(f"setting method is {self.method!r}: it must be one of {METHODS}")
         if self.rounds < 1:

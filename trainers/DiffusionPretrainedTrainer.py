@@ -17,6 +17,7 @@ from nnunet_diffusion.networks.transfer import (
     transfer,
     unwrap,
 )
+from nnunet_diffusion.settings import BLOCK, at_least
 from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
 
 
@@ -30,15 +31,29 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
     denoiser: str = ""  # path of a denoiser.pth; empty: this data set's own
     timestep: int = 300  # t*
     scratch: bool = False  # True: the fair control, the same training from random weights
+    allowed_values = {"timestep": at_least(0)}
 
     def initialize(self):
-        """Checks the file of `-pretrained_weights` before nnU-Net unpickles it."""
+        """Checks the file of `-pretrained_weights` before nnU-Net unpickles it, and that its weights fit."""
         self.is_resumed = False
         if path := pretrained_weights_argument():
             if self.scratch:
                 raise UserError(f"-pretrained_weights {path} contradicts the setting scratch: give one of them")
-            load_denoiser(path)
+            content = load_denoiser(path)
         super().initialize()
+        if path:
+            self.refuse_misfit(path, content)
+
+    def refuse_misfit(self, path: str, content: dict):
+        """Refuses a file of which nnU-Net, which takes no other shape, would only say which assertion failed."""
+        self.fold_for_plan(path, content)
+        if (channels := len(content["plan"]["channel_names"])) != self.num_input_channels:
+            raise UserError(
+                f"-pretrained_weights {path}: the denoiser has {channels} input channels, this network "
+                f"{self.num_input_channels}, and nnU-Net takes the same number only: leave -pretrained_weights out and "
+                f'give the file with the setting {BLOCK}.{type(self).__name__}.denoiser: "{path}" of '
+                f"{self.plans_manager.plans_name}.json, which adapts the first convolution"
+            )
 
     def load_checkpoint(self, filename_or_checkpoint):
         """A resumed run keeps what it has learned."""
@@ -57,15 +72,7 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
         """Folds the denoiser at t* into the network and reports what became of every parameter."""
         path = self.find_denoiser()
         content = load_denoiser(path)
-        if not 0 <= self.timestep < content["process"]["timesteps"]:
-            raise UserError(
-                f"setting timestep is {self.timestep}: {path} knows 0 to {content['process']['timesteps'] - 1}"
-            )
-        channels = len(content["plan"]["channel_names"])
-        planned = nnUNetTrainer.build_network_architecture(
-            self.plans_manager, self.configuration_manager, channels, channels, False
-        )
-        folded = fold(rebuild(content, planned), self.timestep).state_dict()
+        folded = self.fold_for_plan(path, content)
         channels = len(self.dataset_json["channel_names"])
         report = [transfer(network, folded, channels) for network in self.planned_networks()][0]
         report.source, report.timestep = path, self.timestep
@@ -75,6 +82,22 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
         self.tell_what_it_saw(path)
         if self.local_rank == 0:
             write_json(join(self.output_folder, "transfer_report.json"), report.as_dict())
+
+    def fold_for_plan(self, path: str, content: dict) -> dict:
+        """The weights of a denoiser folded at t*; refuses one whose topology or timesteps are others."""
+        if not 0 <= self.timestep < content["process"]["timesteps"]:
+            raise UserError(
+                f"plans.json: {BLOCK}.{type(self).__name__}.timestep is {self.timestep}: {path} knows 0 to "
+                f"{content['process']['timesteps'] - 1}"
+            )
+        channels = len(content["plan"]["channel_names"])
+        planned = nnUNetTrainer.build_network_architecture(
+            self.plans_manager, self.configuration_manager, channels, channels, False
+        )
+        try:
+            return fold(rebuild(content, planned), self.timestep).state_dict()
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
 
     def tell_what_it_saw(self, path: str):
         """Logs that a pre-training of fold `all` knows the images of the validation cases."""

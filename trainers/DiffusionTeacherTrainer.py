@@ -7,6 +7,7 @@ from nnunetv2.utilities.collate_outputs import collate_outputs
 from torch import autocast
 
 from nnunet_diffusion.diffusion import pictures
+from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.networks.mask_diffusion import Draw, build_pair, mask_health
 from nnunet_diffusion.networks.teacher_file import save_teacher
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
@@ -28,7 +29,7 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         if self.label_manager.has_regions:
-            raise NotImplementedError("regions overlap, a mask has one class a voxel: give a data set without regions")
+            raise UserError("regions overlap, a mask has one class a voxel: give a data set without regions")
 
     @staticmethod
     def build_network_architecture(

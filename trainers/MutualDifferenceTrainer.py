@@ -16,6 +16,7 @@ from nnunet_diffusion.losses.members import DifferenceLoss, GroupedBatch
 from nnunet_diffusion.losses.mutual import ramp_up
 from nnunet_diffusion.networks.members import PartialOrganMembers
 from nnunet_diffusion.networks.transfer import pretrained_weights_argument, unwrap
+from nnunet_diffusion.settings import at_least, between
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 
 
@@ -38,16 +39,20 @@ class MutualDifferenceTrainer(DiffusionPretrainedTrainer):
     feature_stage: int = 1  # of the decoder, 0 is the finest
     checkpointing: bool = False  # keep no activations: K networks train in little more memory than one, and slower
     alternate: bool = False  # one member learns in a step, in turn: as little memory, a K-th of the steps for each
+    allowed_values = {
+        **dict.fromkeys(("prediction_weight", "feature_weight", "feature_stage"), at_least(0)),
+        **dict.fromkeys(("supervised_share", "ramp_share"), between(0, 1)),
+    }
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
         name = type(self).__name__
         if self.label_manager.has_regions:
-            raise NotImplementedError(f"{name}: regions overlap, mutual learning is between labels that do not")
+            raise UserError(f"{name}: regions overlap, mutual learning is between labels that do not")
         if self.is_cascaded:
-            raise NotImplementedError(f"{name}: {configuration} is a cascade's second stage: train another one")
+            raise UserError(f"{name}: {configuration} is a cascade's second stage: train another one")
         if self.is_ddp and self.alternate:
-            raise NotImplementedError(f"{name}: alternate works in one process only: use the setting checkpointing")
+            raise UserError(f"{name}: alternate works in one process only: use the setting checkpointing")
 
     @staticmethod
     def build_network_architecture(

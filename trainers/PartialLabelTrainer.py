@@ -14,12 +14,12 @@ from nnunet_diffusion.data.annotated import (
     output_channels,
     read_annotations,
 )
-from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.evaluation.annotated_pairs import hard_counts, restrict_summary
 from nnunet_diffusion.losses.partial import PartialLabelLoss, PartialLoss, annotated
 from nnunet_diffusion.losses.regions import PartialRegionLoss
 from nnunet_diffusion.networks.transfer import HEADS, unwrap
 from nnunet_diffusion.optimization import WarmupPolyLR, adamw, ramp_up
+from nnunet_diffusion.settings import at_least, one_of
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
 
@@ -37,6 +37,10 @@ class PartialLabelTrainer(ConfiguredTrainer):
     exclusion_weight: float = 2.0  # Shi et al. 2021
     exclusion_ramp: float = 1.0  # share of the epochs over which that weight grows from 0 (docs/partial_labels.md)
     balanced: bool = True  # draw cases so that each label is equally often the reason, however few cases annotate it
+    allowed_values = {
+        "optimizer_name": one_of("SGD", "AdamW"),
+        **dict.fromkeys(("warmup_epochs", "head_lr_factor", "exclusion_weight", "exclusion_ramp"), at_least(0)),
+    }
 
     def initialize(self):
         """Reads what was annotated."""
@@ -57,10 +61,8 @@ class PartialLabelTrainer(ConfiguredTrainer):
         if self.optimizer_name == "SGD":
             kwargs = {"momentum": 0.99, "nesterov": True}
             optimizer = torch.optim.SGD(groups, self.initial_lr, weight_decay=self.weight_decay, **kwargs)
-        elif self.optimizer_name == "AdamW":
-            optimizer = adamw(groups, self.initial_lr, self.weight_decay)
         else:
-            raise UserError(f"setting optimizer_name is {self.optimizer_name!r}: it must be SGD or AdamW")
+            optimizer = adamw(groups, self.initial_lr, self.weight_decay)
         return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
 
     def _build_loss(self):

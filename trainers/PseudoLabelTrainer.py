@@ -33,7 +33,7 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
     def initialize(self):
         """Reads what the pseudo labels say something about."""
         if self.is_cascaded:
-            raise NotImplementedError(
+            raise UserError(
                 f"{self.configuration_name} is a cascade's second stage, and the pool has no prediction of the first: "
                 "train pseudo labels in a configuration without a previous stage"
             )

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what is missing or cannot be compared is named, the rest is done, and the exit code is 1.\n\n"
         "example:\n"
         "  nnunet_diffusion evaluate segmentations labelsTs --dataset_json dataset.json --rules flare22\n"
-        "  nnunet_diffusion evaluate fold_0/validation gt_segmentations -d 22 --chill"
+        "  nnunet_diffusion evaluate MODEL/fold_0/validation PREPROCESSED/gt_segmentations -d 22 --chill"
     )
 
 

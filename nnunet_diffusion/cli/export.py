@@ -3,6 +3,7 @@
 import argparse
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import naming_full_disk
 
 HELP = "Copy a trained model so that plain nnU-Net predicts with it, with nothing of this package installed."
 NEEDS = ("nnUNet_results",)
@@ -43,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     except (RuntimeError, ValueError) as error:
         raise UserError(f"-d {args.d}: {error}") from error
     destination = args.o or get_output_folder(args.d, "nnUNetTrainer", args.p, args.c)
-    folds = export_stock(source, destination, args.f, args.chk, args.member)
+    with naming_full_disk(destination):
+        folds = export_stock(source, destination, args.f, args.chk, args.member)
     what = "" if args.member is None else f"member {args.member}, "
     print(f"{destination}: {what}fold {', '.join(folds)}; plain nnU-Net predicts the same, bit by bit")
     return 0

@@ -7,14 +7,14 @@ import io
 import os
 import shutil
 import sys
+import tempfile
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic, read_json
+from nnunet_diffusion.files import atomic, naming_full_disk, read_json
 
 HELP = "plan the network, preprocess the labelled cases, then the pool of unlabelled scans"
 NEEDS = ("nnUNet_raw", "nnUNet_preprocessed")
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
-UNFINISHED = ".unfinished"  # beside a plans file that nnU-Net is writing
 REPLACE = "correct it, or replace it with --replan"
 EPILOG = """\
 Only what is missing is done: killed at any point, the same command continues. An existing plan is kept as it is
@@ -104,12 +104,12 @@ def existing_plan(name: str, planner_class: type) -> dict:
     """The plans that a planner has made.
 
     Raises:
-        UserError: If there are none, or not all of them.
+        UserError: If there are none, or they are no JSON.
     """
     from nnunetv2.paths import nnUNet_preprocessed
 
     path = os.path.join(nnUNet_preprocessed, name, default_plans_name(planner_class) + ".json")
-    if not os.path.isfile(path) or os.path.isfile(path + UNFINISHED):
+    if not os.path.isfile(path):
         raise UserError(f"{path}: no plan yet: run the command with --no_pool first, then the parts")
     return read_json(path, REPLACE)
 
@@ -185,21 +185,15 @@ def find_planner(name: str) -> type:
 
 
 def plan(name: str, planner_class: type, replan: bool) -> str:
-    """Plans unless there is a plan; returns the path of the plans file.
-
-    nnU-Net writes the plans in place: a mark beside them tells the next run that this one did not come to the end.
-    """
+    """Plans unless there is a plan; returns the path of the plans file."""
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
     planner = planner_class(name)
     folder = os.path.join(nnUNet_preprocessed, name)
     plans_file = os.path.join(folder, planner.plans_identifier + ".json")
-    mark = plans_file + UNFINISHED
-    if replan or not os.path.isfile(plans_file) or os.path.isfile(mark):
-        open(mark, "w").close()
-        with contextlib.redirect_stdout(io.StringIO()), at_least_one_thread():
-            planner.plan_experiment()
-        os.remove(mark)
+    if replan or not os.path.isfile(plans_file):
+        with naming_full_disk(plans_file):
+            make_plan(planner, plans_file)
         print(f"planned: {plans_file}")
     elif is_outdated(read_json(plans_file, REPLACE), planner):
         print(f"{plans_file}: kept, but the data have changed since it was made: --replan replaces it")
@@ -208,6 +202,38 @@ def plan(name: str, planner_class: type, replan: bool) -> str:
     with atomic(os.path.join(folder, "dataset.json")) as temporary:
         shutil.copyfile(os.path.join(nnUNet_raw, name, "dataset.json"), temporary)
     return plans_file
+
+
+def make_plan(planner, plans_file: str) -> None:
+    """Lets nnU-Net plan in a folder of its own, for it writes in place; only a whole plan replaces an earlier one."""
+    with tempfile.TemporaryDirectory(prefix=".tmp_plan_", dir=os.path.dirname(plans_file)) as temporary:
+        made = os.path.join(temporary, planner.dataset_name, os.path.basename(plans_file))
+        os.mkdir(os.path.dirname(made))
+        if has_configurations(plans_file):
+            shutil.copyfile(plans_file, made)  # nnU-Net takes over the configurations that a user added
+        with contextlib.redirect_stdout(io.StringIO()), at_least_one_thread(), preprocessed_in(temporary):
+            planner.plan_experiment()
+        os.replace(made, plans_file)
+
+
+def has_configurations(plans_file: str) -> bool:
+    """Whether there are plans, and not what is left of a file that was being written."""
+    try:
+        plans = read_json(plans_file) if os.path.isfile(plans_file) else {}
+    except UserError:
+        return False
+    return isinstance(plans, dict) and isinstance(plans.get("configurations"), dict)
+
+
+@contextlib.contextmanager
+def preprocessed_in(folder: str):
+    """Lets nnU-Net write what belongs into nnUNet_preprocessed into another folder."""
+    before = os.environ["nnUNet_preprocessed"]
+    os.environ["nnUNet_preprocessed"] = folder
+    try:
+        yield
+    finally:
+        os.environ["nnUNet_preprocessed"] = before
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what cannot be read is named on top of it and here, and the exit code is then 1. It holds pictures of scans:\n"
         "treat it as you treat these.\n\n"
         "example:\n"
-        "  nnunet_diffusion evaluate fold_0/validation gt_segmentations -d 22 --chill\n"
+        "  nnunet_diffusion evaluate MODEL/fold_0/validation PREPROCESSED/gt_segmentations -d 22 --chill\n"
         "  nnunet_diffusion report -d 22"
     )
 

@@ -1,8 +1,10 @@
 """`nnunet_diffusion sample`: images from a denoiser, to look at and to measure."""
 
 import argparse
+import glob
 import hashlib
 import os
+from pathlib import Path
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.installation import require_folders, usable_device
@@ -14,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("-d", metavar="ID", help="data set id or name: draw from its denoiser")
     parser.add_argument("-c", metavar="CONFIGURATION", help="configuration of the denoiser")
-    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans of the denoiser [%(default)s]")
+    parser.add_argument("-p", metavar="PLANS", help="plans of the denoiser [the only ones with one, or nnUNetPlans]")
     parser.add_argument("-f", metavar="FOLD", default="all", help="fold of the denoiser [%(default)s]")
     parser.add_argument("-tr", metavar="TRAINER", default="DenoisingDiffusionTrainer", help="[%(default)s]")
     parser.add_argument("--denoiser", metavar="FILE", help="this denoiser.pth instead of -d and -c")
@@ -111,6 +113,7 @@ def find_denoiser(args: argparse.Namespace) -> str:
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
     try:
+        args.p = args.p or only_plans(args)
         folder = get_output_folder(args.d, args.tr, args.p, args.c, args.f)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"-d {args.d}: {error}") from error
@@ -120,6 +123,16 @@ def find_denoiser(args: argparse.Namespace) -> str:
         raise UserError(f"-p {args.p}: {dataset} has other plans: give -p {' or '.join(plans)}")
     train = f"make one with\n  nnUNetv2_train {args.d} {args.c} {args.f} -tr {args.tr} -p {args.p}"
     return first_existing([os.path.join(folder, "denoiser.pth")], f"{train}\nor name one with --denoiser")
+
+
+def only_plans(args: argparse.Namespace) -> str:
+    """The plans of the only denoiser of that data set, trainer, configuration and fold; else nnU-Net's default."""
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
+    results = Path(os.environ["nnUNet_results"], maybe_convert_to_dataset_name(args.d))
+    found = results.glob(f"{glob.escape(args.tr)}__*__{glob.escape(args.c)}/fold_{glob.escape(args.f)}/denoiser.pth")
+    plans = {path.parts[-3].split("__")[1] for path in found}
+    return plans.pop() if len(plans) == 1 else "nnUNetPlans"
 
 
 def real_batches(description: dict, number: int, batch_size: int, dataset: str | None = None):

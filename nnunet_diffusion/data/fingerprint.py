@@ -18,7 +18,7 @@ from nnunet_diffusion.data.checks import check_labeled_case, label_values, numbe
 from nnunet_diffusion.data.pool import labeled_files, read_scan
 from nnunet_diffusion.data.unlabeled import unlabeled_cases
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import read_json, write_json
+from nnunet_diffusion.files import naming_full_disk, read_json, write_json
 from nnunet_diffusion.processes import run_in_processes
 
 UNLABELED_FILE = "unlabeled_fingerprint.json"
@@ -51,7 +51,8 @@ def fingerprint_labeled(dataset_name: str, num_processes: int = default_num_proc
         listed = "".join(f"\n  {case}: {problems[case]}" for case in sorted(problems))
         raise UserError(f"{len(problems)} of {len(dataset)} labelled cases cannot be used:{listed}")
     os.makedirs(folder, exist_ok=True)
-    DatasetFingerprintExtractor(dataset_name, num_processes).run(overwrite_existing=True)
+    with naming_full_disk(join(folder, "dataset_fingerprint.json")):
+        DatasetFingerprintExtractor(dataset_name, num_processes).run(overwrite_existing=True)
     write_json(join(folder, MEASURED_FILE), measured)
 
 
@@ -70,7 +71,8 @@ def fingerprint_unlabeled(dataset_name: str, num_processes: int = default_num_pr
     cases = unlabeled_cases(dataset_folder, dataset_json)
     file = join(nnUNet_preprocessed, dataset_name, UNLABELED_FILE)
     saved, stamps = _load(file) or {}, {case: _stamps(images) for case, images in cases.items()}
-    known = {case: entry for case, entry in saved.items() if entry["files"] == stamps.get(case)}
+    # A scan with a problem is read again: its permissions, or the error of a network drive, leave no mark on a file.
+    known = {c: entry for c, entry in saved.items() if entry["files"] == stamps.get(c) and "problem" not in entry}
     reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
     tasks = {case: (reader, images) for case, images in cases.items() if case not in known}
     last = time.monotonic()

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from nnunet_diffusion.data.checks import check_channels
 from nnunet_diffusion.data.unlabeled import unlabeled_cases
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import write_json
+from nnunet_diffusion.files import not_written, write_json
 from nnunet_diffusion.processes import run_in_processes
 
 WORK = ".nnunet_diffusion"
@@ -207,9 +207,10 @@ def preprocess_case(
     """Preprocesses one case as nnU-Net does and moves its files into `folder` when all are written.
 
     Returns:
-        None, or what is wrong with the scan; nothing is written then.
+        None, or what is wrong with the unlabelled scan; nothing is written then.
 
     Raises:
+        UserError: If nnU-Net cannot preprocess the labelled case.
         OSError: If the files cannot be written.
     """
     preprocessor = configuration_manager.preprocessor_class(verbose=False)
@@ -217,45 +218,44 @@ def preprocess_case(
     os.makedirs(temporary)
     plan = plans_manager, configuration_manager, dataset_json
     try:
-        if label is None:
-            _save(*_run_unlabeled(preprocessor, images, *plan), join(temporary, case), configuration_manager.patch_size)
-        else:
-            preprocessor.run_case_save(join(temporary, case), images, label, *plan)
-        for ending in endings:
-            os.replace(join(temporary, case + ending), join(folder, case + ending))
+        made = _run(preprocessor, images, label, *plan)
+        try:
+            _save(*made, join(temporary, case), configuration_manager)
+            for ending in endings:
+                os.replace(join(temporary, case + ending), join(folder, case + ending))
+        except (RuntimeError, OSError) as error:
+            raise not_written(case, folder, error) from error
     except UserError as problem:
+        if label is not None:
+            raise
         return str(problem)
-    except (RuntimeError, OSError) as error:
-        raise not_written(case, folder, error) from error
     finally:
         shutil.rmtree(temporary)
     return None
 
 
-def not_written(what: str, folder: str, error: RuntimeError | OSError) -> OSError:
-    """The error that says how much room there is: of a full disk blosc2 says no more than that it failed."""
-    free = shutil.disk_usage(folder).free / 1e6
-    said = getattr(error, "strerror", None) or error  # without the name of the temporary file
-    return OSError(
-        f"{what} was not written to {folder}, where {free:.0f} MB are free: {said}; make room if that is too little, "
-        "then run the same command again"
-    )
-
-
-def _run_unlabeled(preprocessor, images, *plan) -> tuple:
-    data, properties = read_scan(plan[0].image_reader_writer_class(), images)
-    if len(data) != (expected := len(plan[2]["channel_names"])):
-        raise UserError(f"{', '.join(images)}: has {len(data)} channel(s), the data set has {expected}")
+def _run(preprocessor, images, label, *plan) -> tuple:
+    if label is None:
+        data, properties = read_scan(plan[0].image_reader_writer_class(), images)
+        if len(data) != (expected := len(plan[2]["channel_names"])):
+            raise UserError(f"{', '.join(images)}: has {len(data)} channel(s), the data set has {expected}")
     try:
-        return preprocessor.run_case_npy(data, None, properties, *plan)
+        if label is None:
+            return preprocessor.run_case_npy(data, None, properties, *plan)
+        return preprocessor.run_case(images, label, *plan)
     except Exception as error:  # whatever a strange scan provokes must not cost the others
         raise UserError(f"{images[0]}: nnU-Net cannot preprocess this: {error!r}") from error
 
 
-def _save(data, seg, properties, path, patch_size) -> None:
-    """Saves a case as nnU-Net's `run_case_save` does; the segmentation only marks what is zero."""
-    blocks, chunks = comp_blosc2_params(data.shape, tuple(patch_size), data.itemsize)
-    nnUNetDatasetBlosc2.save_case(data, seg, properties, path, chunks=chunks, blocks=blocks)
+def _save(data, seg, properties, path, configuration_manager) -> None:
+    """Saves a case as nnU-Net's `run_case_save` does; without a label the segmentation only marks what is zero."""
+    data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
+    patch_size = tuple(configuration_manager.patch_size)
+    blocks, chunks = comp_blosc2_params(data.shape, patch_size, data.itemsize)
+    blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, patch_size, seg.itemsize)
+    nnUNetDatasetBlosc2.save_case(
+        data, seg, properties, path, chunks=chunks, blocks=blocks, chunks_seg=chunks_seg, blocks_seg=blocks_seg
+    )
 
 
 def read_scan(reader, images: list[str]) -> tuple[np.ndarray, dict]:

@@ -99,7 +99,7 @@ def budget_chart(title: str, groups: Sequence[Mapping], runs: Sequence[Mapping],
         color, shift = COLORS[i % 6], (i - (len(arms) - 1) / 2) * 0.6 * width / len(arms)
         for run in (run for run in runs if run["arm"] == arm):
             x, y = centre[run["budget"]] + shift + 6, scale_y(run["dice"])
-            parts.append(element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.2, fill=color, opacity=0.65))
+            parts.append(element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.2, fill="none", stroke=color))
         own = [group for group in groups if group["arm"] == arm]
         curve = "M" + "L".join(f"{centre[g['budget']] + shift:.1f} {scale_y(g['mean']):.1f}" for g in own)
         parts.append(element("path", d=curve, fill="none", stroke=color, stroke_dasharray=DASHES[i % 6]))

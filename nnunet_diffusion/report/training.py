@@ -67,9 +67,7 @@ def training_section(results: Results) -> Html:
         parts.append(element("p", "Nothing was trained on this data set yet.", class_="soft"))
     for model in results.models:
         parts += [element("h3", model.name), _folds_table(results, model), *_missing_folds(results, model)]
-        parts += [warning("The transfer warned", fold.transfer["warnings"]) for fold in model.folds
-                  if fold.transfer and fold.transfer["warnings"]][:1]  # fmt: skip
-        parts += [_transfer(fold) for fold in model.folds if fold.transfer][:1]
+        parts += _transfers(model)
         if model.settings:
             entries = [element("li", element("code", f"{key} = {value!r}")) for key, value in model.settings.items()]
             parts.append(element("details", element("summary", "Settings from the plan"), element("ul", *entries)))
@@ -133,12 +131,25 @@ def _counts(results: Results, cases: list[str]) -> str:
     return ", ".join(f"{organ} in {found.count('annotated')}" for organ, found in kinds.items())
 
 
-def _transfer(fold: Fold) -> Html:
-    transfer = fold.transfer
+def _transfers(model: Model) -> list[Html]:
+    """What the folds' transfers had to say, those that say the same once."""
+    folds: dict[str, list[Fold]] = {}
+    for fold in (fold for fold in model.folds if fold.transfer):
+        folds.setdefault(repr({**fold.transfer, "source": ""}), []).append(fold)
+    parts = []
+    for alike in folds.values():
+        transfer, names = alike[0].transfer, ", ".join(fold.name for fold in alike)
+        if transfer["warnings"]:
+            parts.append(warning(f"The transfer of fold {names} warned", transfer["warnings"]))
+        parts.append(_transfer(transfer, names))
+    return parts
+
+
+def _transfer(transfer: Mapping, folds: str) -> Html:
     counts = ", ".join(f"{len(transfer[key])} {key}" for key in ("matched", "adapted", "missing", "unexpected"))
     lists = [join(element("p", key), element("ul", *(element("li", element("code", n)) for n in transfer[key])))
              for key in ("adapted", "missing", "unexpected") if transfer[key]]  # fmt: skip
-    summary = element("summary", f"Transfer from the denoiser: {counts} parameters")
+    summary = element("summary", f"Transfer from the denoiser, fold {folds}: {counts} parameters")
     return element("details", summary, *lists)
 
 
