@@ -48,6 +48,12 @@ ARMS = {
     "balanced_ramp": {"is_told": True, "settings": {"balanced": True, "exclusion_ramp": 1.0}},
     "upper": {"is_told": False, "all_labels": True},
 }
+NAMES = {
+    "naive": "plain nnU-Net, partial labels",
+    "complete": "plain nnU-Net, complete cases alone",
+    "balanced_ramp": "PartialLabelTrainer",
+    "upper": "all labels",
+}  # of figures, for those who do not know the arms
 
 
 def describe_run(args: argparse.Namespace, base: Path, arm: str, seed: int, train: list[str], test: list[str]) -> dict:
@@ -96,7 +102,7 @@ def main() -> int:
     test, rest = split_patients(args, base, args.out)
     train = [case for cases in rest.values() for case in cases]
     jobs = [describe_run(args, base, arm, seed, train, test) for seed, arm in product(args.seeds, args.arms)]
-    draw = partial(write_arms_figure, control=CONTROL)
+    draw = partial(write_arms_figure, control=CONTROL, names=NAMES)
     return run_and_report(jobs, args.out, args.jobs, "partial_labels", CONTROL, draw)
 
 

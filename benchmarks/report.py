@@ -98,7 +98,7 @@ def write_figure(content: dict, path: Path) -> None:
     plt.close(figure)
 
 
-def write_arms_figure(content: dict, path: Path, control: str, scored: str = "") -> None:
+def write_arms_figure(content: dict, path: Path, control: str, scored: str = "", names: dict | None = None) -> None:
     """Draws each arm's Dice per organ, a dot a seed and a bar for their mean, with 90 % of the control's mean.
 
     Args:
@@ -106,6 +106,7 @@ def write_arms_figure(content: dict, path: Path, control: str, scored: str = "")
         path: Of the figure.
         control: An arm.
         scored: What was scored, if not the test cases.
+        names: Of arms, for the legend.
     """
     import matplotlib
 
@@ -117,13 +118,14 @@ def write_arms_figure(content: dict, path: Path, control: str, scored: str = "")
     figure, axes = plt.subplots(figsize=(1.5 + 1.7 * len(organs), 4.2), layout="constrained")
     width = 0.8 / len(arms)
     for i, arm in enumerate(arms):
+        name = (names or {}).get(arm, arm)
         runs = [{"mean": run["dice"], **run["dice_per_organ"]} for run in content["runs"] if run["arm"] == arm]
         values = np.array([[run[organ] or 0 for organ in organs] for run in runs])
         x = np.arange(len(organs)) + (i - (len(arms) - 1) / 2) * width
-        axes.bar(x, values.mean(0), 0.9 * width, label=arm, alpha=0.6)
+        axes.bar(x, values.mean(0), 0.9 * width, label=name, alpha=0.6)
         axes.plot(np.broadcast_to(x, values.shape).ravel(), values.ravel(), ".", color="black", markersize=4)
         if arm == control:
-            axes.plot(x, 0.9 * values.mean(0), "_", color="black", label=f"90 % of {control}")
+            axes.plot(x, 0.9 * values.mean(0), "_", color="black", label=f"90 % of {name}")
     protocol = next(iter(content["arms"].values()))
     scored = scored or f"{len(content['test_cases'])} test cases"
     axes.set(xticks=range(len(organs)), xticklabels=organs, ylabel="Dice, mean",

@@ -318,7 +318,7 @@ def test_twin_refuses_what_only_the_planned_student_can(plans):
 def test_regions_are_refused_by_name(world, dataset_json):
     dataset_json(labels={"background": 0, "balls": [1, 2], "left": 1, "box": 3}, regions_class_order=[1, 2, 3])
     for cls in (DiffusionTeacherTrainer, DiffusionCoTrainingTrainer):
-        with pytest.raises(NotImplementedError, match="regions overlap"):
+        with pytest.raises(UserError, match="regions overlap"):
             tiny.trainer(cls)
 
 

@@ -207,7 +207,7 @@ def test_the_command_refuses_unfit_data_sets_by_name(world, capsys, change, mess
 
 @TRAINERS
 def test_trainers_refuse_cascades_and_pretrained_weights_by_name(world, monkeypatch, cls):
-    with pytest.raises(NotImplementedError, match=f"{cls.__name__}: 2d is a cascade's second stage"):
+    with pytest.raises(UserError, match=f"{cls.__name__}: 2d is a cascade's second stage"):
         build(world, cls, plans="Cascade", change=cascade)
     monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", "x.pth"])
     with pytest.raises(UserError, match="-pretrained_weights x.pth is for one network"):

@@ -141,7 +141,7 @@ def test_what_it_cannot_start_from_is_named(world, settings, message):
 def test_a_cascade_is_refused_by_name(world):
     trainer = build(world, scratch=True)
     trainer.is_cascaded = True
-    with pytest.raises(NotImplementedError, match="2d is a cascade's second stage"):
+    with pytest.raises(UserError, match="2d is a cascade's second stage"):
         trainer.initialize()
 
 
