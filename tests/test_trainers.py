@@ -70,7 +70,7 @@ def copied(state):
 
 def test_denoiser_holds_what_the_contract_says(world):
     content = torch.load(denoiser_path(), weights_only=True)
-    assert content["timestep"] == 300 and content["process"]["schedule"] == "linear"
+    assert content["timestep"] == 50 and content["process"]["schedule"] == "linear"
     assert content["plan"]["plans_name"] == tiny.PLANS and content["plan"]["spacing"] == [2.0, 2.0]
     assert content["plan"]["normalization_schemes"] == ["CTNormalization"]
     assert content["training"]["images"] == 7 and content["training"]["held_out"] == 1, "5 labelled, 3 of the pool"

@@ -54,7 +54,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     min_snr_gamma: float = 5.0  # Hang et al. 2023, Sec. 3.4
     antithetic: bool = True  # timesteps come in pairs t and T - 1 - t
     ema_decay: float = 0.999  # of the average of the weights, which is what is kept
-    timestep: int = 300  # t*, at which `network_weights` of denoiser.pth is folded
+    timestep: int = 50  # t*, at which `network_weights` of denoiser.pth is folded
     noise_scale: float = 1.0  # noise of unit variance is this many times the spread of intensities in the body
     body_share: float = 0.67  # of the patches are centred on the body, which is brighter than what is around it
     augment: bool = True  # small rotations and scalings; never mirrors, which would make impossible anatomy

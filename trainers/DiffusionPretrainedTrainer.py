@@ -29,7 +29,7 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
     """
 
     denoiser: str = ""  # path of a denoiser.pth; empty: this data set's own
-    timestep: int = 300  # t*
+    timestep: int = 50  # t* (docs/label_efficiency.md)
     scratch: bool = False  # True: the fair control, the same training from random weights
     allowed_values = {"timestep": at_least(0)}
 
