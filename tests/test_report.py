@@ -329,7 +329,8 @@ def test_the_benchmarks_are_shown_as_curves_with_every_seed(root):
         curves = re.findall(r'<path d="(M[^"]*)" fill="none"', drawing)
         assert len(curves) == len(arms) and all(curve.count("L") == len(budgets) - 1 for curve in curves)
         for group in content["summary"]:
-            assert re.search(rf"<t[dh][^>]*>{group['arm']}</t[dh]>", section) and f"{group['mean']:.3f}" in section
+            assert re.search(rf"<t[dh][^>]*>{re.escape(group['arm'])}</t[dh]>", section)
+            assert f"{group['mean']:.3f}" in section
 
 
 def test_folds_that_are_missing_are_named(root):

@@ -89,8 +89,8 @@ def test_ranges_include_what_their_messages_say():
 def test_a_default_that_another_setting_forbids_is_named():
     from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 
-    block = {"DenoisingDiffusionTrainer": {"timesteps": 100}}
-    with pytest.raises(UserError, match="DenoisingDiffusionTrainer.timestep is 300: it must be 0 to 99"):
+    block = {"DenoisingDiffusionTrainer": {"timesteps": 40}}
+    with pytest.raises(UserError, match="DenoisingDiffusionTrainer.timestep is 50: it must be 0 to 39"):
         chosen({"nnunet_diffusion": block}, DenoisingDiffusionTrainer)
 
 
