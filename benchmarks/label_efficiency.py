@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-from importlib import import_module
 from itertools import product
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.networks.denoiser_file import load_denoiser
 from nnunet_diffusion.plans import read_plans
-from nnunet_diffusion.settings import chosen, declared
+from nnunet_diffusion.settings import effective, our_trainer
 
 ARMS = {
     "stock": ("nnUNetTrainer", {}),
@@ -120,11 +119,7 @@ def planned(args: argparse.Namespace, base: Path, trainer: str) -> dict:
     """What else decides a result: the settings that the trainer takes from the plan or its class, patch and network."""
     plans = read_plans(str(base), args.p, args.c)
     configuration = PlansManager(plans).get_configuration(args.c).configuration
-    settings = {}
-    if trainer != "nnUNetTrainer":
-        trainer_class = getattr(import_module(f"nnunet_diffusion.trainers.{trainer}"), trainer)
-        settings = {name: default for name, (_, default) in declared(trainer_class).items()}
-        settings |= chosen(plans, trainer_class)
+    settings = {} if trainer == "nnUNetTrainer" else effective(plans, our_trainer(trainer))
     return {"settings": settings, "patch_size": configuration.get("patch_size"),
             "architecture": configuration.get("architecture")}
 

@@ -4,14 +4,13 @@ Run it after a change: python docs/settings.py
 """
 
 import ast
-import importlib
 import inspect
 import io
 import tokenize
 from pathlib import Path
 
 from nnunet_diffusion.installation import trainer_names
-from nnunet_diffusion.settings import declared
+from nnunet_diffusion.settings import declared, our_trainer
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
@@ -75,7 +74,7 @@ def section(cls: type) -> str:
 
 def write() -> str:
     """The whole page; a trainer comes after those that it derives from."""
-    classes = [getattr(importlib.import_module(f"nnunet_diffusion.trainers.{name}"), name) for name in trainer_names()]
+    classes = [our_trainer(name) for name in trainer_names()]
     classes.sort(key=lambda cls: (len(cls.__mro__), cls.__name__))
     return "\n".join([HEAD, *map(section, classes)]).rstrip() + "\n"
 

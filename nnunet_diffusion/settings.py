@@ -49,8 +49,18 @@ def chosen(plans: dict, trainer_class: type) -> dict[str, Any]:
             "correct the name, or add the trainer's folder to nnUNet_extTrainer"
         )
     for name in sorted(set(block) & set(trainer_names()) - {trainer_class.__name__}):  # else found after hours
-        checked(block[name], getattr(import_module(f"nnunet_diffusion.trainers.{name}"), name))
+        checked(block[name], our_trainer(name))
     return checked(block.get(trainer_class.__name__, {}), trainer_class)
+
+
+def our_trainer(name: str) -> type:
+    """One of the trainers that come with the package."""
+    return getattr(import_module(f"nnunet_diffusion.trainers.{name}"), name)
+
+
+def effective(plans: dict, trainer_class: type) -> dict[str, Any]:
+    """All settings of a trainer: the plans' where given, else the class's own defaults; for the errors see `chosen`."""
+    return {name: default for name, (_, default) in declared(trainer_class).items()} | chosen(plans, trainer_class)
 
 
 def checked(given: dict[str, Any], trainer_class: type) -> dict[str, Any]:
@@ -109,14 +119,11 @@ def one_of(*names: str) -> Rule:
 
 
 def apply(trainer: Any) -> None:
-    """Sets all settings of a trainer on the instance: the plans' where given, else the class's own defaults.
+    """Sets all settings of a trainer, see `effective`, on the instance.
 
     Defaults must be set too, because nnU-Net's own constructor writes some of the same names.
     """
-    cls = type(trainer)
-    values = {name: default for name, (_, default) in declared(cls).items()}
-    values.update(chosen(trainer.plans_manager.plans, cls))
-    for name, value in values.items():
+    for name, value in effective(trainer.plans_manager.plans, type(trainer)).items():
         setattr(trainer, name, value)
 
 

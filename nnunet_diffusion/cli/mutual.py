@@ -50,11 +50,9 @@ def run(args: argparse.Namespace) -> int:
 
 def check_settings(plans: dict, trainers: Sequence[str]) -> None:
     """Raises UserError for settings that a later stage would refuse, before the first one is trained."""
-    from importlib import import_module
+    from nnunet_diffusion.settings import chosen, our_trainer
 
-    from nnunet_diffusion.settings import chosen
-
-    classes = [getattr(import_module(f"nnunet_diffusion.trainers.{name}"), name) for name in trainers]
+    classes = [our_trainer(name) for name in trainers]
     groups = [chosen(plans, trainer).get("groups") for trainer in classes]
     if groups[0] != groups[1]:
         given = " and ".join(f"{value} for {name}" for name, value in zip(trainers, groups, strict=True))
