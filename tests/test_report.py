@@ -204,6 +204,15 @@ def test_shows_what_there_is(root, capsys):
     assert not re.search(r'(?:src|href)="(?!data:|#)', page), "loads something from somewhere"
 
 
+def test_a_validation_on_training_cases_says_so(root):
+    _, _, results = make_results(root, files=0)
+    note = " (cases that it was trained on)"
+    assert note not in report(root)[1]
+    (results / MODEL / "fold_0").rename(results / MODEL / "fold_all")
+    page = report(root)[1]
+    assert f"validation cases of fold all{note}" in page and page.count(note) == 2  # and beside the highest DSC
+
+
 def test_a_data_set_without_results_has_a_page_too(root):
     results = make_results(root, files=0)[2]
     shutil.rmtree(results)

@@ -40,6 +40,11 @@ def best_median_worst(scores: CASE_SCORES) -> dict[str, str]:
     return dict(sorted(chosen.items(), key=lambda item: -means[item[0]]))
 
 
+def seen(model: Model) -> str:
+    """What must be said of validation scores: nnU-Net validates fold `all` on the cases that it trained on."""
+    return " (cases that it was trained on)" if any(fold.name == "all" for fold in model.folds) else ""
+
+
 def results_section(results: Results) -> Html:
     """DSC and NSD of every model and of every evaluation that was given, by organ."""
     parts = [element("h2", "Results")]
@@ -50,7 +55,8 @@ def results_section(results: Results) -> Html:
     for model in results.models:
         if scores := found.get(model.name):
             folds = [fold.name for fold in model.folds if fold.validation or fold.evaluations]
-            parts += _scores(results, f"{model.name}: validation cases of fold {', '.join(folds)}", scores)
+            title = f"{model.name}: validation cases of fold {', '.join(folds)}{seen(model)}"
+            parts += _scores(results, title, scores)
     for path, content in results.evaluations.items():
         parts += _scores(results, path, evaluation_scores(content))
     if len(parts) == 1:

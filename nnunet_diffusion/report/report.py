@@ -16,6 +16,7 @@ from nnunet_diffusion.report.outcome import (
     organ_mean,
     results_section,
     samples_section,
+    seen,
 )
 from nnunet_diffusion.report.rounds import Round, rounds_section
 from nnunet_diffusion.report.slices import Plane, case_planes, organ_colors
@@ -106,6 +107,6 @@ def _at_a_glance(results: Results, cases: Files, pool: list[str]) -> Html:
     tiles = {
         "scans": (len(cases) + len(pool), f"{len(cases)} labelled, {len(pool)} not"),
         "trainings": (trained, f"finished, of {begun} begun"),
-        "highest validation DSC": ("–" if best is None else f"{score:.3f}", best.name if best else "no validation yet"),
+        "highest validation DSC": (f"{score:.3f}", best.name + seen(best)) if best else ("–", "no validation yet"),
     }
     return element("section", element("h2", "At a glance"), tile_list(tiles), id="glance")
