@@ -37,8 +37,8 @@ from runs import (
     split_patients,
 )
 
-from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
 
 PLANNED, TWIN, CONTROL = "DiffusionCoTrainingTrainer", "DiffusionCoTrainingTwinTrainer", "supervised"
 ARMS = {

@@ -28,8 +28,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from nnunet_diffusion.files import write_json
-from nnunet_diffusion.networks.conditioning import fold
-from nnunet_diffusion.networks.denoiser_file import load_denoiser, rebuild
+from nnunet_diffusion.pretraining.conditioning import fold
+from nnunet_diffusion.pretraining.denoiser_file import load_denoiser, rebuild
 
 VOXELS_PER_CLASS = 20  # of a patch
 

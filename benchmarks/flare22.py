@@ -21,11 +21,11 @@ from pathlib import Path
 from report import write_spread
 
 from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_dataset, find_planner
+from nnunet_diffusion.commands import Step, Steps, command_environment, number_of_cores
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, write_json
 from nnunet_diffusion.installation import require_folders
-from nnunet_diffusion.networks.denoiser_file import load_denoiser
-from nnunet_diffusion.steps import Step, Steps, command_environment, number_of_cores
+from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
 
 BUDGETS = ("4slices", "1%", "10%")
 PAPER = dict(zip(BUDGETS, (0.5181, 0.7156, 0.7851), strict=True))  # arXiv 2402.15216, abstract

@@ -34,8 +34,8 @@ from runs import (
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
-from nnunet_diffusion.networks.denoiser_file import load_denoiser
 from nnunet_diffusion.plans import read_plans
+from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
 from nnunet_diffusion.settings import effective, our_trainer
 
 ARMS = {

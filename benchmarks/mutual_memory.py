@@ -22,9 +22,9 @@ def step_memory(plans_file: str, configuration: str, members: int, mode: str) ->
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_diffusion.losses.members import DifferenceLoss, GroupedBatch
-    from nnunet_diffusion.losses.partial import PartialLabelLoss, merged_into_background
-    from nnunet_diffusion.networks.members import PartialOrganMembers
+    from nnunet_diffusion.mutual.losses import DifferenceLoss, GroupedBatch
+    from nnunet_diffusion.mutual.network import PartialOrganMembers
+    from nnunet_diffusion.partial.losses import PartialLabelLoss, merged_into_background
 
     torch.manual_seed(0)
     plans = PlansManager(plans_file)

@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from nnunet_diffusion.losses.partial import PartialLabelLoss, annotated, merged_into_background
+from nnunet_diffusion.partial.losses import PartialLabelLoss, annotated, merged_into_background
 
 TIME_GOAL, MEMORY_GOAL = 1.05, 1.10
 

@@ -34,11 +34,11 @@ from runs import VALIDATION_ITERATIONS, data_identifier
 from train_and_test import describe_machine, link_cases
 
 from nnunet_diffusion.cli import main as run_command
-from nnunet_diffusion.data.pool import WORK, labeled_files
-from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases
+from nnunet_diffusion.commands import command_environment
 from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.preprocessing.preprocess import WORK, labeled_files
 from nnunet_diffusion.rounds.prediction import load_prediction
-from nnunet_diffusion.steps import command_environment
+from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases
 
 TRAINERS = ("DiffusionPretrainedTrainer", "PseudoLabelTrainer")
 ARMS = {"gated": [], "ungated": ["is_open=true"]}

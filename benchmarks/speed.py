@@ -31,8 +31,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from train_and_test import describe_machine
 
-from nnunet_diffusion.data.pool import UNLABELED_FILES, WORK, labeled_files, preprocess_case
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.preprocessing.preprocess import UNLABELED_FILES, WORK, labeled_files, preprocess_case
 
 STOCK, FINE_TUNING, PRE_TRAINING = "nnUNetTrainer", "DiffusionPretrainedTrainer", "DenoisingDiffusionTrainer"
 CO_TRAINING = {

@@ -27,8 +27,8 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from regimes import keep_slices
 
-from nnunet_diffusion.data.pool import labeled_files
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.preprocessing.preprocess import labeled_files
 
 
 def link_cases(source: Path, target: Path, cases: list[str], endings: tuple[str, ...]) -> None:

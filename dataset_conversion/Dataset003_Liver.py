@@ -5,8 +5,8 @@ Read: Task03_Liver/imagesTr/liver_*.nii.gz and labelsTr, as its dataset.json has
 
 import sys
 
-from nnunet_diffusion.data.conversion import Converted
-from nnunet_diffusion.data.layouts import command_line, convert_layout, decathlon
+from nnunet_diffusion.conversion.dataset import Converted
+from nnunet_diffusion.conversion.layouts import command_line, convert_layout, decathlon
 
 LIVER = decathlon("liver", ("liver", "cancer"))
 

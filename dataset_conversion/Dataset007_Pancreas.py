@@ -6,8 +6,8 @@ labelled scans are some of these.
 
 import sys
 
-from nnunet_diffusion.data.conversion import Converted
-from nnunet_diffusion.data.layouts import command_line, convert_layout, decathlon
+from nnunet_diffusion.conversion.dataset import Converted
+from nnunet_diffusion.conversion.layouts import command_line, convert_layout, decathlon
 
 PANCREAS = decathlon("pancreas", ("pancreas", "cancer"))
 

@@ -5,8 +5,8 @@ Read: Task09_Spleen/imagesTr/spleen_*.nii.gz and labelsTr, as its dataset.json h
 
 import sys
 
-from nnunet_diffusion.data.conversion import Converted
-from nnunet_diffusion.data.layouts import command_line, convert_layout, decathlon
+from nnunet_diffusion.conversion.dataset import Converted
+from nnunet_diffusion.conversion.layouts import command_line, convert_layout, decathlon
 
 SPLEEN = decathlon("spleen", ("spleen",))
 

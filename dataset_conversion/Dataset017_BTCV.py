@@ -6,8 +6,8 @@ img0061 to img0080, are left.
 
 import sys
 
-from nnunet_diffusion.data.conversion import Converted
-from nnunet_diffusion.data.layouts import ENDING, Layout, command_line, convert_layout
+from nnunet_diffusion.conversion.dataset import Converted
+from nnunet_diffusion.conversion.layouts import ENDING, Layout, command_line, convert_layout
 
 BTCV = Layout(
     labels=(

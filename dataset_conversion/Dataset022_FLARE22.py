@@ -4,9 +4,9 @@ import os
 import re
 import sys
 
-from nnunet_diffusion.data.conversion import Converted, convert, refuse
-from nnunet_diffusion.data.layouts import command_line
-from nnunet_diffusion.data.scans import files_below, grouped, matched, single
+from nnunet_diffusion.conversion.dataset import Converted, convert, refuse
+from nnunet_diffusion.conversion.files import files_below, grouped, matched, single
+from nnunet_diffusion.conversion.layouts import command_line
 from nnunet_diffusion.errors import UserError
 
 FILE_ENDING = ".nii.gz"

@@ -7,8 +7,8 @@ are (https://github.com/MIC-DKFZ/nnUNet/issues/850): they are all written anew w
 
 import sys
 
-from nnunet_diffusion.data.conversion import Converted
-from nnunet_diffusion.data.layouts import ENDING, Layout, command_line, convert_layout
+from nnunet_diffusion.conversion.dataset import Converted
+from nnunet_diffusion.conversion.layouts import ENDING, Layout, command_line, convert_layout
 
 LITS = Layout(
     labels=("liver", "tumor"),

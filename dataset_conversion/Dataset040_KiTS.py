@@ -7,8 +7,8 @@ test scans: they are left. Later years hold the scans of the earlier ones: conve
 
 import sys
 
-from nnunet_diffusion.data.conversion import Converted
-from nnunet_diffusion.data.layouts import ENDING, Layout, command_line, convert_layout
+from nnunet_diffusion.conversion.dataset import Converted
+from nnunet_diffusion.conversion.layouts import ENDING, Layout, command_line, convert_layout
 from nnunet_diffusion.errors import UserError
 
 CASE = r"(?P<case>case_\d{5})"

@@ -6,8 +6,8 @@ to 600) and test scans (imagesTs) are left. Label names are those of its dataset
 
 import sys
 
-from nnunet_diffusion.data.conversion import Converted
-from nnunet_diffusion.data.layouts import ENDING, Layout, command_line, convert_layout
+from nnunet_diffusion.conversion.dataset import Converted
+from nnunet_diffusion.conversion.layouts import ENDING, Layout, command_line, convert_layout
 
 CT, ANY = r"(?P<case>amos_0([0-4]\d\d|500))", r"amos_\d{4}"
 AMOS22 = Layout(

@@ -5,7 +5,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     ResEncUNetPlanner,
 )
 
-from nnunet_diffusion.data.fingerprint import with_unlabeled_geometry
+from nnunet_diffusion.preprocessing.fingerprint import with_unlabeled_geometry
 
 
 class DiffusionPlanner(ResEncUNetPlanner):

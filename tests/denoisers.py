@@ -3,8 +3,8 @@
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunet_diffusion.networks.conditioning import condition
-from nnunet_diffusion.networks.denoiser_file import save_denoiser
+from nnunet_diffusion.pretraining.conditioning import condition
+from nnunet_diffusion.pretraining.denoiser_file import save_denoiser
 
 NETWORK = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 CT = {"mean": 40.0, "std": 200.0, "percentile_00_5": -960.0, "percentile_99_5": 1040.0}

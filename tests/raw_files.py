@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-from nnunet_diffusion.data.unlabeled import unlabeled_cases
+from nnunet_diffusion.preprocessing.cases import unlabeled_cases
 
 
 def scan(path: Path, size=(8, 8, 6), spacing=(1.0, 1.0, 2.0), fill=None) -> Path:

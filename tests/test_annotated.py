@@ -6,7 +6,8 @@ import SimpleITK as sitk
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_diffusion.data.annotated import (
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.partial.annotations import (
     Annotation,
     annotated_mask,
     group_map,
@@ -14,9 +15,8 @@ from nnunet_diffusion.data.annotated import (
     output_channels,
     read_annotations,
 )
-from nnunet_diffusion.data.annotated_files import check_counts, count_labels, summarize, table
-from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.losses.partial import merged_into_background
+from nnunet_diffusion.partial.losses import merged_into_background
+from nnunet_diffusion.preprocessing.supervision import check_counts, count_labels, summarize, table
 
 # Not in the order of their values: the network's outputs are.
 LABELS = {"background": 0, "right kidney": 2, "left kidney": 1, "liver": 3, "spleen": 4, "ignore": 5}

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_diffusion.data.checks import (
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.preprocessing.cases import unlabeled_cases
+from nnunet_diffusion.preprocessing.scan_checks import (
     Geometry,
     check_channels,
     check_complete,
@@ -18,8 +20,6 @@ from nnunet_diffusion.data.checks import (
     number_of_channels,
     read_geometry,
 )
-from nnunet_diffusion.data.unlabeled import unlabeled_cases
-from nnunet_diffusion.errors import UserError
 
 SHAPE = (6, 7, 8)  # z, y, x
 

@@ -7,7 +7,7 @@ import torch
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
-from nnunet_diffusion.losses.co_training import (
+from nnunet_diffusion.co_training.losses import (
     agreement,
     consistency_loss,
     labelled_loss,

@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from raw_files import as_nnunet_reads, cut, label, refused, scan
 
 from nnunet_diffusion.cli import main
-from nnunet_diffusion.data.conversion import label_values
+from nnunet_diffusion.conversion.dataset import label_values
 from nnunet_diffusion.dataset_conversion.Dataset022_FLARE22 import convert_flare22
 from nnunet_diffusion.errors import UserError
 

@@ -13,10 +13,10 @@ from raw_files import as_nnunet_reads, cut, label, refused, scan, write
 
 from nnunet_diffusion import dataset_conversion
 from nnunet_diffusion.cli import main
-from nnunet_diffusion.data.conversion import label_values
-from nnunet_diffusion.data.mapping import map_labels, refuse_hidden_parts
-from nnunet_diffusion.data.partial import read_mapping
-from nnunet_diffusion.data.relabeling import mapped
+from nnunet_diffusion.conversion.dataset import label_values
+from nnunet_diffusion.conversion.label_mapping import map_labels, refuse_hidden_parts
+from nnunet_diffusion.conversion.partial import read_mapping
+from nnunet_diffusion.conversion.relabeling import mapped
 from nnunet_diffusion.errors import UserError
 
 SIZE, SPACING = (8, 8, 8), (1.0, 1.0, 2.0)
@@ -153,7 +153,7 @@ def test_again_changes_nothing_and_another_mapping_is_refused(sets, raw, capsys)
 
 
 def test_interrupted_run_is_continued(sets, raw, monkeypatch, capsys):
-    from nnunet_diffusion.data import relabeling
+    from nnunet_diffusion.conversion import relabeling
 
     def full_disk(voxels, image, path, write=relabeling._write):
         if path.endswith("KiTS_a.nii.gz"):

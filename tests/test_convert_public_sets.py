@@ -9,7 +9,7 @@ import pytest
 from raw_files import as_nnunet_reads
 
 from nnunet_diffusion.cli import main
-from nnunet_diffusion.data.layouts import command_line
+from nnunet_diffusion.conversion.layouts import command_line
 from nnunet_diffusion.dataset_conversion.Dataset003_Liver import convert_liver
 from nnunet_diffusion.dataset_conversion.Dataset007_Pancreas import convert_pancreas
 from nnunet_diffusion.dataset_conversion.Dataset009_Spleen import convert_spleen

@@ -11,8 +11,8 @@ import pytest
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.cli.demo import verdict
+from nnunet_diffusion.commands import Step, Steps, command_environment, link
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.steps import Step, Steps, command_environment, link
 
 APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text((p.read_text() if p.exists() else '') + 'x')"
 
@@ -197,7 +197,7 @@ def test_demo_end_to_end_and_again(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_demo_on_a_users_data_set_holds_fold_0_out(tmp_path, monkeypatch, capsys):
-    from nnunet_diffusion.phantom import write_phantom_dataset
+    from nnunet_diffusion.demo.phantom import write_phantom_dataset
 
     for kind in ("raw", "preprocessed", "results"):
         (tmp_path / kind).mkdir()

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from nnunet_diffusion.data.images import ImageStatistics
-from nnunet_diffusion.diffusion import pictures, process
-from nnunet_diffusion.diffusion.diffusion import Diffusion
-from nnunet_diffusion.diffusion.sampler import ddim
+from nnunet_diffusion.pretraining import pictures, process
+from nnunet_diffusion.pretraining.diffusion import Diffusion
+from nnunet_diffusion.pretraining.images import ImageStatistics
+from nnunet_diffusion.pretraining.sampler import ddim
 
 
 def test_linear_schedule_by_hand():

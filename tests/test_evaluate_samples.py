@@ -11,9 +11,9 @@ import torch
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.cli.evaluate_samples import measure
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.evaluation.features import INCEPTION_FILE, encoder_features, inception_features
-from nnunet_diffusion.evaluation.generation import f1, frechet_distance, precision_and_recall
-from nnunet_diffusion.networks.denoiser_file import build, load_denoiser
+from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
+from nnunet_diffusion.samples.features import INCEPTION_FILE, encoder_features, inception_features
+from nnunet_diffusion.samples.figures import f1, frechet_distance, precision_and_recall
 
 
 def gaussian(n, d, mean=0.0, seed=0):

@@ -9,7 +9,8 @@ from batchgenerators.utilities.file_and_folder_operations import load_json, save
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunet_diffusion import installation, stock
+from nnunet_diffusion import export as stock
+from nnunet_diffusion import installation
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten, atomic

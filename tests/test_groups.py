@@ -6,9 +6,9 @@ import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_diffusion.data.annotated import output_channels, read_annotations
-from nnunet_diffusion.data.groups import Group, GroupedLoader, find_groups, owned_channels
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.mutual.groups import Group, GroupedLoader, find_groups, owned_channels
+from nnunet_diffusion.partial.annotations import output_channels, read_annotations
 
 MANAGER = LabelManager({"background": 0, "liver": 1, "spleen": 2, "aorta": 3}, None)
 CHANNELS = output_channels(MANAGER)

@@ -6,7 +6,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-from nnunet_diffusion.data.laterality import axes_not_to_mirror, lateral_pairs, left_right_axis
+from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs, left_right_axis
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,16 @@ import pytest
 import torch
 from test_networks import planned_network, trained
 
-from nnunet_diffusion.diffusion.diffusion import Diffusion
-from nnunet_diffusion.networks.conditioning import condition
-from nnunet_diffusion.networks.mask_diffusion import (
+from nnunet_diffusion.co_training.mask_diffusion import (
     Draw,
     MaskDiffusion,
     MaskStudent,
     draw_rounds,
     mask_health,
 )
-from nnunet_diffusion.networks.teachers import CrossPseudo, DiffusionTeacher, MeanTeacher, Teacher
+from nnunet_diffusion.co_training.teachers import CrossPseudo, DiffusionTeacher, MeanTeacher, Teacher
+from nnunet_diffusion.pretraining.conditioning import condition
+from nnunet_diffusion.pretraining.diffusion import Diffusion
 
 CLASSES, CHANNELS = 3, 2
 NETWORKS = [(kind, dim) for kind in ("PlainConvUNet", "ResidualEncoderUNet") for dim in (2, 3)]

@@ -6,7 +6,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_diffusion.networks.members import FullOrganMembers, PartialOrganMembers, claims, decode, log_odds
+from nnunet_diffusion.mutual.network import FullOrganMembers, PartialOrganMembers, claims, decode, log_odds
 
 CLASSES = 4
 OWNED = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.uint8)

@@ -20,13 +20,13 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from running import run_command
 
-from nnunet_diffusion import stock
+from nnunet_diffusion import export as stock
 from nnunet_diffusion.cli import main
-from nnunet_diffusion.data.groups import KEY
-from nnunet_diffusion.data.pseudo import open_pseudo_label
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.rounds import mutual
-from nnunet_diffusion.rounds.completing import training_cases_of
+from nnunet_diffusion.mutual import stages as mutual
+from nnunet_diffusion.mutual.completion import training_cases_of
+from nnunet_diffusion.mutual.groups import KEY
+from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label
 from nnunet_diffusion.rounds.state import load_state, save_state
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 from nnunet_diffusion.trainers.MutualDifferenceTrainer import MutualDifferenceTrainer

@@ -7,9 +7,9 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch.nn import functional as F
 
-from nnunet_diffusion.losses.members import DifferenceLoss, GroupedBatch, SimilarityLoss, of_owners
-from nnunet_diffusion.losses.merged_softmax import merged_softmax
-from nnunet_diffusion.losses.mutual import (
+from nnunet_diffusion.mutual.losses import DifferenceLoss, GroupedBatch, SimilarityLoss, of_owners
+from nnunet_diffusion.mutual.network import MemberOutput, claims
+from nnunet_diffusion.mutual.terms import (
     OrganFeatures,
     feature_difference,
     feature_similarity,
@@ -19,8 +19,8 @@ from nnunet_diffusion.losses.mutual import (
     prediction_similarity,
     ramp_up,
 )
-from nnunet_diffusion.losses.partial import PartialLabelLoss, annotated, merged_into_background
-from nnunet_diffusion.networks.members import MemberOutput, claims
+from nnunet_diffusion.partial.losses import PartialLabelLoss, annotated, merged_into_background
+from nnunet_diffusion.partial.merged_softmax import merged_softmax
 
 CLASSES = 4  # background, 1 and 2 of group 0, 3 of group 1
 OWNED = torch.tensor([[False, True, True, False], [False, False, False, True]])

@@ -8,7 +8,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion.networks.conditioning import ConditionalNorm, condition, fold
+from nnunet_diffusion.pretraining.conditioning import ConditionalNorm, condition, fold
 
 IMPORTS = ["conv_op", "norm_op", "dropout_op", "nonlin"]
 

@@ -11,9 +11,8 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch.testing import assert_close
 
-from nnunet_diffusion.losses import merged_softmax as module
-from nnunet_diffusion.losses.merged_softmax import check_group, merged_softmax
-from nnunet_diffusion.losses.partial import (
+from nnunet_diffusion.partial import merged_softmax as module
+from nnunet_diffusion.partial.losses import (
     PartialLabelLoss,
     annotated,
     exclusion_loss,
@@ -21,7 +20,8 @@ from nnunet_diffusion.losses.partial import (
     marginal_dice,
     merged_into_background,
 )
-from nnunet_diffusion.losses.regions import PartialRegionLoss
+from nnunet_diffusion.partial.merged_softmax import check_group, merged_softmax
+from nnunet_diffusion.partial.region_loss import PartialRegionLoss
 
 IGNORE = 5
 SHAPE = (3, 4, 5)

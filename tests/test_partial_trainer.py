@@ -11,9 +11,9 @@ import torch
 from nnunetv2.evaluation.evaluate_predictions import save_summary_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_diffusion.data.annotated import Annotation, balanced_cases, output_channels, read_annotations
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.evaluation.annotated_pairs import hard_counts, restrict_summary
+from nnunet_diffusion.partial.annotations import Annotation, balanced_cases, output_channels, read_annotations
+from nnunet_diffusion.partial.validation import hard_counts, restrict_summary
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
 

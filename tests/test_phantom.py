@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_diffusion.data.checks import check_labeled_case
-from nnunet_diffusion.data.unlabeled import unlabeled_cases
-from nnunet_diffusion.phantom import LABELS, phantom, write_phantom_dataset
+from nnunet_diffusion.demo.phantom import LABELS, phantom, write_phantom_dataset
+from nnunet_diffusion.preprocessing.cases import unlabeled_cases
+from nnunet_diffusion.preprocessing.scan_checks import check_labeled_case
 
 SHAPE, SPACING = (32, 36, 48), (10.0, 8.0, 8.0)
 

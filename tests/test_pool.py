@@ -24,12 +24,25 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from running import run_command
 
-from nnunet_diffusion.data.checks import label_values
-from nnunet_diffusion.data.fingerprint import fingerprint_unlabeled, measure
-from nnunet_diffusion.data.images import ImageDataset, Outside, body_locations, image_loader, image_statistics, in_body
-from nnunet_diffusion.data.pool import labeled_files, pool_folder, pool_identifiers, preprocess_labeled, preprocess_pool
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten, write_json
+from nnunet_diffusion.preprocessing.fingerprint import fingerprint_unlabeled, measure
+from nnunet_diffusion.preprocessing.preprocess import (
+    labeled_files,
+    pool_folder,
+    pool_identifiers,
+    preprocess_labeled,
+    preprocess_pool,
+)
+from nnunet_diffusion.preprocessing.scan_checks import label_values
+from nnunet_diffusion.pretraining.images import (
+    ImageDataset,
+    Outside,
+    body_locations,
+    image_loader,
+    image_statistics,
+    in_body,
+)
 from nnunet_diffusion.processes import run_in_processes
 
 INTENSITIES = {"mean": 200.0, "std": 30.0, "percentile_00_5": 120.0, "percentile_99_5": 280.0}
@@ -240,7 +253,7 @@ def test_full_disk_names_the_case_and_leaves_nothing_half_done(dataset, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("nnunet_diffusion.data.pool.nnUNetDatasetBlosc2.save_case", save_case)
+        patch.setattr("nnunet_diffusion.preprocessing.preprocess.nnUNetDatasetBlosc2.save_case", save_case)
         with pytest.raises(OSError, match="u0 was not written to .*MB are free: No space left.*; make room"):
             preprocess(plans_manager)
     folder, failures = preprocess(plans_manager)
@@ -268,7 +281,7 @@ def test_labelled_case_that_cannot_be_preprocessed_is_not_blamed_on_the_disk(dat
 def test_scan_that_could_not_be_read_is_tried_again(dataset, monkeypatch):
     """Permissions and a network drive that was away change neither its size nor its time."""
     with monkeypatch.context() as patch:
-        patch.setattr("nnunet_diffusion.data.fingerprint.measure", lambda *_: {"problem": "Permission denied"})
+        patch.setattr("nnunet_diffusion.preprocessing.fingerprint.measure", lambda *_: {"problem": "Permission denied"})
         assert set(fingerprint_unlabeled(tiny_dataset.NAME, 1)) == {"u0", "u1", "u2", "u3"}
     assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {}
 
@@ -281,7 +294,7 @@ def test_scans_are_measured_once(dataset, monkeypatch):
     spoil(raw, "u2", "NaN")
     measured = []
     monkeypatch.setattr(
-        "nnunet_diffusion.data.fingerprint.measure", lambda *args: measured.append(args[1]) or measure(*args)
+        "nnunet_diffusion.preprocessing.fingerprint.measure", lambda *args: measured.append(args[1]) or measure(*args)
     )
     assert list(fingerprint_unlabeled(tiny_dataset.NAME, 1)) == ["u2"]
     assert measured == [[str(raw / "scans" / "u2.nii.gz")]]
@@ -319,7 +332,7 @@ def test_killed_and_continued_is_as_if_never_killed(dataset):
     script = (
         "import sys\n"
         "if __name__ == '__main__':\n"
-        "    from nnunet_diffusion.data.pool import preprocess_pool\n"
+        "    from nnunet_diffusion.preprocessing.preprocess import preprocess_pool\n"
         "    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager\n"
         "    plans_manager = PlansManager(sys.argv[1])\n"
         f"    preprocess_pool({tiny_dataset.NAME!r}, plans_manager, '3d_fullres', 2)\n"
@@ -375,7 +388,7 @@ def test_parts_of_the_pool_are_done_beside_each_other(dataset):
 PART = f"""
 import os, sys, time
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from nnunet_diffusion.data.pool import preprocess_pool
+from nnunet_diffusion.preprocessing.preprocess import preprocess_pool
 plans, part, started = PlansManager(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 open(os.path.join(started, str(part)), "w").close()
 while len(os.listdir(started)) < 2:

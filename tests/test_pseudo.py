@@ -13,16 +13,17 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_diffusion.data import pseudo
-from nnunet_diffusion.data.annotated import Annotation, output_channels
-from nnunet_diffusion.data.completion import (
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.partial.annotations import Annotation, output_channels
+from nnunet_diffusion.rounds import pseudo_labels as pseudo
+from nnunet_diffusion.rounds.constrained import (
     NOTHING_ANNOTATED,
     ignore_uncertain,
     keep_labels,
     most_probable,
     possible_classes,
 )
-from nnunet_diffusion.data.pseudo import (
+from nnunet_diffusion.rounds.pseudo_labels import (
     PseudoLabelDataset,
     ignoring,
     open_pseudo_label,
@@ -32,7 +33,6 @@ from nnunet_diffusion.data.pseudo import (
     usable_pseudo_labels,
     with_annotated_share,
 )
-from nnunet_diffusion.errors import UserError
 
 LABELS = {"background": 0, "liver": 1, "left kidney": 2, "right kidney": 3}
 MANAGER = LabelManager(LABELS, None)

@@ -10,9 +10,9 @@ import pytest
 import tiny
 import torch
 
-from nnunet_diffusion.data.annotated import Annotation
-from nnunet_diffusion.data.pseudo import ignoring, pseudo_folder, save_pseudo_label
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.rounds.pseudo_labels import ignoring, pseudo_folder, save_pseudo_label
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 from nnunet_diffusion.trainers.PseudoLabelTrainer import PseudoLabelTrainer
 

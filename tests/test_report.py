@@ -14,7 +14,7 @@ from PIL import Image
 from running import run_command
 
 from nnunet_diffusion.cli import main
-from nnunet_diffusion.phantom import LABELS, phantom
+from nnunet_diffusion.demo.phantom import LABELS, phantom
 from nnunet_diffusion.report.charts import COLORS, line_chart, strip_chart
 from nnunet_diffusion.report.collect import Fold, Model, collect, evaluation_scores, model_scores, read_log
 from nnunet_diffusion.report.html import element

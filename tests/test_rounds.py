@@ -22,17 +22,17 @@ import torch
 from running import run_command
 
 from nnunet_diffusion.cli import main
-from nnunet_diffusion.data.annotated import Annotation
-from nnunet_diffusion.data.completion import most_probable
-from nnunet_diffusion.data.pseudo import open_pseudo_label, pseudo_cases, save_pseudo_label
+from nnunet_diffusion.commands import command_environment
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.rounds.constrained import most_probable
 from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, centre, disagreement, measure, pairwise_dice
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, doubts, judge
 from nnunet_diffusion.rounds.given_model import INTENSITIES, refuse_other_data
 from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case, read_preprocessed
+from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases, save_pseudo_label
 from nnunet_diffusion.rounds.run import remove_stale
 from nnunet_diffusion.rounds.state import load_state, locked, record, refuse_changed_cases, save_state
-from nnunet_diffusion.steps import command_environment
 
 KILLS = int(os.environ.get("NNUNET_DIFFUSION_KILLS", "2"))
 

@@ -10,12 +10,12 @@ import torch
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization, RGBTo01Normalization
 
 from nnunet_diffusion.cli import main
-from nnunet_diffusion.data.intensities import intensity_scale, to_intensities, to_normalised
-from nnunet_diffusion.data.sample_files import numbers_in, read_samples, write_sample
-from nnunet_diffusion.diffusion.diffusion import Diffusion
-from nnunet_diffusion.diffusion.draw import draw_images
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.networks.denoiser_file import build, load_denoiser
+from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
+from nnunet_diffusion.pretraining.diffusion import Diffusion
+from nnunet_diffusion.pretraining.draw import draw_images
+from nnunet_diffusion.samples.files import numbers_in, read_samples, write_sample
+from nnunet_diffusion.samples.intensities import intensity_scale, to_intensities, to_normalised
 
 
 def image_of(folder, number, channel=0):

@@ -14,10 +14,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.cli.sample import real_batches
-from nnunet_diffusion.data.sample_files import write_sample
-from nnunet_diffusion.evaluation.features import INCEPTION_FILE, encoder_features
-from nnunet_diffusion.evaluation.generation import frechet_distance
-from nnunet_diffusion.networks.denoiser_file import build, load_denoiser, plan_identity
+from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser, plan_identity
+from nnunet_diffusion.samples.features import INCEPTION_FILE, encoder_features
+from nnunet_diffusion.samples.figures import frechet_distance
+from nnunet_diffusion.samples.files import write_sample
 
 pytestmark = pytest.mark.slow
 WHERE = ("-d", str(tiny.ID), "-p", tiny.PLANS, "--device", "cpu", "--steps", "5", "-n", "10")

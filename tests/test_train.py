@@ -16,7 +16,7 @@ from running import run_command
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.installation import trainers_folder
-from nnunet_diffusion.networks.denoiser_file import load_denoiser
+from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
 
 # What each process does: nnU-Net's own steps on its half of three fixed batches; without torchrun, on the whole ones.
 PROGRAM = """

@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from nnunet_diffusion import installation
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.networks.conditioning import fold
-from nnunet_diffusion.networks.denoiser_file import load_denoiser, rebuild
+from nnunet_diffusion.pretraining.conditioning import fold
+from nnunet_diffusion.pretraining.denoiser_file import load_denoiser, rebuild
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 from nnunet_diffusion.trainers.DiffusionPretrainedDecoderTrainer import DiffusionPretrainedDecoderTrainer

@@ -9,9 +9,10 @@ from test_networks import planned_network, trained
 from torch import nn
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.networks.conditioning import condition, fold
-from nnunet_diffusion.networks.linear import LinearClassifier
-from nnunet_diffusion.networks.transfer import (
+from nnunet_diffusion.optimization import WarmupPolyLR, warming_ema
+from nnunet_diffusion.pretraining.conditioning import condition, fold
+from nnunet_diffusion.pretraining.linear import LinearClassifier
+from nnunet_diffusion.pretraining.transfer import (
     adapt_input_channels,
     first_existing,
     own_results,
@@ -19,7 +20,6 @@ from nnunet_diffusion.networks.transfer import (
     pretrained_weights_argument,
     transfer,
 )
-from nnunet_diffusion.optimization import WarmupPolyLR, warming_ema
 
 
 def folded_denoiser(kind="PlainConvUNet", dim=2):

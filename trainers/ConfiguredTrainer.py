@@ -10,8 +10,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffusion import settings
-from nnunet_diffusion.data.laterality import axes_not_to_mirror, lateral_pairs
 from nnunet_diffusion.files import atomic
+from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs
 from nnunet_diffusion.settings import above, at_least
 
 

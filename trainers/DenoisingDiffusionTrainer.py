@@ -17,17 +17,17 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import autocast
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion.data.images import ImageDataset, fixed_batches, hold_out, image_loader, image_statistics
-from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
-from nnunet_diffusion.diffusion import pictures
-from nnunet_diffusion.diffusion.diffusion import Diffusion
-from nnunet_diffusion.diffusion.draw import draw_images
-from nnunet_diffusion.diffusion.process import PREDICTIONS, SCHEDULES, WEIGHTINGS, draw_timesteps
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.networks.conditioning import condition
-from nnunet_diffusion.networks.denoiser_file import plan_identity, save_denoiser
-from nnunet_diffusion.networks.transfer import unwrap
 from nnunet_diffusion.optimization import WarmupPolyLR, adamw, warming_ema
+from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
+from nnunet_diffusion.pretraining import pictures
+from nnunet_diffusion.pretraining.conditioning import condition
+from nnunet_diffusion.pretraining.denoiser_file import plan_identity, save_denoiser
+from nnunet_diffusion.pretraining.diffusion import Diffusion
+from nnunet_diffusion.pretraining.draw import draw_images
+from nnunet_diffusion.pretraining.images import ImageDataset, fixed_batches, hold_out, image_loader, image_statistics
+from nnunet_diffusion.pretraining.process import PREDICTIONS, SCHEDULES, WEIGHTINGS, draw_timesteps
+from nnunet_diffusion.pretraining.transfer import unwrap
 from nnunet_diffusion.settings import above, at_least, between, index_of, one_of
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 

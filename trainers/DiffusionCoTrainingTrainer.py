@@ -8,24 +8,24 @@ from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import autocast
 
-from nnunet_diffusion.data.annotated import annotated_mask
-from nnunet_diffusion.data.images import (
+from nnunet_diffusion.co_training.mask_diffusion import build_pair
+from nnunet_diffusion.co_training.teacher_file import load_teacher, restore_teacher
+from nnunet_diffusion.co_training.teachers import CrossPseudo, DiffusionTeacher, MeanTeacher, Teacher
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.optimization import ramp_up
+from nnunet_diffusion.partial.annotations import annotated_mask
+from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
+from nnunet_diffusion.pretraining.denoiser_file import plan_identity
+from nnunet_diffusion.pretraining.diffusion import Diffusion
+from nnunet_diffusion.pretraining.images import (
     ImageDataset,
     fixed_batches,
     image_loader,
     image_statistics,
     refuse_other_channels,
 )
-from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
-from nnunet_diffusion.diffusion.diffusion import Diffusion
-from nnunet_diffusion.diffusion.process import SCHEDULES
-from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.networks.denoiser_file import plan_identity
-from nnunet_diffusion.networks.mask_diffusion import build_pair
-from nnunet_diffusion.networks.teacher_file import load_teacher, restore_teacher
-from nnunet_diffusion.networks.teachers import CrossPseudo, DiffusionTeacher, MeanTeacher, Teacher
-from nnunet_diffusion.networks.transfer import plan_differences, unwrap
-from nnunet_diffusion.optimization import ramp_up
+from nnunet_diffusion.pretraining.process import SCHEDULES
+from nnunet_diffusion.pretraining.transfer import plan_differences, unwrap
 from nnunet_diffusion.settings import at_least, between, one_of
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from nnunet_diffusion.networks.linear import LinearClassifier
+from nnunet_diffusion.pretraining.linear import LinearClassifier
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 
 

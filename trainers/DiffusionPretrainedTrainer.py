@@ -7,9 +7,9 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
-from nnunet_diffusion.networks.conditioning import fold
-from nnunet_diffusion.networks.denoiser_file import load_denoiser, plan_identity, rebuild
-from nnunet_diffusion.networks.transfer import (
+from nnunet_diffusion.pretraining.conditioning import fold
+from nnunet_diffusion.pretraining.denoiser_file import load_denoiser, plan_identity, rebuild
+from nnunet_diffusion.pretraining.transfer import (
     first_existing,
     own_results,
     plan_differences,

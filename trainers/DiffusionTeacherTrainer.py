@@ -6,10 +6,10 @@ from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from torch import autocast
 
-from nnunet_diffusion.diffusion import pictures
+from nnunet_diffusion.co_training.mask_diffusion import Draw, build_pair, mask_health
+from nnunet_diffusion.co_training.teacher_file import save_teacher
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.networks.mask_diffusion import Draw, build_pair, mask_health
-from nnunet_diffusion.networks.teacher_file import save_teacher
+from nnunet_diffusion.pretraining import pictures
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 
 MASK_SEED = 10**6  # the noise of held-out masks is not that of their images, whose seeds count from 0

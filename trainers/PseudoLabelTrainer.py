@@ -3,17 +3,17 @@
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
 from nnunetv2.paths import nnUNet_results
 
-from nnunet_diffusion.data.annotated import balanced_cases
-from nnunet_diffusion.data.pool import pool_folder, pool_identifiers
-from nnunet_diffusion.data.pseudo import (
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.partial.annotations import balanced_cases
+from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
+from nnunet_diffusion.pretraining.transfer import load_weights, pretrained_weights_argument, unwrap
+from nnunet_diffusion.rounds.pseudo_labels import (
     PseudoLabelDataset,
     ignoring,
     pseudo_folder,
     usable_pseudo_labels,
     with_annotated_share,
 )
-from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.networks.transfer import load_weights, pretrained_weights_argument, unwrap
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 
 

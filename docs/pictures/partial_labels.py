@@ -8,7 +8,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from nnunet_diffusion.phantom import LABELS, phantom
+from nnunet_diffusion.demo.phantom import LABELS, phantom
 
 RIGHT, LEFT, LIVER = (LABELS[name] for name in ("right_kidney", "left_kidney", "liver"))
 CLASSES = {

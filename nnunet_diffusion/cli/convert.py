@@ -150,7 +150,7 @@ def _convert_flare22(args: argparse.Namespace) -> Any:
 
 
 def _convert_folder(args: argparse.Namespace) -> Any:
-    from nnunet_diffusion.data.scans import convert_folders
+    from nnunet_diffusion.conversion.files import convert_folders
 
     channels = {str(channel): name for channel, name in enumerate(args.channel_names)}
     annotated = {"annotated_labels": read_object(args.annotated)} if args.annotated else {}
@@ -169,7 +169,7 @@ def _convert_folder(args: argparse.Namespace) -> Any:
 
 def _convert_partial(args: argparse.Namespace) -> Any:
     from nnunet_diffusion import dataset_conversion
-    from nnunet_diffusion.data.partial import convert_partial
+    from nnunet_diffusion.conversion.partial import convert_partial
 
     mapping = args.mapping
     if mapping == "abdomen" and not os.path.isfile(mapping):

@@ -110,7 +110,7 @@ class Demo:
             args: The command line.
             name: DatasetXXX_Name.
         """
-        from nnunet_diffusion.steps import Steps, command_environment
+        from nnunet_diffusion.commands import Steps, command_environment
 
         self.args, self.name, self.id = args, name, str(int(name[7:10]))
         default = os.path.join("nnunet_diffusion_demo", name if args.data else "")
@@ -125,13 +125,13 @@ class Demo:
     def prepare(self) -> None:
         """Makes the synthetic data, plans and preprocesses, and decides what is held out."""
         from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_planner
-        from nnunet_diffusion.steps import Step, number_of_cores
+        from nnunet_diffusion.commands import Step, number_of_cores
 
         self.plans_name = default_plans_name(find_planner(self.args.planner))
         if not self.args.data:
             print(f'{INTRODUCTION}folders: eval "$(nnunet_diffusion env --root {shlex.quote(self.folder)})"\n')
             counts = [f"--{kind}={getattr(self.args, kind)}" for kind in CASES]
-            command = [os.path.basename(sys.executable), "-m", "nnunet_diffusion.phantom", self.raw, *counts]
+            command = [os.path.basename(sys.executable), "-m", "nnunet_diffusion.demo.phantom", self.raw, *counts]
             self.steps.run(Step("synthetic scans", command, f"{self.raw}/dataset.json", replaces=self.raw))
         command = ["nnunet_diffusion", "plan_and_preprocess", "-d", self.id, "-c", self.args.configuration]
         command += ["-pl", self.args.planner, "-np", str(number_of_cores())]
@@ -149,7 +149,7 @@ class Demo:
 
     def labelled_cases(self) -> dict[str, dict]:
         """Case -> {"images": paths, "label": path} of the labelled cases."""
-        from nnunet_diffusion.data.fingerprint import labeled_cases
+        from nnunet_diffusion.preprocessing.fingerprint import labeled_cases
 
         return labeled_cases(self.name)[1]
 
@@ -174,7 +174,7 @@ class Demo:
 
     def train_step(self, title: str, trainer: str, suffix: str, epochs: int, output: str) -> None:
         """Trains one model."""
-        from nnunet_diffusion.steps import Step
+        from nnunet_diffusion.commands import Step
 
         plans, configuration = self.plans_name + suffix, self.args.configuration
         command = ["nnUNetv2_train", self.id, configuration, self.fold, "-tr", trainer, "-p", plans]
@@ -211,7 +211,7 @@ class Demo:
 
     def predict(self) -> None:
         """Predicts the test images with nnU-Net's own command."""
-        from nnunet_diffusion.steps import Step, link
+        from nnunet_diffusion.commands import Step, link
 
         if not self.test:
             cases, held_out = self.labelled_cases(), load_json(os.path.join(self.preprocessed, "splits_final.json"))

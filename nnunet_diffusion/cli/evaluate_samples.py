@@ -38,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the figures and writes them beside the samples."""
     from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
     from nnunet_diffusion.cli.sample import real_batches
-    from nnunet_diffusion.data.sample_files import numbers_in, read_description, read_samples
     from nnunet_diffusion.files import write_json
+    from nnunet_diffusion.samples.files import numbers_in, read_description, read_samples
 
     description = read_description(args.samples)
     plan = description["plan"]
@@ -82,8 +82,8 @@ def find_extractor(args: argparse.Namespace, description: dict, device):
         UserError: If what it needs is not there.
     """
     from nnunet_diffusion.cli.sample import sha256
-    from nnunet_diffusion.evaluation.features import encoder_features, inception_features
-    from nnunet_diffusion.networks.denoiser_file import build, load_denoiser
+    from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
+    from nnunet_diffusion.samples.features import encoder_features, inception_features
 
     path = args.denoiser or description["denoiser"]
     content = load_denoiser(path)
@@ -120,7 +120,7 @@ def measure(real: list, samples: list, k: int) -> dict:
         samples: The same, (m, d) and (m, s).
         k: Neighbours of precision and recall.
     """
-    from nnunet_diffusion.evaluation.generation import f1, frechet_distance, precision_and_recall
+    from nnunet_diffusion.samples.figures import f1, frechet_distance, precision_and_recall
 
     precision, recall = precision_and_recall(real[0], samples[0], k)
     values = {

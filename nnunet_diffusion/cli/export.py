@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     """Exports the model and says where it is."""
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
-    from nnunet_diffusion.stock import export_stock
+    from nnunet_diffusion.export import export_stock
 
     try:
         source = get_output_folder(args.d, args.tr, args.p, args.c)

@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs what is not finished; returns 0."""
     from nnunet_diffusion.installation import usable_device
-    from nnunet_diffusion.rounds.mutual import STAGES, MutualLearning
+    from nnunet_diffusion.mutual.stages import STAGES, MutualLearning
 
     usable_device(args.device)
     learning = MutualLearning(args.dataset, args.configuration, args.fold, args.plans, args.device, args.gate,

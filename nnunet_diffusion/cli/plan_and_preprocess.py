@@ -59,8 +59,8 @@ def run(args):
     from nnunetv2.configuration import default_num_processes
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_diffusion.data.fingerprint import fingerprint_labeled, fingerprint_unlabeled
-    from nnunet_diffusion.data.pool import preprocess_labeled, preprocess_pool
+    from nnunet_diffusion.preprocessing.fingerprint import fingerprint_labeled, fingerprint_unlabeled
+    from nnunet_diffusion.preprocessing.preprocess import preprocess_labeled, preprocess_pool
 
     num_processes = args.num_processes or default_num_processes
     if (args.num_parts is None) != (args.part_id is None):
@@ -146,9 +146,9 @@ def check_annotations(name: str, num_processes: int) -> None:
     """
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-    from nnunet_diffusion.data import annotated_files
-    from nnunet_diffusion.data.annotated import output_channels, read_annotations
-    from nnunet_diffusion.data.fingerprint import labeled_cases
+    from nnunet_diffusion.partial.annotations import output_channels, read_annotations
+    from nnunet_diffusion.preprocessing import supervision as annotated_files
+    from nnunet_diffusion.preprocessing.fingerprint import labeled_cases
 
     dataset_json, dataset = labeled_cases(name)
     if not dataset_json.get("annotated_labels") and not dataset_json.get("union_labels"):
@@ -280,7 +280,7 @@ def copy_labels(name: str) -> None:
     """Puts the labels where nnU-Net validates, as its own preprocessing does; only what is new or newer."""
     from nnunetv2.paths import nnUNet_preprocessed
 
-    from nnunet_diffusion.data.fingerprint import labeled_cases
+    from nnunet_diffusion.preprocessing.fingerprint import labeled_cases
 
     dataset_json, dataset = labeled_cases(name)
     folder = os.path.join(nnUNet_preprocessed, name, "gt_segmentations")

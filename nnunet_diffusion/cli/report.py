@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 def files_of(results, name: str, raw: str) -> tuple[dict, list[str]]:
     """Files of the labelled cases and names of the unlabelled ones; what is wrong with them becomes a problem."""
-    from nnunet_diffusion.data.fingerprint import labeled_cases
-    from nnunet_diffusion.data.unlabeled import unlabeled_cases
+    from nnunet_diffusion.preprocessing.cases import unlabeled_cases
+    from nnunet_diffusion.preprocessing.fingerprint import labeled_cases
 
     found = []
     for read in (lambda: labeled_cases(name)[1], lambda: list(unlabeled_cases(raw, results.dataset_json))):

@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws what is missing, then the sheet."""
-    from nnunet_diffusion.data import sample_files
-    from nnunet_diffusion.diffusion.diffusion import Diffusion
-    from nnunet_diffusion.diffusion.draw import draw_images, number_of_steps
-    from nnunet_diffusion.networks.denoiser_file import build, load_denoiser
+    from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
+    from nnunet_diffusion.pretraining.diffusion import Diffusion
+    from nnunet_diffusion.pretraining.draw import draw_images, number_of_steps
+    from nnunet_diffusion.samples import files as sample_files
 
     if args.number < 1 or args.seed < 0 or (args.batch_size is not None and args.batch_size < 1):
         raise UserError("-n and --batch_size: at least 1; --seed: at least 0")
@@ -74,9 +74,9 @@ def draw_sheet(folder: str, number: int, description: dict) -> None:
     """Draws samples.png, under real images where the plan's preprocessed data are there; says what the units are."""
     import numpy as np
 
-    from nnunet_diffusion.data.intensities import plan_scales, to_intensities
-    from nnunet_diffusion.data.sample_files import read_samples
-    from nnunet_diffusion.diffusion.pictures import sample_sheet
+    from nnunet_diffusion.pretraining.pictures import sample_sheet
+    from nnunet_diffusion.samples.files import read_samples
+    from nnunet_diffusion.samples.intensities import plan_scales, to_intensities
 
     plan = description["plan"]
     scales = plan_scales(plan)
@@ -102,8 +102,8 @@ def find_denoiser(args: argparse.Namespace) -> str:
     Raises:
         UserError: If neither is named, or there is none.
     """
-    from nnunet_diffusion.networks.transfer import first_existing
     from nnunet_diffusion.plans import plans_in
+    from nnunet_diffusion.pretraining.transfer import first_existing
 
     if args.denoiser:
         return args.denoiser
@@ -151,10 +151,10 @@ def real_batches(description: dict, number: int, batch_size: int, dataset: str |
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    from nnunet_diffusion.data.images import ImageDataset, fixed_batches
-    from nnunet_diffusion.data.pool import pool_folder
     from nnunet_diffusion.files import read_json
     from nnunet_diffusion.plans import read_plans
+    from nnunet_diffusion.preprocessing.preprocess import pool_folder
+    from nnunet_diffusion.pretraining.images import ImageDataset, fixed_batches
 
     require_folders(("nnUNet_preprocessed",))
     plan = description["plan"]

@@ -88,7 +88,7 @@ def check_request(args: argparse.Namespace) -> None:
 
 def number_of_threads(device: str) -> int:
     """As nnUNetv2_train: all cores on a CPU, where nobody has set fewer; one beside a GPU."""
-    from nnunet_diffusion.steps import number_of_cores
+    from nnunet_diffusion.commands import number_of_cores
 
     return int(os.environ.get("OMP_NUM_THREADS", number_of_cores())) if device == "cpu" else 1
 

@@ -10,17 +10,17 @@ import numpy as np
 import SimpleITK as sitk
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunet_diffusion.data.annotated import TABLES, Annotation, Channels, output_channels, read_annotations
-from nnunet_diffusion.data.checks import (
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.evaluation.rules import Rules, Score, Target, score
+from nnunet_diffusion.evaluation.targets import Targets, case_targets, organ_targets
+from nnunet_diffusion.partial.annotations import TABLES, Annotation, Channels, output_channels, read_annotations
+from nnunet_diffusion.preprocessing.scan_checks import (
     GEOMETRIC_ENDINGS,
     check_label,
     check_same_geometry,
     label_values,
     read_geometry,
 )
-from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.evaluation.rules import Rules, Score, Target, score
-from nnunet_diffusion.evaluation.targets import Targets, case_targets, organ_targets
 from nnunet_diffusion.processes import run_in_processes
 
 

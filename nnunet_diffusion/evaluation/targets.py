@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from nnunet_diffusion.data.annotated import Annotation, Channels, is_annotated
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.evaluation.rules import (
     FLARE22,
@@ -13,6 +12,7 @@ from nnunet_diffusion.evaluation.rules import (
     Target,
     flare22_organ,
 )
+from nnunet_diffusion.partial.annotations import Annotation, Channels, is_annotated
 
 Targets = dict[str, Target]
 

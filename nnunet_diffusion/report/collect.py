@@ -267,7 +267,7 @@ def _quality(path: str) -> dict:
 
 
 def _denoiser(path: str) -> dict[str, Any]:
-    from nnunet_diffusion.networks.denoiser_file import load_denoiser
+    from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
 
     content = load_denoiser(path)
     training, process = content["training"], content["process"]

@@ -6,8 +6,10 @@ from typing import Any
 from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_diffusion.data.annotated import Annotation, output_channels, read_annotations
-from nnunet_diffusion.data.pool import (
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import read_json
+from nnunet_diffusion.partial.annotations import Annotation, output_channels, read_annotations
+from nnunet_diffusion.preprocessing.preprocess import (
     LABELED_FILES,
     UNLABELED_FILES,
     WORK,
@@ -15,8 +17,6 @@ from nnunet_diffusion.data.pool import (
     pool_folder,
     preprocessing_identity,
 )
-from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import read_json
 from nnunet_diffusion.rounds.evidence import Anatomy, anatomy, measure
 from nnunet_diffusion.rounds.prediction import Case, network_spacing, read_preprocessed
 from nnunet_diffusion.rounds.state import Record, digest, record

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nnunet_diffusion.data.annotated import Channels
+from nnunet_diffusion.partial.annotations import Channels
 
 
 class Evidence(NamedTuple):

@@ -13,18 +13,18 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
 
-from nnunet_diffusion.data.completion import NOTHING_ANNOTATED, ignore_uncertain, keep_labels
-from nnunet_diffusion.data.pseudo import ENDING, ignoring, pseudo_cases, save_pseudo_label
+from nnunet_diffusion.commands import Step, Steps, command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, write_json
-from nnunet_diffusion.networks.transfer import first_existing, own_results
+from nnunet_diffusion.pretraining.transfer import first_existing, own_results
+from nnunet_diffusion.rounds.constrained import NOTHING_ANNOTATED, ignore_uncertain, keep_labels
 from nnunet_diffusion.rounds.gate import DROP, KEEP, Verdict, judge
 from nnunet_diffusion.rounds.given_model import refuse_leak, refuse_missing, refuse_other_data
 from nnunet_diffusion.rounds.prediction import Teacher, is_predicted, load_prediction, predict_case, read_evidence
+from nnunet_diffusion.rounds.pseudo_labels import ENDING, ignoring, pseudo_cases, save_pseudo_label
 from nnunet_diffusion.rounds.report import draw, to_draw, write_report
 from nnunet_diffusion.rounds.run import CHECKPOINT, TRAINER, Run, remove_stale
 from nnunet_diffusion.rounds.state import digest, record
-from nnunet_diffusion.steps import Step, Steps, command_environment
 
 
 class Rounds(Run):

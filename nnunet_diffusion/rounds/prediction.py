@@ -19,12 +19,12 @@ from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunet_diffusion.data.annotated import Annotation
-from nnunet_diffusion.data.completion import most_probable, possible_classes
-from nnunet_diffusion.data.pseudo import open_array, write_array
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.export import find_folds, trainers_of
+from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure
-from nnunet_diffusion.stock import find_folds, trainers_of
+from nnunet_diffusion.rounds.pseudo_labels import open_array, write_array
 
 LEVELS = 255  # of the stored confidence
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 
-from nnunet_diffusion.data.pseudo import pseudo_folder
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.plans import read_plans
 from nnunet_diffusion.rounds.cases import Cases
 from nnunet_diffusion.rounds.gate import GateSettings, Verdict
+from nnunet_diffusion.rounds.pseudo_labels import pseudo_folder
 from nnunet_diffusion.rounds.state import (
     FORMAT,
     digest,

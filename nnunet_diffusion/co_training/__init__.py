@@ -1,0 +1,1 @@
+"""A diffusion teacher and a student on a pool without labels."""

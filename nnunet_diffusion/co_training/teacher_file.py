@@ -1,0 +1,51 @@
+"""teacher.pth: a pair of mask and image pathway that learned without labels; plain tensors and plain values only."""
+
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from nnunet_diffusion.co_training.mask_diffusion import MaskDiffusion
+from nnunet_diffusion.files import atomic
+from nnunet_diffusion.pretraining.denoiser_file import load_plain, refuse_other_topology
+
+FORMAT = "nnunet_diffusion teacher"
+FORMAT_VERSION = 1
+
+
+def save_teacher(path: str, pair: MaskDiffusion, process: dict, plan: dict, training: dict) -> None:
+    """Writes a teacher whole or not at all.
+
+    Args:
+        path: Usually `teacher.pth` in the fold's folder.
+        pair: Its averaged (EMA) weights.
+        process: Schedule, number of timesteps, prediction.
+        plan: From `plan_identity`.
+        training: What it was trained on, for how long, and what its masks were found to be.
+    """
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "versions": {name: version(name) for name in ("nnunet_diffusion", "nnunetv2", "torch")},
+        "teacher_weights": {name: tensor.cpu() for name, tensor in pair.state_dict().items()},
+        "process": process,
+        "plan": plan,
+        "training": training,
+    }
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_teacher(path: str) -> dict[str, Any]:
+    """The content of a teacher file as `save_teacher` wrote it; for the errors see `load_plain`."""
+    return load_plain(path, FORMAT, FORMAT_VERSION, "DiffusionTeacherTrainer")
+
+
+def restore_teacher(content: dict[str, Any], pair: MaskDiffusion) -> None:
+    """Loads the weights of a file into a pair that was built for this plan.
+
+    Raises:
+        UserError: If topology, channels or number of classes differ; the message lists what does not match.
+    """
+    refuse_other_topology("teacher", content["teacher_weights"], pair.state_dict(), content["plan"])
+    pair.load_state_dict(content["teacher_weights"])

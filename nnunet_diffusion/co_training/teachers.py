@@ -1,0 +1,134 @@
+"""Teachers of a student network: what each method of semi-supervised training learns from a batch.
+
+A step is two losses, each a function of the student, the teacher and one batch: `labelled` and `unlabelled`. The
+student is called as the function that it is; whoever trains it decides how it is wrapped and optimised.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from nnunet_diffusion.co_training.losses import Output, consistency_loss, labelled_loss, unlabelled_loss
+from nnunet_diffusion.co_training.mask_diffusion import MaskDiffusion, draw_rounds
+from nnunet_diffusion.optimization import warming_ema
+from nnunet_diffusion.pretraining.diffusion import Diffusion
+
+Judge = Callable[[Output], Tensor]
+Student = Callable[[Tensor], Output]
+
+
+class Teacher(nn.Module):
+    """None at all: supervised training, the base of the others."""
+
+    needs_pool = False
+
+    def start_from(self, student: nn.Module) -> None:
+        """What there is to do when the student has its first weights."""
+
+    def labelled(self, student: Student, images: Tensor, judge: Judge) -> Tensor:
+        """The loss of a labelled batch; `judge` is that of an output on the labels."""
+        return judge(student(images))
+
+    def unlabelled(self, student: Student, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch without labels, and (B,) figures of its images to report."""
+        raise NotImplementedError
+
+    def after_step(self, student: nn.Module) -> None:
+        """What there is to do when the student's weights have moved."""
+
+
+class MeanTeacher(Teacher):
+    """The student's averaged weights, on perturbed images (Tarvainen and Valpola 2017, arXiv 1703.01780).
+
+    Args:
+        student: Without wrappers.
+        decay: Of the average.
+        perturbation: Standard deviation of the noise on the teacher's images.
+    """
+
+    needs_pool = True
+
+    def __init__(self, student: nn.Module, decay: float, perturbation: float):
+        super().__init__()
+        self.average = AveragedModel(student, multi_avg_fn=warming_ema(decay)).requires_grad_(False)
+        self.perturbation = perturbation
+
+    def start_from(self, student):
+        """Takes the student's weights."""
+        self.average.module.load_state_dict(student.state_dict())
+
+    def unlabelled(self, student, images):
+        """The student must say what the average says of the perturbed images."""
+        with torch.no_grad():
+            target = finest(self.average(images + self.perturbation * torch.randn_like(images)))
+        return consistency_loss(finest(student(images)), target), {}
+
+    def after_step(self, student):
+        """Averages."""
+        self.average.update_parameters(student)
+
+
+class CrossPseudo(Teacher):
+    """A second network that starts from other weights; each learns the other's pseudo labels (Chen et al. 2021).
+
+    Args:
+        network: The teacher.
+        gate: See `losses.co_training.unlabelled_loss`.
+        batch_dice: As in the plan's configuration.
+    """
+
+    needs_pool = True
+
+    def __init__(self, network: nn.Module, gate: float, batch_dice: bool):
+        super().__init__()
+        self.network = network
+        self.gate, self.batch_dice = gate, batch_dice
+
+    def masks(self, images: Tensor) -> tuple[list[Output], list[Tensor]]:
+        """The logits of the teacher's masks, the first for the student, and errors that it learns from by itself."""
+        return [self.network(images)], []
+
+    def labelled(self, student, images, judge):
+        """Both learn the labels."""
+        return labelled_loss(student(images), *self.masks(images), judge)
+
+    def unlabelled(self, student, images):
+        """Both learn from each other."""
+        masks, errors = self.masks(images)
+        masks = [finest(mask) for mask in masks]
+        loss, agreed = unlabelled_loss(finest(student(images)), masks, errors, self.gate, self.batch_dice)
+        return loss, {"agreement": agreed}
+
+
+class DiffusionTeacher(CrossPseudo):
+    """Mask pathway and image pathway, with rounds of refinement: see `networks.mask_diffusion`.
+
+    Args:
+        network: Both.
+        gate: As in CrossPseudo.
+        batch_dice: As in CrossPseudo.
+        diffusion: The process.
+        classes: Background included.
+        rounds: K.
+        chained: Whether a round goes on from the one before.
+    """
+
+    def __init__(
+        self, network: MaskDiffusion, gate: float, batch_dice: bool, diffusion: Diffusion, classes: int, rounds: int,
+        chained: bool,
+    ):  # fmt: skip
+        super().__init__(network, gate, batch_dice)
+        self.diffusion = diffusion
+        self.classes, self.rounds, self.chained = classes, rounds, chained
+
+    def masks(self, images):
+        """The first mask and those of the rounds, with fresh draws."""
+        draws = draw_rounds(images, self.classes, self.rounds, len(self.diffusion.alpha_bar))
+        return self.network.refine(images, draws, self.diffusion, self.chained)
+
+
+def finest(output: Output) -> Tensor:
+    """The output of full resolution of a network with or without deep supervision."""
+    return output[0] if isinstance(output, (list, tuple)) else output

@@ -1,0 +1,1 @@
+"""From files of any layout to a raw data set of nnU-Net."""

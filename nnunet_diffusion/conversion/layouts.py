@@ -1,0 +1,130 @@
+"""Published data sets whose files are recognised by their names: one description each, one conversion for all."""
+
+import argparse
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nnunet_diffusion.conversion.dataset import REORIENTING_READER, Converted, convert, refuse
+from nnunet_diffusion.conversion.files import files_below, is_image, the_ending
+from nnunet_diffusion.errors import UserError
+
+ENDING = r"\.nii(?:\.gz)?"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a published CT data set keeps its files, and what its labels mean.
+
+    The three patterns are regular expressions for the end of a path, beginning with a whole folder's or file's name;
+    the group `case` names the case.
+    """
+
+    labels: tuple[str, ...]  # of the values 1, 2, ...
+    image: str
+    label: str
+    left_out: str  # images that are not trained on, if they have no label
+    reference: str
+    trust_voxels: bool = False  # headers of label maps are known to be wrong
+
+
+def decathlon(prefix: str, labels: tuple[str, ...]) -> Layout:
+    """A CT task of the Medical Segmentation Decathlon: imagesTr, labelsTr and imagesTs with prefix_001.nii.gz."""
+    case = rf"(?P<case>{prefix}_\d+){ENDING}"
+    return Layout(labels, f"imagesTr/{case}", f"labelsTr/{case}", f"imagesTs/{case}", "http://medicaldecathlon.com")
+
+
+def convert_layout(
+    layout: Layout, source: str, dataset_id: int, name: str, copy: bool = False, num_threads: int = 1
+) -> Converted:
+    """Writes nnUNet_raw/DatasetXXX_Name from the cases of a published data set in or anywhere below `source`.
+
+    Args:
+        layout: The data set's.
+        source: The folder that it was unpacked into.
+        dataset_id: 1 to 999.
+        name: What follows DatasetXXX_.
+        copy: Copy the files into the data set; otherwise it refers to them where they are.
+        num_threads: For the checks.
+
+    Raises:
+        UserError: If the folder cannot be read, a case is not whole or there twice, or is not usable.
+        OSError: If the data set cannot be written.
+    """
+    files = [path for path in files_below(source) if is_image(path.rpartition("/")[2])]
+    problems: list[str] = []
+    images, labels = _found(files, layout.image, problems), _found(files, layout.label, problems)
+    evaluation = {path for path in files if _match(layout.left_out, path)}
+    for case in sorted(images.keys() - labels.keys()):
+        if images[case] not in evaluation:
+            problems.append(f"{case}: {images[case]} has no label: add it, or remove the image")
+    for case in sorted(labels.keys() - images.keys()):
+        problems.append(f"{case}: {labels[case]} has no image: add it, or remove the label")
+    refuse(problems)
+    labeled = {case: ([path], labels[case]) for case, path in images.items() if case in labels}
+    if not labeled:
+        image, label = map(example, (layout.image, layout.label))
+        raise UserError(f"{source}: has no case in or below it, an image such as {image} with a label {label}")
+    ending = the_ending([path for (image,), label in labeled.values() for path in (image, label)])
+    description = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, **{label: value for value, label in enumerate(layout.labels, start=1)}},
+        "file_ending": ending,
+        "overwrite_image_reader_writer": REORIENTING_READER,  # they store scans in several orientations
+        "reference": layout.reference,
+    }
+    values = {value: value for value in description["labels"].values()}
+    relabeling = dict.fromkeys(labeled, values) if layout.trust_voxels else None
+    converted = convert(
+        dataset_id, name, labeled, {}, description, [source], copy, num_threads, relabeling, layout.trust_voxels
+    )
+    if left := len(evaluation - {image for (image,), _ in labeled.values()}):
+        converted.notes.append(f"left {left} scan(s) that are not for this training where they are")
+    return converted
+
+
+def example(pattern: str) -> str:
+    """A pattern of a `Layout` as a person would write it, with CASE for what names the case."""
+    readable = re.sub(r"\(\?P<case>[^()]*(?:\([^()]*\)[^()]*)*\)", "CASE", pattern.replace(ENDING, ".nii.gz"))
+    return readable.replace("\\d+", "NUMBER").replace("\\", "")
+
+
+def _match(pattern: str, path: str) -> re.Match | None:
+    return re.search(f"(?:^|/)(?:{pattern})$", path)
+
+
+def _found(files: list[str], pattern: str, problems: list[str]) -> dict[str, str]:
+    cases: dict[str, str] = {}
+    for path in files:
+        if match := _match(pattern, path):
+            if (earlier := cases.setdefault(match["case"], path)) != path:
+                problems.append(f"{match['case']}: is there twice, as {earlier} and {path}: remove one")
+    return cases
+
+
+def command_line(convert_set: Callable[..., Converted], description: str, **choices: tuple[int, ...]) -> int:
+    """Runs a conversion from the command line, with the defaults of its signature; returns the exit code.
+
+    Args:
+        convert_set: Takes source, dataset_id, name, copy, num_threads and the names of `choices`.
+        description: For --help.
+        **choices: Required options of its own and their values.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(convert_set).parameters.items()}
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="the folder that the data set was unpacked into")
+    parser.add_argument(
+        "-d", dest="dataset_id", type=int, default=defaults["dataset_id"], help="id (default: %(default)s)"
+    )
+    parser.add_argument("-n", dest="name", default=defaults["name"], help="name (default: %(default)s)")
+    parser.add_argument("--copy", action="store_true", help="copy the files; otherwise they are referred to")
+    parser.add_argument("-np", dest="num_threads", type=int, default=4, help="checks at a time (default: %(default)s)")
+    for option, values in choices.items():
+        parser.add_argument(f"--{option}", type=int, choices=values, required=True)
+    try:
+        converted = convert_set(**vars(parser.parse_args()))
+    except (UserError, OSError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print(converted)
+    return int(bool(converted.skipped))

@@ -1,1 +1,0 @@
-"""Cases, their labels and the unlabelled pool."""

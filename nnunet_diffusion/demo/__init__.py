@@ -1,0 +1,1 @@
+"""Synthetic scans to try everything on."""

@@ -1,1 +1,0 @@
-"""Losses that know tensors, not data sets."""

@@ -1,0 +1,1 @@
+"""Mutual learning between networks of differently annotated groups."""

@@ -1,1 +1,0 @@
-"""Time conditioning, folding and transfer of planned networks."""

@@ -1,0 +1,1 @@
+"""Learning from cases that are annotated for some labels only."""

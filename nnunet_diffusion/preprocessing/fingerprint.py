@@ -1,0 +1,162 @@
+"""What a plan is made from: the labelled cases as nnU-Net measures them, and the geometry of the unlabelled scans.
+
+Both are kept in the preprocessed data set's folder and measured again only where a file has changed.
+"""
+
+import os
+import time
+from os.path import isfile, join
+
+from batchgenerators.utilities.file_and_folder_operations import load_json
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import naming_full_disk, read_json, write_json
+from nnunet_diffusion.preprocessing.cases import unlabeled_cases
+from nnunet_diffusion.preprocessing.preprocess import labeled_files, read_scan
+from nnunet_diffusion.preprocessing.scan_checks import check_labeled_case, label_values, number_of_channels
+from nnunet_diffusion.processes import run_in_processes
+
+UNLABELED_FILE = "unlabeled_fingerprint.json"
+MEASURED_FILE = "labeled_files.json"  # what dataset_fingerprint.json was measured from
+SECONDS_BETWEEN_SAVES = 10
+
+
+def fingerprint_labeled(dataset_name: str, num_processes: int = default_num_processes) -> None:
+    """Checks every labelled case and lets nnU-Net measure them; does nothing if both are done and no file has changed.
+
+    Args:
+        dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
+        num_processes: Number of worker processes.
+
+    Raises:
+        UserError: Listing every case that cannot be used; nothing is written then.
+    """
+    dataset_json, dataset = labeled_cases(dataset_name)
+    folder = join(nnUNet_preprocessed, dataset_name)
+    described = {key: dataset_json.get(key) for key in ("channel_names", "labels", "regions_class_order")}
+    measured = described | {
+        "cases": {case: _stamps([*files["images"], files["label"]]) for case, files in dataset.items()}
+    }
+    if isfile(join(folder, "dataset_fingerprint.json")) and _load(join(folder, MEASURED_FILE)) == measured:
+        return
+    values = label_values(dataset_json["labels"])
+    tasks = {case: (files["images"], files["label"], values) for case, files in dataset.items()}
+    results = run_in_processes(_problem, tasks, num_processes, "Checking labelled cases")
+    if problems := {case: problem for case, problem in results if problem is not None}:
+        listed = "".join(f"\n  {case}: {problems[case]}" for case in sorted(problems))
+        raise UserError(f"{len(problems)} of {len(dataset)} labelled cases cannot be used:{listed}")
+    os.makedirs(folder, exist_ok=True)
+    with naming_full_disk(join(folder, "dataset_fingerprint.json")):
+        DatasetFingerprintExtractor(dataset_name, num_processes).run(overwrite_existing=True)
+    write_json(join(folder, MEASURED_FILE), measured)
+
+
+def fingerprint_unlabeled(dataset_name: str, num_processes: int = default_num_processes) -> dict[str, str]:
+    """Measures the spacing and the shape after cropping of every unlabelled scan that is new or has changed.
+
+    Args:
+        dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
+        num_processes: Number of worker processes.
+
+    Returns:
+        What is wrong with each scan that cannot be used: case -> message.
+    """
+    dataset_folder = join(nnUNet_raw, dataset_name)
+    dataset_json = read_json(join(dataset_folder, "dataset.json"))
+    cases = unlabeled_cases(dataset_folder, dataset_json)
+    file = join(nnUNet_preprocessed, dataset_name, UNLABELED_FILE)
+    saved, stamps = _load(file) or {}, {case: _stamps(images) for case, images in cases.items()}
+    # A scan with a problem is read again: its permissions, or the error of a network drive, leave no mark on a file.
+    known = {c: entry for c, entry in saved.items() if entry["files"] == stamps.get(c) and "problem" not in entry}
+    reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+    tasks = {case: (reader, images) for case, images in cases.items() if case not in known}
+    last = time.monotonic()
+    for case, measures in run_in_processes(measure, tasks, num_processes, "Measuring unlabelled scans"):
+        known[case] = {"files": stamps[case]} | measures
+        if time.monotonic() - last > SECONDS_BETWEEN_SAVES:
+            write_json(file, known)
+            last = time.monotonic()
+    if known != saved:
+        write_json(file, {case: known[case] for case in cases})
+    return {case: known[case]["problem"] for case in cases if "problem" in known[case]}
+
+
+def measure(reader_class, images: list[str]) -> dict:
+    """The spacing (mm) and the shape (voxels) after cropping to what is not zero, as nnU-Net measures a case.
+
+    Returns:
+        {"spacing": 3 numbers, "shape_after_crop": 3 integers}, slowest axis first; or {"problem": message}.
+    """
+    try:
+        data, properties = read_scan(reader_class(), images)
+    except UserError as problem:
+        return {"problem": str(problem)}
+    shape = crop_to_nonzero(data)[0].shape[1:]
+    return {"spacing": [float(i) for i in properties["spacing"]], "shape_after_crop": [int(i) for i in shape]}
+
+
+def with_unlabeled_geometry(fingerprint: dict, dataset_name: str, dataset_json: dict) -> dict:
+    """nnU-Net's fingerprint with the spacings and shapes of the unlabelled scans behind those of the labelled cases.
+
+    Raises:
+        UserError: If there are unlabelled scans that were not measured.
+    """
+    cases = unlabeled_cases(join(nnUNet_raw, dataset_name), dataset_json)
+    measures = _load(join(nnUNet_preprocessed, dataset_name, UNLABELED_FILE)) or {}
+    if missing := sorted(cases.keys() - measures.keys()):
+        raise UserError(
+            f"{len(missing)} unlabelled scans of {dataset_name} were not measured ({missing[0]}, ...): plan with "
+            "`nnunet_diffusion plan_and_preprocess`, which does it"
+        )
+    usable = [measures[case] for case in cases if "problem" not in measures[case]]
+    return fingerprint | {
+        "spacings": [*fingerprint["spacings"], *(entry["spacing"] for entry in usable)],
+        "shapes_after_crop": [*fingerprint["shapes_after_crop"], *(entry["shape_after_crop"] for entry in usable)],
+    }
+
+
+def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
+    """The content of dataset.json and, case by case, the files of the labelled cases, as nnU-Net finds them.
+
+    Raises:
+        UserError: If there is none, a label has no image, or a case does not have one image per channel.
+    """
+    folder = join(nnUNet_raw, dataset_name)
+    dataset_json = read_json(join(folder, "dataset.json"))
+    if "dataset" not in dataset_json:
+        ending, labels = dataset_json["file_ending"], join(folder, "labelsTr")
+        images = {name[: -len(ending) - 5] for name in os.listdir(join(folder, "imagesTr")) if name.endswith(ending)}
+        lonely = {name.removesuffix(ending) for name in os.listdir(labels) if name.endswith(ending)} - images
+        if lonely:
+            raise UserError(f"{labels}: {sorted(lonely)} have no image in imagesTr: add it or take the label out")
+    dataset = labeled_files(folder, dataset_json)
+    if not dataset:
+        raise UserError(f"{folder}: no labelled case; nnU-Net plans with at least one")
+    channels = len(dataset_json["channel_names"])
+    if wrong := sorted(case for case, files in dataset.items() if number_of_channels(files["images"]) != channels):
+        raise UserError(f"{folder}: {wrong} do not have one image (or, as a picture, one value) for each of the "
+                        f"{channels} channels")
+    return dataset_json, dataset
+
+
+def _problem(*arguments) -> str | None:
+    try:
+        check_labeled_case(*arguments)
+    except UserError as problem:
+        return str(problem)
+    return None
+
+
+def _stamps(paths: list[str]) -> list[list]:
+    """Tells whether a file is still the same: path, bytes, modification time; None for what is missing."""
+    found = [os.stat(path) if os.path.exists(path) else None for path in paths]
+    return [[path, f and f.st_size, f and f.st_mtime_ns] for path, f in zip(paths, found, strict=True)]
+
+
+def _load(file: str) -> dict | None:
+    return load_json(file) if isfile(file) else None

@@ -1,0 +1,116 @@
+"""What the label files hold of what was annotated: a check, and a table to look at before training."""
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from tqdm import tqdm
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.partial.annotations import Annotation, Channels, annotated_mask, known_values
+
+Counts = dict[str, dict[int, int]]  # case -> label value -> voxels
+
+
+class Supervision(NamedTuple):
+    """What a data set says about one label or region."""
+
+    name: str
+    cases: int  # that annotate it
+    cases_in_union: int  # that annotate a union with it only
+    cases_with_voxels: int  # that annotate it and have it
+    voxels: int
+
+
+def count_labels(dataset_json: dict, label_files: Mapping[str, str], num_threads: int = 1) -> Counts:
+    """Reads every label file once, with nnU-Net's reader.
+
+    Args:
+        dataset_json: The content of dataset.json.
+        label_files: {case: path}.
+        num_threads: Each holds one label file in memory.
+
+    Returns:
+        {case: {label value: voxels}}.
+
+    Raises:
+        UserError: If a file cannot be read.
+    """
+    reader_class = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+
+    def count(path: str) -> dict[int, int]:
+        try:
+            voxels = reader_class().read_seg(path)[0]
+        except Exception as error:  # each of nnU-Net's readers has errors of its own
+            raise UserError(f"{path}: nnU-Net cannot read this: {error}") from error
+        found = pd.Series(np.ravel(voxels)).value_counts()  # hashing: much faster than np.unique on a scan
+        if fractions := [float(value) for value in found.index if not float(value).is_integer()]:
+            raise UserError(f"{path}: label values must be whole numbers, not {fractions[:10]}: is this an image?")
+        return {int(value): int(number) for value, number in sorted(found.items())}
+
+    with ThreadPoolExecutor(max(1, num_threads)) as pool:
+        results = list(tqdm(pool.map(count, label_files.values()), "Counting labels", len(label_files)))
+    return dict(zip(label_files, results, strict=True))
+
+
+def check_counts(
+    counts: Counts, annotations: Mapping[str, Annotation], channels: Channels, ignore_label: int | None = None
+) -> None:
+    """Refuses label files with values of labels that their cases do not declare annotated.
+
+    Raises:
+        UserError: Listing all such cases with the values and their names.
+    """
+    problems = []
+    for case, found in counts.items():
+        unknown = set(found) - known_values(annotations[case], channels) - {ignore_label}
+        names = sorted(name for name, values in channels.items() if values & unknown)
+        if unknown:
+            problems.append(
+                f"case {case!r} has voxels with the value(s) {sorted(unknown)} ({', '.join(names) or 'no label'}) but "
+                "does not declare them annotated: add the name to its annotated_labels, or correct its label file"
+            )
+    if problems:
+        raise UserError("\n  ".join([f"{len(problems)} label file(s) contradict dataset.json:", *problems]))
+
+
+def summarize(counts: Counts, annotations: Mapping[str, Annotation], channels: Channels) -> list[Supervision]:
+    """Cases and voxels of each label or region but background; only annotated pairs count."""
+    cases = list(counts)
+    mask = annotated_mask(cases, annotations, channels).numpy().reshape(len(cases), len(channels))
+    rows = []
+    for channel, (name, values) in enumerate(channels.items()):
+        if values == {0}:
+            continue
+        known = [case for case, is_known in zip(cases, mask[:, channel], strict=True) if is_known]
+        voxels = [sum(counts[case].get(value, 0) for value in values) for case in known]
+        in_union = sum(any(name in union for union in annotations[case].unions) for case in cases)
+        rows.append(Supervision(name, len(known), in_union, int(np.count_nonzero(voxels)), sum(voxels)))
+    return rows
+
+
+def table(rows: list[Supervision]) -> str:
+    """The rows as text, then warnings in capitals of what no case can teach."""
+    lines = [("label", "annotated in", "in a union in", "seen in", "voxels"), *rows]
+    text = [[str(cell) for cell in line] for line in lines]
+    widths = [max(len(line[i]) for line in text) for i in range(len(text[0]))]
+    for line in text:
+        line[0] = line[0].ljust(widths[0])
+    aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in text]
+    return "\n".join([*aligned, *lacking(rows)])
+
+
+def lacking(rows: list[Supervision]) -> list[str]:
+    """A sentence for each kind of label that has no positive supervision."""
+    groups = {
+        "NO CASE ANNOTATES": [row.name for row in rows if not row.cases and not row.cases_in_union],
+        "ONLY IN UNIONS, SO THAT NOTHING TELLS THEM FROM THE OTHERS": [
+            row.name for row in rows if not row.cases and row.cases_in_union
+        ],
+        "ANNOTATED, BUT NO CASE HAS A VOXEL OF": [row.name for row in rows if row.cases and not row.voxels],
+    }
+    advice = "the network cannot learn them: add cases, or take them out of the labels"
+    return [f"WARNING: {what}: {', '.join(names)}: {advice}" for what, names in groups.items() if names]

@@ -1,0 +1,1 @@
+"""Denoising diffusion pre-training of the planned network, and its transfer."""

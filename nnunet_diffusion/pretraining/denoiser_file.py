@@ -1,0 +1,218 @@
+"""denoiser.pth: what pre-training leaves behind; plain tensors and plain values only."""
+
+import json
+import pickle
+import re
+import zipfile
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import atomic
+from nnunet_diffusion.pretraining.conditioning import Denoiser, condition, fold
+
+FORMAT = "nnunet_diffusion denoiser"
+FORMAT_VERSION = 1
+NETWORKS = re.compile(r"dynamic_network_architectures\.architectures\.unet\.(PlainConvUNet|ResidualEncoderUNet)")
+MODULES = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
+
+
+def plan_identity(plans_manager, configuration_name: str, dataset_json: dict) -> dict[str, Any]:
+    """What a fine-tuning plan must share with the pre-training plan, as plain values.
+
+    Args:
+        plans_manager: nnU-Net's.
+        configuration_name: "2d", "3d_fullres", ...
+        dataset_json: The content of dataset.json.
+
+    Returns:
+        Names, spacing (mm), patch size (voxels), normalisation with its intensity statistics, and the topology.
+    """
+    configuration = plans_manager.get_configuration(configuration_name)
+    identity = {
+        "dataset_name": plans_manager.dataset_name,
+        "plans_name": plans_manager.plans_name,
+        "configuration": configuration_name,
+        "spacing": configuration.spacing,
+        "patch_size": configuration.patch_size,
+        "transpose_forward": plans_manager.transpose_forward,
+        "normalization_schemes": configuration.normalization_schemes,
+        "intensities": plans_manager.foreground_intensity_properties_per_channel,
+        "channel_names": dataset_json["channel_names"],
+        "network_class": configuration.network_arch_class_name,
+        "network_kwargs": configuration.network_arch_init_kwargs,
+        "network_kwargs_requiring_import": configuration.network_arch_init_kwargs_req_import,
+    }
+    return json.loads(json.dumps(identity, default=lambda value: value.tolist()))
+
+
+def save_denoiser(path: str, denoiser: Denoiser, timestep: int, process: dict, plan: dict, training: dict) -> None:
+    """Writes a denoiser whole or not at all.
+
+    Args:
+        path: Usually `denoiser.pth` in the fold's folder.
+        denoiser: Its averaged (EMA) weights.
+        timestep: The default t*; the fold there goes under nnU-Net's key `network_weights`, so that stock nnU-Net can
+            start from the file with `-pretrained_weights`.
+        process: Schedule, number of timesteps, prediction.
+        plan: From `plan_identity`.
+        training: What it was trained on, for how long, how well.
+    """
+    folded = {name: tensor.cpu() for name, tensor in fold(denoiser, timestep).state_dict().items()}
+    content = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "versions": {name: version(name) for name in ("nnunet_diffusion", "nnunetv2", "torch")},
+        "network_weights": folded,
+        "timestep": timestep,
+        "denoiser_weights": {name: tensor.cpu() for name, tensor in denoiser.state_dict().items()},
+        "process": process,
+        "plan": plan,
+        "training": training,
+        "nnssl_adaptation_plan": _nnssl_adaptation_plan(denoiser, plan),
+    }
+    with atomic(path) as temporary:
+        torch.save(content, temporary)
+
+
+def load_denoiser(path: str) -> dict[str, Any]:
+    """The content of a denoiser file as `save_denoiser` wrote it; for the errors see `load_plain`."""
+    return load_plain(path, FORMAT, FORMAT_VERSION, "DenoisingDiffusionTrainer")
+
+
+def load_plain(path: str, file_format: str, format_version: int, trainer: str) -> dict[str, Any]:
+    """Reads a file of ours without running anything that it may contain.
+
+    Args:
+        path: The file.
+        file_format: What it says that it is, such as "nnunet_diffusion denoiser".
+        format_version: Which version of that this library reads.
+        trainer: What writes such files.
+
+    Returns:
+        The content as it was written, tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If it is truncated, holds anything but tensors and plain values, is another kind of checkpoint, or
+            comes from a later version.
+    """
+    what = file_format.split()[-1]
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {what} {path}: check the path, or pre-train one") from None
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path} holds more than tensors and plain values, as nnU-Net's checkpoints and harmful files do; nothing "
+            f"in it was run: give a {what}.pth that {trainer} wrote"
+        ) from None
+    except (EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} cannot be read, it is truncated or no PyTorch file ({error}): copy it again, or delete it and "
+            "repeat the pre-training command with --val"
+        ) from None
+    if not isinstance(content, dict) or content.get("format") != file_format:
+        raise UserError(f"{path} is no {what} of nnunet_diffusion: give a file that {trainer} wrote")
+    if content.get("format_version") != format_version:
+        raise UserError(
+            f"{path} has format version {content.get('format_version')} (nnunet_diffusion "
+            f"{content.get('versions', {}).get('nnunet_diffusion')}), this library reads {format_version}: install the "
+            "version that wrote it, or pre-train again"
+        )
+    return content
+
+
+def rebuild(content: dict[str, Any], network: nn.Module) -> Denoiser:
+    """The denoiser of a file, on a freshly built planned network with one output per image channel.
+
+    Args:
+        content: From `load_denoiser`.
+        network: The planned network, with as many input and output channels as the file's images.
+
+    Raises:
+        UserError: If the topologies differ; the message lists the parameters that do not match.
+    """
+    weights = content["denoiser_weights"]
+    denoiser = condition(network, len(weights["input_scale"]))
+    refuse_other_topology("denoiser", weights, denoiser.state_dict(), content["plan"])
+    denoiser.load_state_dict(weights)
+    return denoiser
+
+
+def refuse_other_topology(what: str, weights: dict, expected: dict, plan: dict) -> None:
+    """Raises UserError, with a table, if the weights of a file are not those that the plan's network has.
+
+    Args:
+        what: The file's kind, for the message.
+        weights: Its state dict.
+        expected: The network's state dict.
+        plan: The file's plan identity.
+    """
+    rows = [
+        f"  {name}: {what} {_shape(weights.get(name))}, planned network {_shape(expected.get(name))}"
+        for name in sorted({**weights, **expected})
+        if _shape(weights.get(name)) != _shape(expected.get(name))
+    ]
+    if rows:
+        raise UserError(
+            f"the {what} was made for another topology ({plan['dataset_name']}, {plan['plans_name']}, "
+            f"{plan['configuration']}): {len(expected) - len(rows)} of {len(expected)} parameters match, these do not\n"
+            + "\n".join(rows[:20] + [f"  and {len(rows) - 20} more"] * (len(rows) > 20))
+            + "\npre-train with this plan, or move the pre-training plan to this data set "
+            "(nnUNetv2_move_plans_between_datasets)"
+        )
+
+
+def build(content: dict[str, Any]) -> Denoiser:
+    """The denoiser of a file with nothing but the file: no plan, no data set.
+
+    Args:
+        content: From `load_denoiser`.
+
+    Raises:
+        UserError: If it names another network than nnU-Net plans. Names are looked up and called, so a file from
+            somebody else must not be free to choose them.
+    """
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    plan, channels = content["plan"], len(content["denoiser_weights"]["input_scale"])
+    imported = plan["network_kwargs_requiring_import"]
+    modules = [plan["network_kwargs"][key] for key in imported if plan["network_kwargs"][key] is not None]
+    strange = [name for name in [plan["network_class"]] if not NETWORKS.fullmatch(name)]
+    strange += [name for name in modules if not MODULES.fullmatch(name)]
+    if strange:
+        raise UserError(f"the denoiser asks for {', '.join(strange)}: only nnU-Net's U-Nets are built from a file")
+    network = get_network_from_plans(
+        plan["network_class"], plan["network_kwargs"], imported, channels, channels, deep_supervision=False
+    )
+    return rebuild(content, network)
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape))
+
+
+def _nnssl_adaptation_plan(denoiser: Denoiser, plan: dict) -> dict[str, Any]:
+    """The description of the backbone that nnssl's checkpoints carry, for tools that read theirs."""
+    return {
+        "architecture_plans": {
+            "arch_class_name": plan["network_class"],
+            "arch_kwargs": plan["network_kwargs"],
+            "arch_kwargs_requiring_import": plan["network_kwargs_requiring_import"],
+        },
+        "pretrain_plan": {
+            "plans_name": plan["plans_name"],
+            "configurations": {
+                plan["configuration"]: {key: plan[key] for key in ("spacing", "patch_size", "normalization_schemes")}
+            },
+        },
+        "pretrain_num_input_channels": len(denoiser.input_scale),
+        "recommended_downstream_patchsize": plan["patch_size"],
+        "key_to_encoder": getattr(denoiser.network, "key_to_encoder", "encoder"),
+        "key_to_stem": getattr(denoiser.network, "key_to_stem", None),
+        "keys_to_in_proj": list(getattr(denoiser.network, "keys_to_in_proj", ())),
+    }

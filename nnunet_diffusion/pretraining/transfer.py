@@ -1,0 +1,208 @@
+"""Transfer of a denoiser's weights into the planned segmentation network, with a report that hides nothing."""
+
+import os
+import sys
+from dataclasses import asdict, dataclass, field
+
+import torch
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.export import load_checkpoint
+from nnunet_diffusion.pretraining.conditioning import first_convolution
+
+HEADS = "decoder.seg_layers."
+
+
+@dataclass
+class TransferReport:
+    """What became of every parameter, by its name in the network.
+
+    Attributes:
+        matched: Copied.
+        adapted: Copied into another shape, with how.
+        missing: Left as they were initialised.
+        unexpected: In the denoiser, but not used.
+        source: The file.
+        timestep: t*, at which it was folded.
+        warnings: Differences between the two plans that do not prevent the transfer.
+    """
+
+    matched: list[str] = field(default_factory=list)
+    adapted: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    source: str = ""
+    timestep: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+    def as_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        """A few lines for the log."""
+        lines = [f"Transferred {self.source}, folded at timestep {self.timestep}:"]
+        for name in ("matched", "adapted", "missing", "unexpected"):
+            entries = getattr(self, name)
+            detail = "" if name == "matched" or not entries else ": " + ", ".join(entries)
+            lines.append(f"  {name:<10} {len(entries):>4}{detail}")
+        return "\n".join(lines + [f"  WARNING: {warning}" for warning in self.warnings])
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network itself, without DDP and torch.compile around it."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+@torch.no_grad()
+def transfer(network: nn.Module, folded: dict[str, Tensor], image_channels: int) -> TransferReport:
+    """Copies a folded denoiser into a segmentation network; its output heads stay as nnU-Net initialised them.
+
+    Args:
+        network: The planned network, changed in place.
+        folded: State dict of the folded denoiser.
+        image_channels: How many of the input channels are images; the others (a cascade's previous segmentation) stay
+            as they were initialised.
+
+    Returns:
+        The report, without source and timestep.
+
+    Raises:
+        UserError: If anything but the heads and the number of input channels differs.
+    """
+    report = TransferReport()
+    stem_weight = first_convolution(network).weight
+    wrong = []
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:  # each once, by its first name
+        source = folded.get(name)
+        if name.startswith(HEADS):
+            report.missing.append(f"{name} (new output head)")
+        elif source is not None and source.shape == tensor.shape:
+            tensor.copy_(source)
+            report.matched.append(name)
+        elif source is not None and tensor is stem_weight and source.shape[0] == tensor.shape[0]:
+            tensor[:, :image_channels] = adapt_input_channels(source, image_channels)
+            report.adapted.append(f"{name} ({source.shape[1]} to {image_channels} of {tensor.shape[1]} input channels)")
+        else:
+            came = "missing" if source is None else tuple(source.shape)
+            wrong.append(f"  {name}: denoiser {came}, network {tuple(tensor.shape)}")
+    if wrong:
+        raise UserError("the denoiser does not fit the planned network:\n" + "\n".join(wrong[:20]))
+    report.unexpected = [f"{name} (the denoiser's own output)" for name in folded if name.startswith(HEADS)]
+    return report
+
+
+def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
+    """Convolution weights for another number of input channels: the mean over the old ones, shared by the new ones.
+
+    The response to an image whose channels are all equal stays what it was.
+
+    Args:
+        weight: (out, in, ...).
+        channels: The new number of input channels.
+
+    Returns:
+        (out, channels, ...).
+    """
+    if channels == weight.shape[1]:
+        return weight
+    total = weight.sum(1, keepdim=True)
+    return (total / channels).expand(-1, channels, *[-1] * (weight.ndim - 2)).clone()
+
+
+def load_weights(network: nn.Module, path: str) -> None:
+    """Takes all weights of a checkpoint of nnU-Net's, changed in place.
+
+    Raises:
+        UserError: If the file is not there, no checkpoint, or of another network.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint to start from")
+    try:
+        network.load_state_dict(load_checkpoint(path)["network_weights"])
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the planned network: {error}") from error
+
+
+def plan_differences(trained: dict, now: dict) -> list[str]:
+    """Differences of two plan identities that change what an intensity or a voxel means.
+
+    Args:
+        trained: `plan_identity` of the pre-training.
+        now: `plan_identity` of this training.
+
+    Returns:
+        One sentence each, naming both sides; empty if there is none.
+    """
+    keys = ("spacing", "normalization_schemes", "channel_names")
+    differences = [
+        f"{key} differs: pre-trained with {trained[key]}, now {now[key]}" for key in keys if trained[key] != now[key]
+    ]
+    if "CTNormalization" in now["normalization_schemes"]:
+        for channel, values in now["intensities"].items():
+            before = trained["intensities"].get(channel, {})
+            for key in ("mean", "std", "percentile_00_5", "percentile_99_5"):
+                if abs(before.get(key, float("inf")) - values[key]) > 0.1 * max(abs(values["std"]), 1e-8):
+                    differences.append(
+                        f"CT normalisation of channel {channel} differs in its {key}: pre-trained with "
+                        f"{before.get(key)}, now {values[key]}"
+                    )
+    return differences
+
+
+def own_results(
+    plans: PlansManager, plans_name: str, configuration: str, fold: int | str, trainer: str, file: str
+) -> list[str]:
+    """Where a data set's own result of a pre-training for a plan may be: the own fold's first, then fold all's.
+
+    Args:
+        plans: Of the data set.
+        plans_name: Of the pre-training; rounds have plans of other names that only add settings.
+        configuration: That of a configuration which this one inherits from will do, too.
+        fold: The own.
+        trainer: Of the pre-training.
+        file: In its output folder.
+    """
+    names = [configuration]
+    while inherited := plans.plans["configurations"][names[-1]].get("inherits_from"):
+        names.append(inherited)
+    return [
+        os.path.join(nnUNet_results, plans.dataset_name, f"{trainer}__{plans_name}__{name}", f"fold_{number}", file)
+        for name in names
+        for number in dict.fromkeys((fold, "all"))
+    ]  # fmt: skip
+
+
+def first_existing(candidates: list[str], how_to_make_one: str) -> str:
+    """The first of these files that exists.
+
+    Raises:
+        UserError: If none does; never silently from scratch.
+    """
+    for path in candidates:
+        if os.path.isfile(path):
+            return path
+    looked = "\n".join(f"  {path}" for path in candidates)
+    raise UserError(f"no denoiser to start from, looked for\n{looked}\n{how_to_make_one}")
+
+
+def pretrained_weights_argument() -> str | None:
+    """The file given to `nnUNetv2_train -pretrained_weights`, which nnU-Net does not tell its trainers.
+
+    It reads that file itself, with pickle, after the trainer is initialised; a trainer that knows the name can check
+    it before, and choose t* afterwards.
+    """
+    flag = "-pretrained_weights"  # argparse would take `-p PLANS` for an abbreviation of it
+    for argument, following in zip(sys.argv, [*sys.argv[1:], None], strict=True):
+        if argument == flag:
+            return following
+        if argument.startswith(flag + "="):
+            return argument.removeprefix(flag + "=")
+    return None

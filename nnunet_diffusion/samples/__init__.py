@@ -1,0 +1,1 @@
+"""Images drawn from a denoiser, and figures of how real they are."""

@@ -1,0 +1,107 @@
+"""A folder of drawn images: NIfTI files that nnU-Net would take for scans, and samples.json, which says how they came.
+
+Sample 7 is `sample_00007_0000.nii.gz`, with a file for each channel. They lie as a scan does: the plan's spacing, its
+axes transposed back; the orientation is not in a plan and taken to be LPS. A 2-D sample is one slice, 1 mm thick.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.samples.intensities import plan_scales, to_intensities, to_normalised
+
+DESCRIPTION = "samples.json"
+SLICE_THICKNESS_MM = 1.0
+FILE = re.compile(r"sample_(\d{5})_0000\.nii\.gz")
+
+
+def begin(folder: str, description: Mapping[str, Any]) -> None:
+    """Creates the folder, or checks that what it holds was drawn in the same way.
+
+    Args:
+        folder: Of the samples.
+        description: Denoiser, plan, sampler, steps and seed, as JSON has it.
+
+    Raises:
+        UserError: If it holds other samples.
+    """
+    path = os.path.join(folder, DESCRIPTION)
+    wanted = json.loads(json.dumps(description))
+    if os.path.exists(path):
+        there = read_description(folder)
+        if changed := sorted(key for key in {*wanted, *there} if wanted.get(key) != there.get(key)):
+            raise UserError(f"{folder} holds samples that differ in {', '.join(changed)}: remove it or give another -o")
+    os.makedirs(folder, exist_ok=True)
+    write_json(path, wanted)
+
+
+def read_description(folder: str) -> dict[str, Any]:
+    """The content of samples.json.
+
+    Raises:
+        UserError: If there is none, or it is not one.
+    """
+    path = os.path.join(folder, DESCRIPTION)
+    try:
+        with open(path, encoding="utf-8") as f:
+            content = json.load(f)
+        plan_scales(content["plan"])
+        content.setdefault("body_share", 0.0)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {DESCRIPTION}: draw samples with nnunet_diffusion sample first") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not what nnunet_diffusion sample writes ({error!r}): draw them again") from error
+    return content
+
+
+def numbers_in(folder: str, channels: int) -> list[int]:
+    """The samples of which every channel is there, sorted."""
+    files = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    numbers = sorted(int(match[1]) for match in map(FILE.fullmatch, files) if match)
+    return [n for n in numbers if all(file_name(n, channel) in files for channel in range(channels))]
+
+
+def file_name(number: int, channel: int) -> str:
+    """The file of one channel of a sample."""
+    return f"sample_{number:05d}_{channel:04d}.nii.gz"
+
+
+def write_sample(folder: str, number: int, image: np.ndarray, plan: Mapping[str, Any]) -> None:
+    """Writes a (C, X, Y[, Z]) image in the plan's normalisation, in intensities; each file whole or not at all."""
+    intensities = to_intensities(image, plan_scales(plan))
+    volumes, spacing_mm = intensities, list(plan["spacing"])
+    if image.ndim == 3:
+        volumes, spacing_mm = intensities[:, None], [SLICE_THICKNESS_MM, *spacing_mm]
+    backward = np.argsort(plan["transpose_forward"])
+    for channel in reversed(range(len(volumes))):  # with its first channel a sample is complete
+        scan = sitk.GetImageFromArray(np.ascontiguousarray(volumes[channel].transpose(backward)))
+        scan.SetSpacing([float(spacing_mm[axis]) for axis in backward[::-1]])
+        with atomic(os.path.join(folder, file_name(number, channel))) as temporary:
+            sitk.WriteImage(scan, temporary)
+
+
+def read_samples(folder: str, numbers: Sequence[int], plan: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    """Yields (C, X, Y[, Z]) images in the plan's normalisation, as they were given to `write_sample`.
+
+    Raises:
+        UserError: If a file cannot be read or has another size than the plan's patch.
+    """
+    scales, shape = plan_scales(plan), tuple(plan["patch_size"])
+    for number in numbers:
+        paths = [os.path.join(folder, file_name(number, channel)) for channel in range(len(scales))]
+        try:
+            volumes = np.stack([sitk.GetArrayFromImage(sitk.ReadImage(path)) for path in paths])
+            volumes = volumes.transpose(0, *[axis + 1 for axis in plan["transpose_forward"]])
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{paths[0]}: cannot be read ({error}): remove it, and draw it again") from error
+        image = volumes[:, 0] if len(shape) == 2 else volumes
+        if image.shape[1:] != shape or len(volumes.shape) != 4:
+            raise UserError(f"{paths[0]}: has {image.shape[1:]} voxels, the plan's patch {shape}: draw it again")
+        yield to_normalised(image, scales)
