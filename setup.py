@@ -51,11 +51,13 @@ if __name__ == "__main__":
             "packaging",
             "pandas",
             "pillow",
+            "pydantic",
             "scikit-image",
             "scipy",
             "torch",
             "torchvision",
             "tqdm",
+            "typing_extensions",
         ],
         extras_require={
             "dev": [

@@ -18,10 +18,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from train_and_test import build_trainer, describe_machine, end_with_parent, prepare, test
 
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.mutual.completion import complete_cases, describe_cases
 from nnunet_diffusion.mutual.dataset import completed_folder
 from nnunet_diffusion.partial.annotations import output_channels
-from nnunet_diffusion.pretraining.transfer import unwrap
 from nnunet_diffusion.rounds.gate import GateSettings
 from nnunet_diffusion.rounds.prediction import Teacher, load_prediction
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label

@@ -1,16 +1,11 @@
 """Model folders that plain nnU-Net predicts with, with nothing of this package installed."""
 
-import contextlib
-import io
 import os
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -20,13 +15,11 @@ from tqdm import tqdm
 from nnunet_diffusion import installation
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_predictor, trainers_of
 
 PARTIAL = "owned"  # among the weights of networks that know a part of the labels each
 DESCRIPTIONS = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 CASE_TABLES = ("dataset", "unlabeled", "annotated_labels", "union_labels", "converted_from")  # of dataset.json
-# The numbers in nnU-Net's training log are numpy scalars; otherwise its checkpoints hold tensors and plain values.
-PLAIN_NUMPY = [np.dtype, np.ndarray, np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
-PLAIN_NUMPY += [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]
 
 
 def export_stock(
@@ -70,21 +63,6 @@ def export_stock(
     return folds
 
 
-def find_folds(folder: str, folds: list[str] | None, checkpoint_name: str) -> list[str]:
-    """Returns the folds to export, all with their checkpoint; raises UserError for what the folder lacks."""
-    for file in DESCRIPTIONS[:2]:
-        if not os.path.isfile(os.path.join(folder, file)):
-            raise UserError(f"{folder} is not a model folder, it has no {file}: check -d, -tr, -p and -c")
-    if folds is None:
-        folds = sorted(name[5:] for name in os.listdir(folder) if name.startswith("fold_"))
-        folds = [fold for fold in folds if os.path.isfile(os.path.join(folder, f"fold_{fold}", checkpoint_name))]
-    missing = [f for f in folds if not os.path.isfile(os.path.join(folder, f"fold_{f}", checkpoint_name))]
-    if missing or not folds:
-        what = f"fold {', '.join(missing)}" if missing else "any fold"
-        raise UserError(f"{folder} has no {checkpoint_name} of {what}: finish that training, or choose by -f and -chk")
-    return folds
-
-
 def rewrite_checkpoint(source: str, destination: str, member: int | None = None) -> None:
     """Copies a checkpoint under nnU-Net's own trainer name and without the names of cases; the rest stays as it is."""
     checkpoint = load_checkpoint(source)
@@ -101,22 +79,6 @@ def rewrite_checkpoint(source: str, destination: str, member: int | None = None)
 def without_cases(dataset_json: dict[str, Any]) -> dict[str, Any]:
     """dataset.json without the names of cases and the paths of their files, which no prediction needs."""
     return {key: value for key, value in dataset_json.items() if key not in CASE_TABLES}
-
-
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """Loads a checkpoint of nnU-Net without running any code that it may carry."""
-    try:
-        with torch.serialization.safe_globals(PLAIN_NUMPY):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from error
-    lacks = {"network_weights", "trainer_name", "init_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if lacks:
-        raise UserError(f"{path} is not a checkpoint of nnU-Net, it has no {sorted(lacks)}")
-    return checkpoint
 
 
 def take_member(checkpoint: dict[str, Any], member: int) -> None:
@@ -207,13 +169,6 @@ def prove_same(
             )
 
 
-def load_predictor(folder: str, folds: list[str], checkpoint_name: str) -> nnUNetPredictor:
-    """Loads a model folder as `nnUNetv2_predict` does, on the CPU, where results do not depend on chosen kernels."""
-    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False)
-    predictor.initialize_from_trained_model_folder(folder, tuple(folds), checkpoint_name)
-    return predictor
-
-
 @torch.inference_mode()
 def predict(network: torch.nn.Module, weights: dict[str, torch.Tensor], patch: torch.Tensor) -> torch.Tensor:
     """The network's float32 output; nnU-Net's own sliding window rounds it to half precision."""
@@ -221,21 +176,3 @@ def predict(network: torch.nn.Module, weights: dict[str, torch.Tensor], patch: t
     return network.eval()(patch)
 
 
-@contextlib.contextmanager
-def trainers_of(folders: str) -> Iterator[None]:
-    """Lets nnU-Net search `folders` beside its own for trainers, silently: it names every file that it reads.
-
-    Raises:
-        UserError: If it finds no such trainer.
-    """
-    before = os.environ.get(installation.EXT_TRAINER)
-    os.environ[installation.EXT_TRAINER] = folders
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    except (RuntimeError, ImportError) as error:
-        raise UserError(f"nnU-Net cannot load the trainer: {error}: see nnunet_diffusion env --check") from error
-    finally:
-        os.environ.pop(installation.EXT_TRAINER)
-        if before is not None:
-            os.environ[installation.EXT_TRAINER] = before

@@ -72,18 +72,34 @@ def not_written(what: str, folder: str, error: RuntimeError | OSError) -> NotWri
     )
 
 
-def read_json(path: str | os.PathLike, remedy: str = "correct it") -> Any:
-    """The content of a JSON file that a person may have edited.
+def read_json(path: str | os.PathLike, schema: Any = None, remedy: str = "correct it") -> Any:
+    """The content of a JSON file, which a person may have edited or a kill may have cut.
+
+    Args:
+        path: The file.
+        schema: What it must hold, of `nnunet_diffusion.schemas`; None: anything, NaN and infinity included.
+        remedy: What the user can do: for files that a command makes, which one makes them anew.
 
     Raises:
-        UserError: If it is not JSON; with what to do.
+        UserError: If it is no JSON or does not have that shape; names the file, the key, what came, what is expected.
         OSError: If it cannot be read.
     """
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except ValueError as error:
+            content = json.load(f)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON ({error}): {remedy}") from error
+    if schema is not None:
+        check_shape(content, schema, str(path), remedy)
+    return content
+
+
+def check_shape(content: Any, schema: Any, where: str, remedy: str = "correct it") -> None:
+    """Raises UserError, beginning with `where`, if plain values do not have the shape of a schema; see `read_json`."""
+    from nnunet_diffusion.schemas import first_problem  # pydantic takes 0.15 s to import
+
+    if problem := first_problem(content, schema):
+        raise UserError(f"{where}: {problem}: {remedy}")
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:

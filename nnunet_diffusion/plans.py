@@ -3,9 +3,15 @@
 import glob
 import os
 import re
+from typing import Any
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import read_json
+from nnunet_diffusion.files import check_shape, read_json
+from nnunet_diffusion.names import safe_name
+from nnunet_diffusion.schemas import Plans, ResolvedConfiguration
+
+REMEDY = "correct it, or replace it with nnunet_diffusion plan_and_preprocess --replan"
+NOT_FOR_CASES = ("gt_segmentations",)  # nnU-Net's own folder beside those of preprocessed cases
 
 
 def plans_in(folder: str) -> list[str]:
@@ -30,10 +36,52 @@ def read_plans(folder: str, name: str, configuration: str | None = None) -> dict
         there = plans_in(folder)
         remedy = f"give -p {' or '.join(there)}" if there else "run nnunet_diffusion plan_and_preprocess first"
         raise UserError(f"-p {name}: there is no {path}: {remedy}")
-    plans = read_json(path, "correct it, or replace it with plan_and_preprocess --replan")
-    known = plans.get("configurations") if isinstance(plans, dict) else None
-    if not isinstance(known, dict):
-        raise UserError(f"{path}: has no configurations, it is no plans file: plan_and_preprocess --replan makes one")
-    if configuration is not None and configuration not in known:
-        raise UserError(f"-c {configuration}: {path} has {', '.join(known)}")
+    plans = read_json(path, remedy=REMEDY)
+    check_plans(plans, path)
+    if configuration is not None and configuration not in plans["configurations"]:
+        raise UserError(f"-c {configuration}: {path} has {', '.join(plans['configurations'])}")
     return plans
+
+
+def check_plans(plans: Any, where: str) -> None:
+    """Refuses plans that cannot be worked with, or whose names would lead out of the data set's folders.
+
+    Args:
+        plans: The content of a plans file.
+        where: The file, for the message.
+
+    Raises:
+        UserError: Naming the key, what it is, and what it must be.
+    """
+    check_shape(plans, Plans, where, REMEDY)
+    safe_name(plans["dataset_name"], f"{where}: dataset_name", REMEDY)
+    safe_name(plans["plans_name"], f"{where}: plans_name", REMEDY)
+    configurations = plans["configurations"]
+    for name in configurations:
+        key = f"{where}: configurations.{name}"
+        safe_name(name, f"{where}: configurations", REMEDY)
+        resolved = inherited(configurations, name, key)
+        check_shape(resolved, ResolvedConfiguration, key, REMEDY)
+        identifier = safe_name(resolved["data_identifier"], f"{key}.data_identifier", REMEDY)
+        if identifier in NOT_FOR_CASES:
+            raise UserError(f"{key}.data_identifier: {identifier!r} is the folder of the ground truth: {REMEDY}")
+        if len(resolved["spacing"]) < len(resolved["patch_size"]):
+            raise UserError(f"{key}: patch_size has more axes than spacing: {REMEDY}")
+        if (previous := resolved.get("previous_stage")) is not None and previous not in configurations:
+            raise UserError(f"{key}.previous_stage: there is no configuration {previous!r}: {REMEDY}")
+
+
+def inherited(configurations: dict[str, dict], name: str, where: str) -> dict[str, Any]:
+    """A configuration with what it inherits, as nnU-Net's `PlansManager` resolves it.
+
+    Raises:
+        UserError: If it inherits from one that is not there, or in a circle.
+    """
+    chain: list[str] = []
+    parent: Any = name
+    while parent is not None:
+        if parent in chain or parent not in configurations:
+            raise UserError(f"{where}.inherits_from: {parent!r} is no other configuration of the plan: {REMEDY}")
+        chain.append(parent)
+        parent = configurations[parent].get("inherits_from")
+    return {key: value for parent in reversed(chain) for key, value in configurations[parent].items()}

@@ -17,7 +17,8 @@ from nnunet_diffusion import installation
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.co_training.teacher_file import load_teacher
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.export import export_stock, load_predictor, trainers_of
+from nnunet_diffusion.export import export_stock
+from nnunet_diffusion.model_folder import load_predictor, trainers_of
 from nnunet_diffusion.optimization import ramp_up
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 from nnunet_diffusion.trainers.DiffusionCoTrainingTrainer import DiffusionCoTrainingTrainer

@@ -10,7 +10,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunet_diffusion import export as stock
-from nnunet_diffusion import installation
+from nnunet_diffusion import installation, model_folder
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten, atomic
@@ -97,7 +97,7 @@ def make_model(results: Path, trainer: str = "SameTrainer", folds: tuple = (0, "
         save_json(plans(), str(folder / "plans.json"))
         save_json(DATASET_JSON, str(folder / "dataset.json"))
         save_json({"spacings": []}, str(folder / "dataset_fingerprint.json"))
-        with stock.trainers_of(installation.with_our_trainers(installation.ext_trainer_folders())):
+        with model_folder.trainers_of(installation.with_our_trainers(installation.ext_trainer_folders())):
             network = stock.build(str(folder), "2d", recursive_find_trainer_class_by_name(trainer))
         checkpoint = {
             "network_weights": network.state_dict(),
@@ -117,8 +117,8 @@ def make_model(results: Path, trainer: str = "SameTrainer", folds: tuple = (0, "
 
 def test_plain_nnunet_predicts_the_same_with_the_export(results, monkeypatch, capsys):
     source = make_model(results)
-    with stock.trainers_of(os.environ["nnUNet_extTrainer"]):
-        ours = stock.load_predictor(str(source), ["0", "all"], "checkpoint_final.pth")
+    with model_folder.trainers_of(os.environ["nnUNet_extTrainer"]):
+        ours = model_folder.load_predictor(str(source), ["0", "all"], "checkpoint_final.pth")
     assert main(COMMAND) == 0
     exported = results / "nnUNetTrainer__TinyPlans__2d"
     assert str(exported) in capsys.readouterr().out

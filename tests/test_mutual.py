@@ -20,7 +20,7 @@ import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from running import run_command
 
-from nnunet_diffusion import export as stock
+from nnunet_diffusion import installation, model_folder
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.mutual import stages as mutual
@@ -460,13 +460,13 @@ def test_wrong_arguments_and_missing_splits(world, learned, tmp_path, capsys):
 
 def test_stock_predictor_takes_the_mean_and_an_export_one_member(learned, tmp_path, capsys):
     model = results()
-    with stock.trainers_of(stock.installation.with_our_trainers([])):
-        ours = stock.load_predictor(str(model), ["0"], "checkpoint_final.pth")
+    with model_folder.trainers_of(installation.with_our_trainers([])):
+        ours = model_folder.load_predictor(str(model), ["0"], "checkpoint_final.pth")
     export = ["export", "--stock", "-d", str(tiny.ID), "-c", "2d", "-p", tiny.PLANS]
     chosen = ["-tr", "MutualSimilarityTrainer", "--member", "1", "-o", str(tmp_path / "one")]
     assert main([*export, *chosen]) == 0
-    with stock.trainers_of(""):
-        one = stock.load_predictor(str(tmp_path / "one"), ["0"], "checkpoint_final.pth")
+    with model_folder.trainers_of(""):
+        one = model_folder.load_predictor(str(tmp_path / "one"), ["0"], "checkpoint_final.pth")
     image = torch.randn(1, 2, 20, 24)
     together, alone = (p.predict_logits_from_preprocessed_data(image) for p in (ours, one))
     ours.network.only = 1

@@ -73,7 +73,7 @@ def test_every_package_that_we_import_is_a_dependency():
     calls = [node for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())) if isinstance(node, ast.Call)]
     (setup,) = (call for call in calls if getattr(call.func, "id", "") == "setup")
     given = {word.arg: word.value for word in setup.keywords}
-    required = {re.match("[A-Za-z0-9-]+", text)[0].lower() for text in ast.literal_eval(given["install_requires"])}
+    required = {re.match("[A-Za-z0-9_-]+", text)[0].lower() for text in ast.literal_eval(given["install_requires"])}
     top_level = {name.partition(".")[0] for file in (*LIBRARY, *PLUG_IN_FILES) for name in imports(file)}
     distributions = importlib.metadata.packages_distributions()
     others = top_level - sys.stdlib_module_names - {"nnunet_diffusion"}

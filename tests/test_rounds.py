@@ -24,6 +24,7 @@ from running import run_command
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.commands import command_environment
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.locks import locked
 from nnunet_diffusion.partial.annotations import Annotation
 from nnunet_diffusion.rounds.constrained import most_probable
 from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, centre, disagreement, measure, pairwise_dice
@@ -32,7 +33,7 @@ from nnunet_diffusion.rounds.given_model import INTENSITIES, refuse_other_data
 from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case, read_preprocessed
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases, save_pseudo_label
 from nnunet_diffusion.rounds.run import remove_stale
-from nnunet_diffusion.rounds.state import load_state, locked, record, refuse_changed_cases, save_state
+from nnunet_diffusion.rounds.state import load_state, record, refuse_changed_cases, save_state
 
 KILLS = int(os.environ.get("NNUNET_DIFFUSION_KILLS", "2"))
 
@@ -176,9 +177,10 @@ def test_changed_and_missing_cases_are_named_and_new_ones_are_welcome(tmp_path):
 
 def test_a_second_command_on_the_same_run_is_refused(tmp_path):
     path = str(tmp_path / "lock")
-    with locked(path), pytest.raises(UserError, match="another command"), locked(path, 0.2):
+    refused = pytest.raises(UserError, match=r"another command works on it \(process \d+ on .* since .*: ")
+    with locked(path, "it"), refused, locked(path, "it", patience_s=0.2):
         pass
-    with locked(path, 0.2):
+    with locked(path, "it", patience_s=0.2):
         pass
 
 

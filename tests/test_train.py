@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import minimal
 import pytest
 import tiny
 import torch
@@ -175,7 +176,7 @@ def test_a_killed_pretraining_continues_as_if_nothing_had_happened(world, monkey
         (["8", "2d", "0", "-device", "cpu"], {}, "give -p nnUNetCompactPlans or nnUNetDiffusionPlans"),
         (["8", "4d", "0", "-device", "cpu", "-p", "nnUNetCompactPlans"], {}, "nnUNetCompactPlans.json has 2d, 3d"),
         (["8", "2d", "0", "-device", "cpu", "-p", "nnUNetDiffusionPlans"], {}, "nnUNetDiffusionPlans.json: is no JSON"),
-        (["8", "2d", "0", "-device", "cpu", "-p", "Mine"], {}, "Mine.json: has no configurations"),
+        (["8", "2d", "0", "-device", "cpu", "-p", "Mine"], {}, "Mine.json: the whole file: Input should be"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folders, monkeypatch, capsys):
@@ -184,7 +185,7 @@ def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folde
     monkeypatch.setenv("nnUNet_extTrainer", "")  # restored afterwards
     folder = nnunet_folders / "nnUNet_preprocessed" / "Dataset008_Some"
     folder.mkdir()
-    (folder / "nnUNetCompactPlans.json").write_text('{"configurations": {"2d": {}, "3d": {}}}')
+    (folder / "nnUNetCompactPlans.json").write_text(json.dumps(minimal.plans("2d", "3d")))
     (folder / "nnUNetDiffusionPlans.json").write_text("{,}")
     (folder / "Mine.json").write_text("[1]")
     assert main(["train", *arguments]) == 1

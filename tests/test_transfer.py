@@ -9,13 +9,12 @@ from test_networks import planned_network, trained
 from torch import nn
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.model_folder import first_existing, own_results
 from nnunet_diffusion.optimization import WarmupPolyLR, warming_ema
 from nnunet_diffusion.pretraining.conditioning import condition, fold
 from nnunet_diffusion.pretraining.linear import LinearClassifier
 from nnunet_diffusion.pretraining.transfer import (
     adapt_input_channels,
-    first_existing,
-    own_results,
     plan_differences,
     pretrained_weights_argument,
     transfer,

@@ -18,6 +18,7 @@ from torch import autocast
 from torch.optim.swa_utils import AveragedModel
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.optimization import WarmupPolyLR, adamw, warming_ema
 from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
 from nnunet_diffusion.pretraining import pictures
@@ -27,7 +28,6 @@ from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.draw import draw_images
 from nnunet_diffusion.pretraining.images import ImageDataset, fixed_batches, hold_out, image_loader, image_statistics
 from nnunet_diffusion.pretraining.process import PREDICTIONS, SCHEDULES, WEIGHTINGS, draw_timesteps
-from nnunet_diffusion.pretraining.transfer import unwrap
 from nnunet_diffusion.settings import above, at_least, between, index_of, one_of
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 

@@ -12,6 +12,7 @@ from nnunet_diffusion.co_training.mask_diffusion import build_pair
 from nnunet_diffusion.co_training.teacher_file import load_teacher, restore_teacher
 from nnunet_diffusion.co_training.teachers import CrossPseudo, DiffusionTeacher, MeanTeacher, Teacher
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.optimization import ramp_up
 from nnunet_diffusion.partial.annotations import annotated_mask
 from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
@@ -25,7 +26,7 @@ from nnunet_diffusion.pretraining.images import (
     refuse_other_channels,
 )
 from nnunet_diffusion.pretraining.process import SCHEDULES
-from nnunet_diffusion.pretraining.transfer import plan_differences, unwrap
+from nnunet_diffusion.pretraining.transfer import plan_differences
 from nnunet_diffusion.settings import at_least, between, one_of
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 

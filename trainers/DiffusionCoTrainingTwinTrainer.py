@@ -4,8 +4,8 @@ import torch
 
 from nnunet_diffusion.co_training.mask_diffusion import build_student
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.pretraining.process import alpha_bar_schedule
-from nnunet_diffusion.pretraining.transfer import unwrap
 from nnunet_diffusion.trainers.DiffusionCoTrainingTrainer import DiffusionCoTrainingTrainer
 
 

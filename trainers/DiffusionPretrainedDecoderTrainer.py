@@ -1,7 +1,7 @@
 """Fine-tunes the decoder of the planned network from a denoiser."""
 
+from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.pretraining.linear import freeze_encoder
-from nnunet_diffusion.pretraining.transfer import unwrap
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 
 

@@ -7,15 +7,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.model_folder import first_existing, own_results, unwrap
 from nnunet_diffusion.pretraining.conditioning import fold
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser, plan_identity, rebuild
 from nnunet_diffusion.pretraining.transfer import (
-    first_existing,
-    own_results,
     plan_differences,
     pretrained_weights_argument,
     transfer,
-    unwrap,
 )
 from nnunet_diffusion.settings import BLOCK, at_least
 from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer

@@ -9,13 +9,14 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch import autocast
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.mutual.groups import KEY, GroupedLoader, find_groups, owned_channels, too_small
 from nnunet_diffusion.mutual.losses import DifferenceLoss, GroupedBatch
 from nnunet_diffusion.mutual.network import PartialOrganMembers
 from nnunet_diffusion.mutual.terms import ramp_up
 from nnunet_diffusion.partial.annotations import group_map
 from nnunet_diffusion.pretraining.images import in_background
-from nnunet_diffusion.pretraining.transfer import pretrained_weights_argument, unwrap
+from nnunet_diffusion.pretraining.transfer import pretrained_weights_argument
 from nnunet_diffusion.settings import at_least, between
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 

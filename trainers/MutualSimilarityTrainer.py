@@ -4,13 +4,13 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.mutual.dataset import CompletedDataset, completed_folder
 from nnunet_diffusion.mutual.groups import KEY
 from nnunet_diffusion.mutual.losses import GroupedBatch, SimilarityLoss
 from nnunet_diffusion.mutual.network import FullOrganMembers
 from nnunet_diffusion.mutual.validation import add_members
 from nnunet_diffusion.partial.annotations import group_map
-from nnunet_diffusion.pretraining.transfer import unwrap
 from nnunet_diffusion.rounds.pseudo_labels import ignoring
 from nnunet_diffusion.trainers.MutualDifferenceTrainer import MutualDifferenceTrainer
 

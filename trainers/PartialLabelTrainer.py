@@ -7,6 +7,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import autocast
 
+from nnunet_diffusion.model_folder import HEADS, unwrap
 from nnunet_diffusion.optimization import WarmupPolyLR, adamw, ramp_up
 from nnunet_diffusion.partial.annotations import (
     annotated_mask,
@@ -18,7 +19,6 @@ from nnunet_diffusion.partial.annotations import (
 from nnunet_diffusion.partial.losses import PartialLabelLoss, PartialLoss, annotated
 from nnunet_diffusion.partial.region_loss import PartialRegionLoss
 from nnunet_diffusion.partial.validation import hard_counts, restrict_summary
-from nnunet_diffusion.pretraining.transfer import HEADS, unwrap
 from nnunet_diffusion.settings import at_least, one_of
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 

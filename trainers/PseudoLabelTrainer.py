@@ -4,9 +4,10 @@ from batchgenerators.utilities.file_and_folder_operations import isfile, join, l
 from nnunetv2.paths import nnUNet_results
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.model_folder import load_weights, unwrap
 from nnunet_diffusion.partial.annotations import balanced_cases
 from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
-from nnunet_diffusion.pretraining.transfer import load_weights, pretrained_weights_argument, unwrap
+from nnunet_diffusion.pretraining.transfer import pretrained_weights_argument
 from nnunet_diffusion.rounds.pseudo_labels import (
     PseudoLabelDataset,
     ignoring,

@@ -108,10 +108,12 @@ def existing_plan(name: str, planner_class: type) -> dict:
     """
     from nnunetv2.paths import nnUNet_preprocessed
 
+    from nnunet_diffusion.schemas import Plans
+
     path = os.path.join(nnUNet_preprocessed, name, default_plans_name(planner_class) + ".json")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no plan yet: run the command with --no_pool first, then the parts")
-    return read_json(path, REPLACE)
+    return read_json(path, Plans, REPLACE)
 
 
 def default_plans_name(planner_class: type) -> str:
@@ -188,6 +190,8 @@ def plan(name: str, planner_class: type, replan: bool) -> str:
     """Plans unless there is a plan; returns the path of the plans file."""
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 
+    from nnunet_diffusion.schemas import Plans
+
     planner = planner_class(name)
     folder = os.path.join(nnUNet_preprocessed, name)
     plans_file = os.path.join(folder, planner.plans_identifier + ".json")
@@ -195,7 +199,7 @@ def plan(name: str, planner_class: type, replan: bool) -> str:
         with naming_full_disk(plans_file):
             make_plan(planner, plans_file)
         print(f"planned: {plans_file}")
-    elif is_outdated(read_json(plans_file, REPLACE), planner):
+    elif is_outdated(read_json(plans_file, Plans, REPLACE), planner):
         print(f"{plans_file}: kept, but the data have changed since it was made: --replan replaces it")
     else:
         print(f"{plans_file}: kept")

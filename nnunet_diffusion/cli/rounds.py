@@ -70,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
 
     from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
     from nnunet_diffusion.installation import EXT_TRAINER, ext_trainer_folders, usable_device, with_our_trainers
+    from nnunet_diffusion.locks import locked
     from nnunet_diffusion.rounds.gate import GateSettings
     from nnunet_diffusion.rounds.loop import Rounds
     from nnunet_diffusion.rounds.run import Request
-    from nnunet_diffusion.rounds.state import locked
 
     os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())
     request = Request(
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.num_parts:
         Rounds(request).predict_part(args.rounds, args.num_parts, args.part_id)
     else:
-        with locked(lock_file(request)) as lock:
+        with locked(lock_file(request), f"the run in {os.path.dirname(lock_file(request))}") as lock:
             Rounds(request, lock).run(args.rounds, args.stop_after)
     return 0
 

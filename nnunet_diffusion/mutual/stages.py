@@ -14,6 +14,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_diffusion.commands import Step, Steps, command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
+from nnunet_diffusion.locks import locked
+from nnunet_diffusion.model_folder import own_results
 from nnunet_diffusion.mutual.completion import (
     REPORT,
     complete_cases,
@@ -26,7 +28,6 @@ from nnunet_diffusion.mutual.groups import find_groups
 from nnunet_diffusion.partial.annotations import output_channels, read_annotations
 from nnunet_diffusion.plans import read_plans
 from nnunet_diffusion.preprocessing.preprocess import LABELED_FILES
-from nnunet_diffusion.pretraining.transfer import own_results
 from nnunet_diffusion.rounds.gate import GateSettings
 from nnunet_diffusion.rounds.prediction import Teacher
 from nnunet_diffusion.rounds.pseudo_labels import ENDING, pseudo_cases
@@ -34,7 +35,6 @@ from nnunet_diffusion.rounds.state import (
     FORMAT,
     digest,
     load_state,
-    locked,
     record,
     refuse_changed_cases,
     refuse_changes,
@@ -105,7 +105,7 @@ class MutualLearning:
                 another command works on this run.
         """
         self.read_annotations()
-        with locked(os.path.join(self.folder, "lock")) as lock:
+        with locked(os.path.join(self.folder, "lock"), f"the run in {self.folder}") as lock:
             self.open_state(lock)
             self.train(STAGES[0])
             self.complete()

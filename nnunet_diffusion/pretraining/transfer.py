@@ -1,21 +1,14 @@
 """Transfer of a denoiser's weights into the planned segmentation network, with a report that hides nothing."""
 
-import os
 import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
-from nnunetv2.paths import nnUNet_results
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.export import load_checkpoint
+from nnunet_diffusion.model_folder import HEADS
 from nnunet_diffusion.pretraining.conditioning import first_convolution
-
-HEADS = "decoder.seg_layers."
 
 
 @dataclass
@@ -52,13 +45,6 @@ class TransferReport:
             detail = "" if name == "matched" or not entries else ": " + ", ".join(entries)
             lines.append(f"  {name:<10} {len(entries):>4}{detail}")
         return "\n".join(lines + [f"  WARNING: {warning}" for warning in self.warnings])
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    """The network itself, without DDP and torch.compile around it."""
-    if isinstance(network, DistributedDataParallel):
-        network = network.module
-    return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
 @torch.no_grad()
@@ -117,20 +103,6 @@ def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
     return (total / channels).expand(-1, channels, *[-1] * (weight.ndim - 2)).clone()
 
 
-def load_weights(network: nn.Module, path: str) -> None:
-    """Takes all weights of a checkpoint of nnU-Net's, changed in place.
-
-    Raises:
-        UserError: If the file is not there, no checkpoint, or of another network.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint to start from")
-    try:
-        network.load_state_dict(load_checkpoint(path)["network_weights"])
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit the planned network: {error}") from error
-
-
 def plan_differences(trained: dict, now: dict) -> list[str]:
     """Differences of two plan identities that change what an intensity or a voxel means.
 
@@ -155,42 +127,6 @@ def plan_differences(trained: dict, now: dict) -> list[str]:
                         f"{before.get(key)}, now {values[key]}"
                     )
     return differences
-
-
-def own_results(
-    plans: PlansManager, plans_name: str, configuration: str, fold: int | str, trainer: str, file: str
-) -> list[str]:
-    """Where a data set's own result of a pre-training for a plan may be: the own fold's first, then fold all's.
-
-    Args:
-        plans: Of the data set.
-        plans_name: Of the pre-training; rounds have plans of other names that only add settings.
-        configuration: That of a configuration which this one inherits from will do, too.
-        fold: The own.
-        trainer: Of the pre-training.
-        file: In its output folder.
-    """
-    names = [configuration]
-    while inherited := plans.plans["configurations"][names[-1]].get("inherits_from"):
-        names.append(inherited)
-    return [
-        os.path.join(nnUNet_results, plans.dataset_name, f"{trainer}__{plans_name}__{name}", f"fold_{number}", file)
-        for name in names
-        for number in dict.fromkeys((fold, "all"))
-    ]  # fmt: skip
-
-
-def first_existing(candidates: list[str], how_to_make_one: str) -> str:
-    """The first of these files that exists.
-
-    Raises:
-        UserError: If none does; never silently from scratch.
-    """
-    for path in candidates:
-        if os.path.isfile(path):
-            return path
-    looked = "\n".join(f"  {path}" for path in candidates)
-    raise UserError(f"no denoiser to start from, looked for\n{looked}\n{how_to_make_one}")
 
 
 def pretrained_weights_argument() -> str | None:

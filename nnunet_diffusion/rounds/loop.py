@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nnunet_diffusion.commands import Step, Steps, command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, write_json
-from nnunet_diffusion.pretraining.transfer import first_existing, own_results
+from nnunet_diffusion.model_folder import first_existing, own_results
 from nnunet_diffusion.rounds.constrained import NOTHING_ANNOTATED, ignore_uncertain, keep_labels
 from nnunet_diffusion.rounds.gate import DROP, KEEP, Verdict, judge
 from nnunet_diffusion.rounds.given_model import refuse_leak, refuse_missing, refuse_other_data

@@ -20,7 +20,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.export import find_folds, trainers_of
+from nnunet_diffusion.model_folder import find_folds, trainers_of
 from nnunet_diffusion.partial.annotations import Annotation
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure

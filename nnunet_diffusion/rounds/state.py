@@ -4,12 +4,10 @@ What the run depends on is recorded by content: when a scan, an annotation, the 
 longer what it was, the run stops and names it. New cases are no change: they join the next round.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from nnunet_diffusion.errors import UserError
@@ -105,34 +103,3 @@ def refuse_changed_cases(path: str, what: str, known: Mapping[str, dict], now: M
 
 def _contents(files: Mapping[str, Record]) -> dict[str, str]:
     return {ending: file["sha256"] for ending, file in files.items()}
-
-
-@contextlib.contextmanager
-def locked(path: str, patience_s: float = 20) -> Iterator[int]:
-    """Lets one process at a time work on a run; yields the lock's file, which commands that it starts should inherit.
-
-    The system releases the lock when the last process that has the file ends, however it ends. So a command of a killed
-    run is waited for.
-
-    Raises:
-        UserError: If another process holds it for longer than that.
-    """
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT)
-    try:
-        import fcntl
-    except ImportError:  # not on Windows: the user must see to it
-        fcntl = None
-    try:
-        until = time.monotonic() + patience_s
-        while fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > until:
-                    raise UserError(f"{path}: another command works on this run: wait for it or end it") from error
-                time.sleep(0.1)
-        yield file
-    finally:
-        os.close(file)

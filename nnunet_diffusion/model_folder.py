@@ -1,0 +1,149 @@
+"""Trained model folders and their checkpoints: where they are, what may be loaded from them, and how."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunet_diffusion import installation
+from nnunet_diffusion.errors import UserError
+
+HEADS = "decoder.seg_layers."
+# The numbers in nnU-Net's training log are numpy scalars; otherwise its checkpoints hold tensors and plain values.
+PLAIN_NUMPY = [np.dtype, np.ndarray, np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
+PLAIN_NUMPY += [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]
+
+
+def load_nothing_but_plain_values() -> None:
+    """Lets `torch.load` in this process and in those that it starts read tensors and plain values only.
+
+    Whoever calls it: nnU-Net reads checkpoints and `-pretrained_weights` with `weights_only=False`, where a file could
+    run any code; torch's environment variable overrules that.
+    """
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    torch.serialization.add_safe_globals(PLAIN_NUMPY)
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Loads a checkpoint of nnU-Net without running any code that it may carry."""
+    try:
+        with torch.serialization.safe_globals(PLAIN_NUMPY):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many kinds for a damaged file
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from error
+    lacks = {"network_weights", "trainer_name", "init_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
+    if lacks:
+        raise UserError(f"{path} is not a checkpoint of nnU-Net, it has no {sorted(lacks)}")
+    return checkpoint
+
+
+def load_weights(network: nn.Module, path: str) -> None:
+    """Takes all weights of a checkpoint of nnU-Net's, changed in place.
+
+    Raises:
+        UserError: If the file is not there, no checkpoint, or of another network.
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such checkpoint to start from")
+    try:
+        network.load_state_dict(load_checkpoint(path)["network_weights"])
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit the planned network: {error}") from error
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The network itself, without DDP and torch.compile around it."""
+    if isinstance(network, DistributedDataParallel):
+        network = network.module
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+
+def own_results(
+    plans: PlansManager, plans_name: str, configuration: str, fold: int | str, trainer: str, file: str
+) -> list[str]:
+    """Where a data set's own result of a pre-training for a plan may be: the own fold's first, then fold all's.
+
+    Args:
+        plans: Of the data set.
+        plans_name: Of the pre-training; rounds have plans of other names that only add settings.
+        configuration: That of a configuration which this one inherits from will do, too.
+        fold: The own.
+        trainer: Of the pre-training.
+        file: In its output folder.
+    """
+    names = [configuration]
+    while inherited := plans.plans["configurations"][names[-1]].get("inherits_from"):
+        names.append(inherited)
+    return [
+        os.path.join(nnUNet_results, plans.dataset_name, f"{trainer}__{plans_name}__{name}", f"fold_{number}", file)
+        for name in names
+        for number in dict.fromkeys((fold, "all"))
+    ]  # fmt: skip
+
+
+def first_existing(candidates: list[str], how_to_make_one: str) -> str:
+    """The first of these files that exists.
+
+    Raises:
+        UserError: If none does; never silently from scratch.
+    """
+    for path in candidates:
+        if os.path.isfile(path):
+            return path
+    looked = "\n".join(f"  {path}" for path in candidates)
+    raise UserError(f"no denoiser to start from, looked for\n{looked}\n{how_to_make_one}")
+
+
+def find_folds(folder: str, folds: list[str] | None, checkpoint_name: str) -> list[str]:
+    """Returns the folds to export, all with their checkpoint; raises UserError for what the folder lacks."""
+    for file in ("plans.json", "dataset.json"):
+        if not os.path.isfile(os.path.join(folder, file)):
+            raise UserError(f"{folder} is not a model folder, it has no {file}: check -d, -tr, -p and -c")
+    if folds is None:
+        folds = sorted(name[5:] for name in os.listdir(folder) if name.startswith("fold_"))
+        folds = [fold for fold in folds if os.path.isfile(os.path.join(folder, f"fold_{fold}", checkpoint_name))]
+    missing = [f for f in folds if not os.path.isfile(os.path.join(folder, f"fold_{f}", checkpoint_name))]
+    if missing or not folds:
+        what = f"fold {', '.join(missing)}" if missing else "any fold"
+        raise UserError(f"{folder} has no {checkpoint_name} of {what}: finish that training, or choose by -f and -chk")
+    return folds
+
+
+def load_predictor(folder: str, folds: list[str], checkpoint_name: str) -> nnUNetPredictor:
+    """Loads a model folder as `nnUNetv2_predict` does, on the CPU, where results do not depend on chosen kernels."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(folder, tuple(folds), checkpoint_name)
+    return predictor
+
+
+@contextlib.contextmanager
+def trainers_of(folders: str) -> Iterator[None]:
+    """Lets nnU-Net search `folders` beside its own for trainers, silently: it names every file that it reads.
+
+    Raises:
+        UserError: If it finds no such trainer.
+    """
+    before = os.environ.get(installation.EXT_TRAINER)
+    os.environ[installation.EXT_TRAINER] = folders
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    except (RuntimeError, ImportError) as error:
+        raise UserError(f"nnU-Net cannot load the trainer: {error}: see nnunet_diffusion env --check") from error
+    finally:
+        os.environ.pop(installation.EXT_TRAINER)
+        if before is not None:
+            os.environ[installation.EXT_TRAINER] = before

@@ -1,0 +1,115 @@
+"""What JSON files must hold that people may edit and kills may cut; other keys are free.
+
+One `TypedDict` a file, checked by pydantic in its strict mode: no text for a number, no NaN, no infinity.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import NotRequired, TypedDict
+
+STRICT = ConfigDict(strict=True, allow_inf_nan=False)
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+Index = Annotated[int, Field(ge=0)]
+Spacing = Annotated[list[Positive], Field(min_length=2, max_length=3)]  # mm
+Size = Annotated[list[Count], Field(min_length=2, max_length=3)]  # voxels
+LabelValue = Index | list[Index]
+
+
+@with_config(STRICT)
+class LabeledFiles(TypedDict):
+    """A case of dataset.json's table `dataset`."""
+
+    images: Annotated[list[str], Field(min_length=1)]
+    label: str
+
+
+@with_config(STRICT)
+class Dataset(TypedDict):
+    """dataset.json; the tables of annotations and of unlabeled scans have readers of their own."""
+
+    channel_names: Annotated[dict[str, str], Field(min_length=1)]
+    labels: Annotated[dict[str, LabelValue], Field(min_length=2)]
+    file_ending: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9.]+$")]
+    regions_class_order: NotRequired[list[int]]
+    dataset: NotRequired[dict[str, LabeledFiles]]
+    overwrite_image_reader_writer: NotRequired[str]
+
+
+@with_config(STRICT)
+class Configuration(TypedDict):
+    """A configuration of plans.json; one that inherits gives what differs."""
+
+    inherits_from: NotRequired[str]
+    data_identifier: NotRequired[str]
+    preprocessor_name: NotRequired[str]
+    spacing: NotRequired[Spacing]
+    patch_size: NotRequired[Size]
+    batch_size: NotRequired[Count]
+    normalization_schemes: NotRequired[list[str]]
+    use_mask_for_norm: NotRequired[list[bool]]
+    architecture: NotRequired[dict[str, Any]]
+    previous_stage: NotRequired[str | None]
+
+
+@with_config(STRICT)
+class ResolvedConfiguration(TypedDict):
+    """A configuration with all that it inherits."""
+
+    data_identifier: str
+    preprocessor_name: str
+    spacing: Spacing
+    patch_size: Size
+    batch_size: Count
+    normalization_schemes: list[str]
+    use_mask_for_norm: list[bool]
+    previous_stage: NotRequired[str | None]
+
+
+@with_config(STRICT)
+class Plans(TypedDict):
+    """plans.json."""
+
+    dataset_name: str
+    plans_name: str
+    configurations: Annotated[dict[str, Configuration], Field(min_length=1)]
+    image_reader_writer: str
+    transpose_forward: Annotated[list[Index], Field(min_length=3, max_length=3)]
+    transpose_backward: Annotated[list[Index], Field(min_length=3, max_length=3)]
+    foreground_intensity_properties_per_channel: dict[str, dict[str, float]]
+    nnunet_diffusion: NotRequired[dict[str, dict[str, Any]]]
+
+
+@with_config(STRICT)
+class Split(TypedDict):
+    """A fold of splits_final.json."""
+
+    train: list[str]
+    val: list[str]
+
+
+Splits = Annotated[list[Split], Field(min_length=1)]
+
+
+def first_problem(content: Any, schema: Any) -> str:
+    """Says where content has not the shape of a schema, what is there, and what is expected; empty if it has.
+
+    Args:
+        content: What a JSON file held.
+        schema: A type of this module, or any that pydantic knows.
+    """
+    try:
+        TypeAdapter(schema).validate_python(content)
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        came = "nothing" if first["type"] == "missing" else _shortened(repr(first["input"]))
+        more = f" (and {len(others)} more)" if others else ""
+        return f"{key or 'the whole file'}: {first['msg']}, not {came}{more}"
+    return ""
+
+
+def _shortened(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
