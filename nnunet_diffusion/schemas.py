@@ -27,6 +27,13 @@ class LabeledFiles(TypedDict):
 
 
 @with_config(STRICT)
+class UnlabeledFiles(TypedDict):
+    """A case of dataset.json's table `unlabeled`."""
+
+    images: Annotated[list[str], Field(min_length=1)]
+
+
+@with_config(STRICT)
 class Dataset(TypedDict):
     """dataset.json; the tables of annotations and of unlabeled scans have readers of their own."""
 
@@ -36,6 +43,13 @@ class Dataset(TypedDict):
     regions_class_order: NotRequired[list[int]]
     dataset: NotRequired[dict[str, LabeledFiles]]
     overwrite_image_reader_writer: NotRequired[str]
+
+
+@with_config(STRICT)
+class PlannableDataset(Dataset):
+    """dataset.json with what nnU-Net's planning needs beside."""
+
+    numTraining: Count
 
 
 @with_config(STRICT)
@@ -69,6 +83,20 @@ class ResolvedConfiguration(TypedDict):
 
 
 @with_config(STRICT)
+class PreprocessedConfiguration(TypedDict):
+    """What of a configuration decides the values of a preprocessed scan."""
+
+    preprocessor_name: str
+    spacing: Spacing
+    normalization_schemes: list[str]
+    use_mask_for_norm: list[bool]
+    resampling_fn_data: str
+    resampling_fn_data_kwargs: dict[str, Any]
+    resampling_fn_seg: str
+    resampling_fn_seg_kwargs: dict[str, Any]
+
+
+@with_config(STRICT)
 class Plans(TypedDict):
     """plans.json."""
 
@@ -93,7 +121,56 @@ class Split(TypedDict):
 Splits = Annotated[list[Split], Field(min_length=1)]
 
 
-# What `nnunet_diffusion evaluate`, `evaluate_samples` and `report` read.
+@with_config(STRICT)
+class Fingerprint(TypedDict):
+    """dataset_fingerprint.json; intensities of a data set without any labeled voxel are NaN."""
+
+    spacings: list[list[Positive]]
+    shapes_after_crop: list[list[Count]]
+    foreground_intensity_properties_per_channel: dict[str, dict[str, Annotated[float, Field(allow_inf_nan=True)]]]
+    median_relative_size_after_cropping: float
+
+
+@with_config(STRICT)
+class LabeledStamps(TypedDict):
+    """labeled_files.json: what dataset_fingerprint.json was measured from."""
+
+    cases: dict[str, list[list[str | int | None]]]
+
+
+@with_config(STRICT)
+class Measures(TypedDict):
+    """A scan of unlabeled_fingerprint.json: its measures, or why there are none."""
+
+    files: NotRequired[list[list[str | int | None]]]
+    spacing: NotRequired[Annotated[list[Positive], Field(min_length=3, max_length=3)]]
+    shape_after_crop: NotRequired[Annotated[list[Count], Field(min_length=3, max_length=3)]]
+    problem: NotRequired[str]
+
+
+def first_problem(content: Any, schema: Any) -> str:
+    """Says where content has not the shape of a schema, what is there, and what is expected; empty if it has.
+
+    Args:
+        content: What a JSON file held.
+        schema: A type of this module, or any that pydantic knows.
+    """
+    try:
+        TypeAdapter(schema).validate_python(content)
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
+        came = "nothing" if first["type"] == "missing" else _shortened(repr(first["input"]))
+        more = f" (and {len(others)} more)" if others else ""
+        return f"{key or 'the whole file'}: {first['msg']}, not {came}{more}"
+    return ""
+
+
+def _shortened(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# Of evaluations and the report.
 
 Score = Annotated[float, Field(ge=0, le=1)]  # DSC, NSD
 NnUNetScore = Annotated[float, Field(ge=0, le=1, allow_inf_nan=True)]  # nnU-Net writes NaN where it is not defined
@@ -109,7 +186,7 @@ class EvaluatedDataset(TypedDict):
 
 
 @with_config(STRICT)
-class Measures(TypedDict):
+class CaseFigures(TypedDict):
     """nnU-Net's figures of a label or region in a case."""
 
     Dice: NotRequired[NnUNetScore | None]
@@ -120,7 +197,7 @@ class CaseMetrics(TypedDict):
     """A case of nnU-Net's summary.json."""
 
     prediction_file: str
-    metrics: dict[str, Measures]
+    metrics: dict[str, CaseFigures]
 
 
 @with_config(STRICT)
@@ -272,25 +349,3 @@ class Samples(TypedDict):
     denoiser: str
     plan: SampledPlan
     body_share: NotRequired[Score]
-
-
-def first_problem(content: Any, schema: Any) -> str:
-    """Says where content has not the shape of a schema, what is there, and what is expected; empty if it has.
-
-    Args:
-        content: What a JSON file held.
-        schema: A type of this module, or any that pydantic knows.
-    """
-    try:
-        TypeAdapter(schema).validate_python(content)
-    except ValidationError as error:
-        first, *others = error.errors(include_url=False)
-        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")
-        came = "nothing" if first["type"] == "missing" else _shortened(repr(first["input"]))
-        more = f" (and {len(others)} more)" if others else ""
-        return f"{key or 'the whole file'}: {first['msg']}, not {came}{more}"
-    return ""
-
-
-def _shortened(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page; returns 1 if something could not be read."""
-    from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
     from nnunet_diffusion.files import atomic
+    from nnunet_diffusion.preprocessing.planning import find_dataset
     from nnunet_diffusion.report.collect import collect
     from nnunet_diffusion.report.report import build_report
     from nnunet_diffusion.report.rounds import find_rounds
@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 def files_of(results, name: str, raw: str) -> tuple[dict, list[str]]:
     """Returns files of the labeled cases and names of the unlabeled ones; what is wrong with them is a problem."""
-    from nnunet_diffusion.preprocessing.cases import unlabeled_cases
-    from nnunet_diffusion.preprocessing.fingerprint import labeled_cases
+    from nnunet_diffusion.preprocessing.cases import labeled_cases, unlabeled_cases
 
     cases = results.attempt(raw, lambda raw: labeled_cases(name)[1]) or {}
     return cases, list(results.attempt(raw, lambda raw: unlabeled_cases(raw, results.dataset_json)) or {})

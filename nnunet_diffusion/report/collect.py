@@ -14,6 +14,7 @@ from typing import Any
 from nnunet_diffusion import schemas
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
+from nnunet_diffusion.preprocessing.cases import read_splits
 from nnunet_diffusion.report.slices import Picture, read_picture
 from nnunet_diffusion.tables import Scores
 
@@ -23,7 +24,6 @@ NO_MODELS = ("rounds", "mutual")  # folders of these commands, named like a trai
 MEASURES = {"DSC": "dsc", "NSD": "nsd"}
 # File -> its schema, and what the user can do if it cannot be read.
 FILES = {
-    "splits_final.json": (schemas.Splits, "correct it, or remove it and train again: nnU-Net makes it anew"),
     "plans.json": (schemas.ModelPlans, "copy it from nnUNet_preprocessed"),
     "transfer_report.json": (schemas.Transfer, "train the fold again to have it"),
     "summary.json": (schemas.Summary, "make it anew with nnUNetv2_train ... --val"),
@@ -144,7 +144,7 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
     models = [match for name in names if (match := MODEL.fullmatch(name)) and match["trainer"] not in NO_MODELS]
     for folder in (raw, preprocessed, *(os.path.join(results, match[0]) for match in models)):
         found.dataset_json = found.dataset_json or found.attempt(os.path.join(folder, "dataset.json"), _dataset) or {}
-    found.splits = found.json(os.path.join(preprocessed, "splits_final.json")) or []
+    found.splits = found.attempt(os.path.join(preprocessed, "splits_final.json"), read_splits) or []
     for name in filter(lambda name: os.path.isdir(os.path.join(results, name)), names):
         for benchmark in ("label_efficiency", "partial_labels"):
             if content := found.json(os.path.join(results, name, benchmark + ".json"), "benchmark"):

@@ -47,7 +47,7 @@ def build_report(
         references: Folder of reference labels, named as nnU-Net names predictions.
         rounds: Of pseudo labels, by run.
     """
-    trained = [case for split in results.splits for side in split.values() for case in side]
+    trained = [case for split in results.splits for case in (*split["train"], *split["val"])]
     kinds = annotation_kinds(results, {*cases, *trained}, os.path.join(raw, "dataset.json"))
     scores = {model.name: model_scores(model) for model in results.models}
     validated = [model for model in results.models if any(scores[model.name].measures["DSC"].values())]
