@@ -8,7 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic
+from nnunet_diffusion.image_files import proven_to_hold, write_scan
 from nnunet_diffusion.preprocessing.scan_checks import NIFTI_ENDINGS, read_geometry
 
 
@@ -33,8 +33,7 @@ def relabel(label: str, image: str, values: Mapping[int, int], target: str) -> N
                 f"{target} exists and is not what {label} becomes: remove the data set, or take another id and name"
             )
         return
-    with atomic(target) as temporary:
-        _write(voxels, image, temporary)
+    _write(voxels, image, target)
 
 
 def mapped(voxels: np.ndarray, values: Mapping[int, int]) -> np.ndarray:
@@ -58,7 +57,8 @@ def _write(voxels: np.ndarray, image: str, path: str) -> None:
         like = nibabel.load(image)
         header = like.header.copy()
         header.set_data_dtype(voxels.dtype)
-        nibabel.save(type(like)(voxels, None, header), path)
+        with proven_to_hold(voxels.T, path) as temporary:  # in the file the first axis is the fastest
+            nibabel.save(type(like)(voxels, None, header), temporary)
         return
     geometry = read_geometry(image)
     assert geometry is not None, "SimpleITK's file types have a geometry"
@@ -66,4 +66,4 @@ def _write(voxels: np.ndarray, image: str, path: str) -> None:
     output.SetSpacing(geometry.spacing)
     output.SetOrigin(geometry.origin)
     output.SetDirection(geometry.direction)
-    sitk.WriteImage(output, path, useCompression=True)
+    write_scan(output, path)
