@@ -33,7 +33,7 @@ def write_scan(image: sitk.Image, path: str | os.PathLike, compress: bool = True
 def proven_to_hold(voxels: np.ndarray, path: str | os.PathLike) -> Iterator[str]:
     """Yields the name of a temporary file, as `atomic` does; it becomes `path` if it can be read and holds `voxels`.
 
-    SimpleITK ends without a word when a disk is full, with half of a file.
+    SimpleITK says nothing of a full disk when it writes NIfTI, and leaves half of a file.
 
     Args:
         voxels: In the order of the file, whatever their shape.
@@ -43,15 +43,23 @@ def proven_to_hold(voxels: np.ndarray, path: str | os.PathLike) -> Iterator[str]
         NotWritten: If the file holds anything else; `path` is then what it was.
         OSError: If the folder cannot be written to.
     """
+    folder, name = os.path.split(os.path.abspath(path))
     with atomic(path) as temporary:
-        yield temporary
         try:
-            is_whole = np.array_equal(read_voxels(temporary).ravel(), voxels.ravel(), equal_nan=True)
-        except UserError:
-            is_whole = False
-        if not is_whole:
-            folder, name = os.path.split(os.path.abspath(path))
-            raise not_written(name, folder, OSError("the file did not take all voxels"))
+            yield temporary
+        except RuntimeError as error:  # of other formats SimpleITK says it, each in its own way
+            reason = " ".join(str(error).replace(temporary, name).split()).rpartition("ERROR: ")[2]
+            raise not_written(name, folder, OSError(reason)) from error
+        if not holds(temporary, voxels):
+            raise not_written(name, folder, OSError("it cannot be read back"))
+
+
+def holds(path: str, voxels: np.ndarray) -> bool:
+    """Tells whether a file can be read to its end and has these voxels, in the order of the file."""
+    try:
+        return np.array_equal(read_voxels(path).ravel(), voxels.ravel(), equal_nan=True)
+    except UserError:
+        return False
 
 
 def save_figure(figure: "Figure", path: str | os.PathLike, **options: Any) -> None:

@@ -151,6 +151,9 @@ def test_again_changes_nothing_and_another_mapping_is_refused(sets, raw, capsys)
     assert join(sets, sources[:1]) == 1
     assert "was converted from" in capsys.readouterr().err
     assert contents(raw) == before
+    cut(raw / "Dataset007_Both" / "labelsTr" / "KiTS_a.nii.gz")
+    assert join(sets, sources) == 1
+    assert re.search(r"KiTS_a.nii.gz exists and is not what .*a.nii.gz becomes: remove", capsys.readouterr().err)
 
 
 def test_interrupted_run_is_continued(sets, raw, monkeypatch, capsys):
@@ -306,7 +309,7 @@ def entry(**changes) -> dict:
     ("change", "message"),
     [
         ({"name": "FLARE"}, r"two sources are called \['FLARE'\]"),
-        ({"name": "a/b"}, "sources\[1\].name: String should match pattern"),
+        ({"name": "a/b"}, r"sources\[1\].name: String should match pattern"),
         ({"maping": {}}, r"sources\[1\].maping: Extra inputs are not permitted"),
         ({"mapping": []}, r"sources\[1\].mapping: Input should be a valid dictionary"),
         ({"dataset": "FLARE"}, "give either 'dataset', or"),

@@ -1,7 +1,6 @@
 """The command line of conversions: of `nnunet_diffusion convert`, and of the scripts of published data sets."""
 
 import argparse
-import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -53,6 +52,8 @@ def command_line(convert_set: Callable[..., Any], description: str | None, **cho
         description: For --help.
         **choices: Options of its own and their values.
     """
+    import inspect  # not needed for --help
+
     defaults = {key: parameter.default for key, parameter in inspect.signature(convert_set).parameters.items()}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_source(parser)
