@@ -3,9 +3,9 @@
 import os
 from collections.abc import Collection, Sequence
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
-
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import read_json
+from nnunet_diffusion.schemas import Dataset, Plans
 
 INTENSITIES = "foreground_intensity_properties_per_channel"
 IN_DATASET = ("labels", "channel_names")
@@ -21,8 +21,10 @@ def refuse_other_data(folder: str, plans: dict, configuration: str, dataset_json
     files = [os.path.join(folder, name) for name in ("plans.json", "dataset.json")]
     if missing := [file for file in files if not os.path.isfile(file)]:
         raise UserError(f"{folder}: is no model folder, it has no {missing[0]}")
-    its_plans, its_dataset = map(load_json, files)
-    its, ours = (content.get("configurations", {}).get(configuration, {}) for content in (its_plans, plans))
+    its_plans, its_dataset = (
+        read_json(file, schema, "take another model folder") for file, schema in zip(files, (Plans, Dataset), strict=True)
+    )
+    its, ours = (content["configurations"].get(configuration, {}) for content in (its_plans, plans))
     wrong = [key for key in IN_DATASET if its_dataset.get(key) != dataset_json.get(key)]
     wrong += [key for key in IN_CONFIGURATION if its.get(key) != ours.get(key)]
     wrong += [INTENSITIES] * (its_plans.get(INTENSITIES) != plans.get(INTENSITIES))

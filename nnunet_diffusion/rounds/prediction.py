@@ -15,17 +15,18 @@ from typing import Any, NamedTuple
 import blosc2
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.model_folder import find_folds, trainers_of
+from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_nothing_but_plain_values, trainers_of
 from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.preprocessing.properties import load_properties
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure
 from nnunet_diffusion.rounds.pseudo_labels import open_array, write_array
 
+CHECKPOINT = "checkpoint_final.pth"
 LEVELS = 255  # of the stored confidence
 
 
@@ -56,7 +57,7 @@ def network_spacing(properties: str, plans: PlansManager, configuration: Configu
     """
     spacing = [float(value) for value in configuration.spacing]
     if len(spacing) == 2:
-        spacing.insert(0, float(load_pickle(properties)["spacing"][plans.transpose_forward[0]]))
+        spacing.insert(0, float(load_properties(properties)["spacing"][plans.transpose_forward[0]]))
     return tuple(spacing)
 
 
@@ -74,18 +75,21 @@ class Teacher:
             mirroring: Whether to average over mirrored images, along the axes that the model allows.
 
         Raises:
-            UserError: If a checkpoint is missing or its trainer cannot be found.
+            UserError: If a checkpoint is missing, holds more than plain values, or its trainer cannot be found.
         """
         from nnunet_diffusion.installation import ext_trainer_folders, with_our_trainers
 
         self.identity = identity
-        folds = find_folds(folder, folds, "checkpoint_final.pth")
+        folds = find_folds(folder, folds, CHECKPOINT)
+        load_nothing_but_plain_values()  # nnU-Net's predictor would run what a checkpoint carries
+        for fold in folds:
+            load_checkpoint(os.path.join(folder, f"fold_{fold}", CHECKPOINT))  # says what is wrong with it
         on_cuda = device.type == "cuda"
         with trainers_of(with_our_trainers(ext_trainer_folders())):
             self.predictor = nnUNetPredictor(
                 use_mirroring=mirroring, device=device, perform_everything_on_device=on_cuda, allow_tqdm=False
             )
-            self.predictor.initialize_from_trained_model_folder(folder, tuple(folds), "checkpoint_final.pth")
+            self.predictor.initialize_from_trained_model_folder(folder, tuple(folds), CHECKPOINT)
         self.label_manager = self.predictor.label_manager
 
     @torch.inference_mode()

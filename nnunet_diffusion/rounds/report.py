@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import SimpleITK as sitk
-from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
 from nnunet_diffusion.evaluation.overlays import draw_overlay
 from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.preprocessing.properties import load_properties
 from nnunet_diffusion.rounds.evidence import Evidence
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, Verdict
 from nnunet_diffusion.rounds.prediction import Case, load_prediction, read_preprocessed
@@ -72,7 +72,7 @@ def draw(
     """
     os.makedirs(folder, exist_ok=True)
     for case, heading in chosen.items():
-        properties = load_pickle(cases[case].image.removesuffix(".b2nd") + ".pkl")
+        properties = load_properties(cases[case].image.removesuffix(".b2nd") + ".pkl")
         prediction, image = load_prediction(predicted, case), read_preprocessed(cases[case].image)[0]
         spacing = [cases[case].spacing_mm[axis] for axis in plans.transpose_backward]
         with tempfile.TemporaryDirectory() as temporary:
