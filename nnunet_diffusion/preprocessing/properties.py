@@ -11,7 +11,8 @@ from nnunet_diffusion.errors import UserError
 REMEDY = "remove the case's files and run nnunet_diffusion plan_and_preprocess"
 # numpy pickles arrays and scalars by these functions; before numpy 2 their modules had no underscore
 FUNCTIONS = (np.zeros(1).__reduce__()[0], np.zeros(1).__reduce_ex__(5)[0], np.float64(0).__reduce__()[0])
-PLAIN = {(module, f.__name__): f for f in FUNCTIONS for module in (f.__module__, f.__module__.replace("._core", ".core"))}
+MODULES = [(f, module) for f in FUNCTIONS for module in (f.__module__, f.__module__.replace("._core", ".core"))]
+PLAIN = {(module, function.__name__): function for function, module in MODULES}
 PLAIN |= {(kind.__module__, kind.__name__): kind for kind in (np.dtype, np.ndarray, collections.OrderedDict)}
 
 

@@ -21,9 +21,8 @@ def refuse_other_data(folder: str, plans: dict, configuration: str, dataset_json
     files = [os.path.join(folder, name) for name in ("plans.json", "dataset.json")]
     if missing := [file for file in files if not os.path.isfile(file)]:
         raise UserError(f"{folder}: is no model folder, it has no {missing[0]}")
-    its_plans, its_dataset = (
-        read_json(file, schema, "take another model folder") for file, schema in zip(files, (Plans, Dataset), strict=True)
-    )
+    remedy = "take another model folder"
+    its_plans, its_dataset = read_json(files[0], Plans, remedy), read_json(files[1], Dataset, remedy)
     its, ours = (content["configurations"].get(configuration, {}) for content in (its_plans, plans))
     wrong = [key for key in IN_DATASET if its_dataset.get(key) != dataset_json.get(key)]
     wrong += [key for key in IN_CONFIGURATION if its.get(key) != ours.get(key)]
