@@ -185,7 +185,10 @@ class Demo:
             os.path.join(model, output),
             counts=r": Epoch \d+\s*$",
             total=epochs,
-            depends_on=[self.dataset_json, only_for(trainer, load_json(f"{self.preprocessed}/{plans}.json"))],
+            depends_on={
+                "dataset.json": self.dataset_json,
+                "plans": only_for(trainer, load_json(f"{self.preprocessed}/{plans}.json")),
+            },
             resume_with=["--c"],
             replaces=model,
             # on a CPU augmentation in the training process itself is faster, and repeats exactly

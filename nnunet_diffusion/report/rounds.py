@@ -89,8 +89,8 @@ def _rounds_table(rounds: list[Round]) -> Html:
 
 
 def _dice(path: str) -> list[float | None]:
-    values = [entry.get("agreement") for entry in load_state(path)["rounds"]]
-    return [None if value is None else float(value) for value in values]
+    values = [entry.validation_dice for entry in load_state(path).rounds]
+    return values
 
 
 def _report(path: str) -> tuple[Counter, Counter, Counter]:
