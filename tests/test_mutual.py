@@ -314,10 +314,13 @@ def test_a_finished_run_names_what_has_changed(faked, capsys, monkeypatch):
         assert main(COMMAND) == 0
     for path, change, message in [
         (plan, lambda p: p["configurations"]["2d"].update(spacing=[9, 2]), r"\n  spacing: was \[2.*, now \[9, 2\]"),
-        (plan, lambda p: p["configurations"]["2d"]["architecture"].update(arch_kwargs={}), r"\n  architecture.arch_kwargs"),
-        (folder / "dataset.json", lambda d: d["annotated_labels"].update(tiny_003=BOX), "validation cases: changed: tiny_003"),
-        (folder / "splits_final.json", lambda s: s[0]["train"].append("tiny_003"), r"training cases: new: tiny_003\n  validation cases: missing: tiny_003"),
-        (folder / "splits_final.json", lambda s: s[0]["train"].remove("tiny_000"), "training cases: missing: tiny_000"),
+        (plan, lambda p: p["configurations"]["2d"]["architecture"].update(arch_kwargs={}), r"\n  architecture.arch_kw"),
+        (folder / "dataset.json", lambda d: d["annotated_labels"].update(tiny_003=BOX),
+         r"\n  validation cases: changed: tiny_003"),
+        (folder / "splits_final.json", lambda s: s[0]["train"].append("tiny_003"),
+         r"\n  training cases: new: tiny_003"),
+        (folder / "splits_final.json", lambda s: s[0]["train"].remove("tiny_000"),
+         r"\n  training cases: missing: tiny_000"),
     ]:  # fmt: skip
         with edited(path, change):
             assert main(COMMAND) == 1
@@ -425,7 +428,8 @@ def test_the_same_command_does_nothing_twice(world, learned, capsys):
     with edited(world / f"{tiny.PLANS}.json", change):
         assert main([*COMMAND, "--gate", "is_open=true"]) == 1
     error = capsys.readouterr().err
-    assert f"remove the folder {files[0].parent} to make it anew" in error and "settings.supervised_share: was " in error
+    assert f"remove the folder {files[0].parent} to make it anew" in error
+    assert "settings.supervised_share: was " in error
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
