@@ -51,9 +51,11 @@ def refuse_foreign(folder: str, /, **what: Any) -> None:
         UserError: Naming the folder and what its mark says.
     """
     remedy = "move it away, or remove it yourself if nothing in it is needed"
+    # listed before the mark is read: another command may just now mark it, and then write
+    is_used = os.path.lexists(folder) and (not os.path.isdir(folder) or bool(set(os.listdir(folder)) - {WORK}))
     said = mark_of(folder)
     known = said or {}
-    if said is None and os.path.lexists(folder) and (not os.path.isdir(folder) or set(os.listdir(folder)) - {WORK}):
+    if said is None and is_used:
         raise UserError(f"{folder}: was not made by nnunet_diffusion, which does not touch it: {remedy}")
     if other := [f"{key} {known[key]!r}, not {what[key]!r}" for key in known.keys() & what if known[key] != what[key]]:
         raise UserError(f"{folder}: was made for {', '.join(other)}: {remedy}")

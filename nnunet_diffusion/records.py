@@ -107,6 +107,19 @@ def size_and_time(folder: str, case: str, endings: Iterable[str]) -> str:
     return " ".join(f"{stat.st_size}@{stat.st_mtime_ns}" for stat in stats)
 
 
+def sha256(path: str) -> str:
+    """The SHA-256 of a file.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    content = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 22):
+            content.update(block)
+    return content.hexdigest()
+
+
 class Hashes:
     """SHA-256 of files that decide, checkpoints and denoisers: read again only if size or time has changed."""
 
@@ -122,11 +135,7 @@ class Hashes:
         """
         stamp = size_and_time("", path, [""])
         if self.known.get(path, [""])[0] != stamp:
-            content = hashlib.sha256()
-            with open(path, "rb") as f:
-                while block := f.read(1 << 22):
-                    content.update(block)
-            self.known[path] = [stamp, content.hexdigest()]
+            self.known[path] = [stamp, sha256(path)]
         return self.known[path][1]
 
 
@@ -205,7 +214,7 @@ class Journal:
 
     def seal(self) -> str:
         """The SHA-256 of the file, for `read_journal`."""
-        return Hashes({}).sha256(self.path)
+        return sha256(self.path)
 
 
 def read_journal(path: str, seal: str, schema: Any, remedy: str) -> dict[str, Any]:
@@ -214,7 +223,7 @@ def read_journal(path: str, seal: str, schema: Any, remedy: str) -> dict[str, An
     Raises:
         UserError: If it is not there, is not the one that was sealed, or holds something else.
     """
-    if not os.path.isfile(path) or Hashes({}).sha256(path) != seal:
+    if not os.path.isfile(path) or sha256(path) != seal:
         raise UserError(f"{path}: is missing, was edited or cut: restore it, or {remedy}")
     entries = dict(_whole_lines(path)[1:])
     check_shape(entries, dict[str, schema], path, f"restore it, or {remedy}")

@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures and writes them beside the samples."""
-    from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
     from nnunet_diffusion.cli.sample import real_batches
     from nnunet_diffusion.files import write_json
+    from nnunet_diffusion.preprocessing.planning import find_dataset
     from nnunet_diffusion.samples.files import numbers_in, read_description, read_samples
 
     description = read_description(args.samples)
@@ -81,8 +81,8 @@ def find_extractor(args: argparse.Namespace, description: dict, device):
     Raises:
         UserError: If what it needs is not there.
     """
-    from nnunet_diffusion.cli.sample import sha256
     from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
+    from nnunet_diffusion.records import sha256
     from nnunet_diffusion.samples.features import encoder_features, inception_features
 
     path = args.denoiser or description["denoiser"]

@@ -19,6 +19,7 @@ from nnunet_diffusion.evaluation.summary import text_table
 from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.marks import mark, refuse_foreign
 from nnunet_diffusion.partial.annotations import Channels, output_channels, read_annotations
+from nnunet_diffusion.preprocessing.cases import fold_of
 from nnunet_diffusion.records import Journal, made_from
 from nnunet_diffusion.rounds.cases import COPY
 from nnunet_diffusion.rounds.constrained import ignore_uncertain, keep_labels
@@ -39,7 +40,7 @@ from nnunet_diffusion.rounds.pseudo_labels import (
     remove_pseudo_labels,
     save_pseudo_label,
 )
-from nnunet_diffusion.schemas import Dataset, Split, Splits
+from nnunet_diffusion.schemas import Dataset
 
 REPORT = "completed.json"
 
@@ -82,20 +83,7 @@ def training_cases_of(base: str, data_identifier: str, fold: str) -> list[str]:
         raise UserError(f"{folder}: nnU-Net splits 5 cases or more, not {len(names)}: write {path}, or take -f all")
     if not os.path.isfile(path):
         write_json(path, generate_crossval_split(names, seed=12345, n_splits=5))  # as nnU-Net's do_split
-    return sorted(fold_of(base, fold)["train"])
-
-
-def fold_of(base: str, fold: str) -> Split:
-    """Reads a fold of splits_final.json.
-
-    Raises:
-        UserError: If the file is damaged, or has no such fold.
-    """
-    path = os.path.join(base, "splits_final.json")
-    splits = read_json(path, Splits, "correct it, or remove it: it is made anew")
-    if int(fold) >= len(splits):
-        raise UserError(f"-f {fold}: {path} has folds 0 to {len(splits) - 1}: add it there, or take all")
-    return splits[int(fold)]
+    return sorted(fold_of(path, fold)[0])
 
 
 def describe_cases(base: str, teacher: Teacher, names: Sequence[str]) -> dict[str, Case]:

@@ -21,7 +21,6 @@ from nnunet_diffusion.mutual.completion import (
     complete_cases,
     completion_table,
     describe_cases,
-    fold_of,
     read_report,
     training_cases_of,
 )
@@ -29,7 +28,7 @@ from nnunet_diffusion.mutual.dataset import completed_folder
 from nnunet_diffusion.mutual.groups import find_groups
 from nnunet_diffusion.partial.annotations import output_channels, read_annotations
 from nnunet_diffusion.plans import read_plans
-from nnunet_diffusion.preprocessing.preprocess import LABELED_FILES
+from nnunet_diffusion.preprocessing.cases import LABELED_FILES, fold_of
 from nnunet_diffusion.records import digest, made_from, refuse_other, size_and_time
 from nnunet_diffusion.rounds.cases import COPY
 from nnunet_diffusion.rounds.gate import GateSettings
@@ -139,7 +138,8 @@ class MutualLearning:
     def training(self, trainer: str) -> Step:
         """Trains one stage; a finished one is never trained anew."""
         choice = [self.dataset, self.configuration, self.fold, "-tr", trainer, "-p", self.plans]
-        validation = [] if self.fold == "all" else fold_of(self.base, self.fold)["val"]
+        splits = os.path.join(self.base, "splits_final.json")
+        validation = [] if self.fold == "all" else fold_of(splits, self.fold)[1]
         completed = pseudo_cases(self.completed_folder) if trainer == STAGES[1] else []
         return Step(
             f"train {trainer}",

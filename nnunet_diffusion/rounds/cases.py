@@ -6,19 +6,20 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
-from nnunet_diffusion.marks import mark_of
 from nnunet_diffusion.partial.annotations import Annotation, output_channels, read_annotations
-from nnunet_diffusion.preprocessing.preprocess import (
+from nnunet_diffusion.preprocessing.cases import (
     LABELED_FILES,
     UNLABELED_FILES,
     complete_cases,
+    fold_of,
     pool_folder,
-    preprocessing_identity,
+    read_splits,
 )
+from nnunet_diffusion.preprocessing.preprocess import differing, preprocessing_identity
 from nnunet_diffusion.records import digest, size_and_time
 from nnunet_diffusion.rounds.evidence import OrganPrior, measure, organ_priors
 from nnunet_diffusion.rounds.prediction import Case, network_spacing, read_preprocessed
-from nnunet_diffusion.schemas import Dataset, Splits
+from nnunet_diffusion.schemas import Dataset
 
 COPY = "run nnunet_diffusion plan_and_preprocess, which copies it from nnUNet_raw"
 
@@ -61,11 +62,9 @@ class Cases:
                 f"{self.unlabeled}: the pool is empty: list scans under 'unlabeled' in dataset.json (nnunet_diffusion "
                 "convert) and run nnunet_diffusion plan_and_preprocess"
             )
-        known = mark_of(self.unlabeled) or {}
-        now = preprocessing_identity(self.plans, self.configuration)
-        if differing := sorted(key for key in now if known.get(key) != now[key]):
+        if others := differing(self.unlabeled, preprocessing_identity(self.plans, self.configuration)):
             raise UserError(
-                f"{self.unlabeled}: the pool was preprocessed with other {', '.join(differing)} than the plan has: run "
+                f"{self.unlabeled}: the pool was preprocessed with other {', '.join(others)} than the plan has: run "
                 "nnunet_diffusion plan_and_preprocess again"
             )
 
@@ -80,12 +79,9 @@ class Cases:
         file = os.path.join(self.base, "splits_final.json")
         if not os.path.isfile(file):
             raise UserError(f"{file}: no splits: train fold {self.fold} once, or write them")
-        splits = read_json(file, Splits, "correct it, or remove it and train a fold: nnU-Net makes it anew")
-        if int(self.fold) >= len(splits):
-            raise UserError(f"-f {self.fold}: {file} has {len(splits)} folds")
-        validation = splits[int(self.fold)]["val"]
-        known = {case for split in splits for part in ("train", "val") for case in split[part]}
-        train = [*splits[int(self.fold)]["train"], *sorted(set(self.annotations) - known)]
+        train, validation = fold_of(file, self.fold)
+        known = {case for split in read_splits(file) for part in ("train", "val") for case in split[part]}
+        train = [*train, *sorted(set(self.annotations) - known)]
         return [case for case in train if case in self.annotations], validation
 
     def held_out(self) -> list[str]:

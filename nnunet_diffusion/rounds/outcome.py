@@ -5,7 +5,7 @@ import shutil
 
 from nnunet_diffusion.files import atomic, naming_full_disk
 from nnunet_diffusion.marks import WORK, mark, refuse_foreign, remove_marked
-from nnunet_diffusion.records import Hashes
+from nnunet_diffusion.records import sha256
 from nnunet_diffusion.rounds.places import Places
 
 OUTCOME = {"outcome": "of nnunet_diffusion rounds"}  # the mark
@@ -28,7 +28,7 @@ def publish(places: Places, number: int | str) -> None:
     refuse_foreign_outcome(places)
     for fold, checkpoint in zip(places.folds(number), places.checkpoints(number), strict=True):
         target = os.path.join(places.outcome(), f"fold_{fold}", os.path.basename(checkpoint))
-        if not os.path.isfile(target) or Hashes({}).sha256(target) != Hashes({}).sha256(checkpoint):
+        if not os.path.isfile(target) or sha256(target) != sha256(checkpoint):
             with naming_full_disk(target):
                 copy_fold(os.path.dirname(checkpoint), places.outcome(), fold)
 

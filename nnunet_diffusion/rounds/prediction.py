@@ -108,9 +108,9 @@ class Teacher:
 
         self.identity = identity
         folds = find_folds(folder, folds, CHECKPOINT)
-        load_nothing_but_plain_values()  # nnU-Net's predictor would run what a checkpoint carries
         for fold in folds:
             load_checkpoint(os.path.join(folder, f"fold_{fold}", CHECKPOINT))  # says what is wrong with it
+        load_nothing_but_plain_values()  # nnU-Net's predictor would run what a checkpoint carries
         on_cuda = device.type == "cuda"
         with trainers_of(with_our_trainers(ext_trainer_folders())):
             self.predictor = nnUNetPredictor(

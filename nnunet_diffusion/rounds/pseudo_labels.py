@@ -69,9 +69,8 @@ def pseudo_folder(preprocessed_dataset_folder_base: str, data_identifier: str, *
     Raises:
         UserError: If a name would lead out of it.
     """
-    for name in names:
-        safe_name(name, "folder of pseudo labels", "take letters, digits, '_', '-'")
-    return os.path.join(preprocessed_dataset_folder_base, data_identifier + "_pseudo", *names)
+    safe = [safe_name(name, "pseudo labels", "take letters, digits, '_', '-'") for name in names]
+    return os.path.join(preprocessed_dataset_folder_base, data_identifier + "_pseudo", *safe)
 
 
 def pseudo_cases(folder: str) -> list[str]:
@@ -107,7 +106,7 @@ def save_pseudo_label(
         ValueError: If the segmentation has other dimensions.
         OSError: If the file cannot be written; a former one is then what it was.
     """
-    safe_name(case, "case of a pseudo label")
+    safe_name(case, "case")
     segmentation = np.asarray(segmentation, np.int16)
     segmentation = segmentation[None] if segmentation.ndim == 3 else segmentation
     if segmentation.ndim != 4 or len(segmentation) != 1:
