@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from nnunet_diffusion.conversion.dataset import REORIENTING_READER, Converted, convert, refuse
-from nnunet_diffusion.conversion.files import files_below, is_image, the_ending
+from nnunet_diffusion.conversion.files import files_below, is_image, matched, the_ending
 from nnunet_diffusion.errors import UserError
 
 ENDING = r"\.nii(?:\.gz)?"
@@ -53,13 +53,9 @@ def convert_layout(
     problems: list[str] = []
     images, labels = _found(files, layout.image, problems), _found(files, layout.label, problems)
     evaluation = {path for path in files if matches(layout.left_out, path)}
-    for case in sorted(images.keys() - labels.keys()):
-        if images[case] not in evaluation:
-            problems.append(f"{case}: {images[case]} has no label: add it, or remove the image")
-    for case in sorted(labels.keys() - images.keys()):
-        problems.append(f"{case}: {labels[case]} has no image: add it, or remove the label")
+    wanted = {case: [path] for case, path in images.items() if case in labels or path not in evaluation}
+    labeled = matched(wanted, labels, problems)
     refuse(problems)
-    labeled = {case: ([path], labels[case]) for case, path in images.items() if case in labels}
     if not labeled:
         image, label = map(example, (layout.image, layout.label))
         raise UserError(f"{source}: has no case in or below it, an image such as {image} with a label {label}")
