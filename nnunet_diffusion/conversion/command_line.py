@@ -18,10 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser, dataset_id: int | None = None
     """
     if name:
         parser.add_argument("source", metavar="SOURCE", help="the folder that the data set was unpacked into")
-    told, must = (" (default: %(default)s)", False) if name else ("", True)
-    id_help, name_help = f"data set id, 1 to 999{told}", f"name of the data set{told}"
-    parser.add_argument("-d", dest="dataset_id", metavar="ID", type=int, default=dataset_id, required=must, help=id_help)
-    parser.add_argument("-n", dest="name", metavar="NAME", default=name, required=must, help=name_help)
+    told, is_due = (" (default: %(default)s)", False) if name else ("", True)
+    id_told, name_told = f"data set id, 1 to 999{told}", f"name of the data set{told}"
+    parser.add_argument(
+        "-d", dest="dataset_id", metavar="ID", type=int, default=dataset_id, required=is_due, help=id_told
+    )
+    parser.add_argument("-n", dest="name", metavar="NAME", default=name, required=is_due, help=name_told)
     parser.add_argument("--copy", action="store_true", help="copy the files in, instead of referring to where they are")
     parser.add_argument(
         "-np", dest="num_threads", type=int, default=4, metavar="N", help="checks at a time (default: 4)"
