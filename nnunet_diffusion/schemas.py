@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Spacing = Annotated[list[Positive], Field(min_length=2, max_length=3)]  # mm
 Size = Annotated[list[Count], Field(min_length=2, max_length=3)]  # voxels
-LabelValue = Index | list[Index]
+LabelValue = Index | Annotated[list[Index], Field(min_length=1)]
 FilePath = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # which no text with half a character passes, either
 
 
@@ -28,6 +28,13 @@ class LabeledFiles(TypedDict):
 
 
 @with_config(STRICT)
+class UnlabeledFiles(TypedDict):
+    """A case of dataset.json's table `unlabeled`."""
+
+    images: Annotated[list[FilePath], Field(min_length=1)]
+
+
+@with_config(STRICT)
 class Dataset(TypedDict):
     """dataset.json; the tables of annotations and of unlabeled scans have readers of their own."""
 
@@ -37,6 +44,13 @@ class Dataset(TypedDict):
     regions_class_order: NotRequired[list[int]]
     dataset: NotRequired[dict[str, LabeledFiles]]
     overwrite_image_reader_writer: NotRequired[str]
+
+
+@with_config(STRICT)
+class PlannableDataset(Dataset):
+    """dataset.json with what nnU-Net's planning needs beside."""
+
+    numTraining: Count
 
 
 @with_config(STRICT)
@@ -70,6 +84,20 @@ class ResolvedConfiguration(TypedDict):
 
 
 @with_config(STRICT)
+class PreprocessedConfiguration(TypedDict):
+    """What of a configuration decides the values of a preprocessed scan."""
+
+    preprocessor_name: str
+    spacing: Spacing
+    normalization_schemes: list[str]
+    use_mask_for_norm: list[bool]
+    resampling_fn_data: str
+    resampling_fn_data_kwargs: dict[str, Any]
+    resampling_fn_seg: str
+    resampling_fn_seg_kwargs: dict[str, Any]
+
+
+@with_config(STRICT)
 class Plans(TypedDict):
     """plans.json."""
 
@@ -94,6 +122,33 @@ class Split(TypedDict):
 Splits = Annotated[list[Split], Field(min_length=1)]
 
 
+@with_config(STRICT)
+class Fingerprint(TypedDict):
+    """dataset_fingerprint.json; intensities of a data set without any labeled voxel are NaN."""
+
+    spacings: list[list[Positive]]
+    shapes_after_crop: list[list[Count]]
+    foreground_intensity_properties_per_channel: dict[str, dict[str, Annotated[float, Field(allow_inf_nan=True)]]]
+    median_relative_size_after_cropping: float
+
+
+@with_config(STRICT)
+class LabeledStamps(TypedDict):
+    """labeled_files.json: what dataset_fingerprint.json was measured from."""
+
+    cases: dict[str, list[list[str | int | None]]]
+
+
+@with_config(STRICT)
+class Measures(TypedDict):
+    """A scan of unlabeled_fingerprint.json: its measures, or why there are none."""
+
+    files: NotRequired[list[list[str | int | None]]]
+    spacing: NotRequired[Annotated[list[Positive], Field(min_length=3, max_length=3)]]
+    shape_after_crop: NotRequired[Annotated[list[Count], Field(min_length=3, max_length=3)]]
+    problem: NotRequired[str]
+
+
 def first_problem(content: Any, schema: Any) -> str:
     """Says where content has not the shape of a schema, what is there, and what is expected; empty if it has.
 
@@ -114,6 +169,187 @@ def first_problem(content: Any, schema: Any) -> str:
 
 def _shortened(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# Of evaluations and the report.
+
+Score = Annotated[float, Field(ge=0, le=1)]  # DSC, NSD
+NnUNetScore = Annotated[float, Field(ge=0, le=1, allow_inf_nan=True)]  # nnU-Net writes NaN where it is not defined
+
+
+@with_config(STRICT)
+class EvaluatedDataset(TypedDict):
+    """dataset.json, as far as evaluation needs it."""
+
+    labels: Annotated[dict[str, LabelValue], Field(min_length=2)]
+    file_ending: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9.]+$")]
+    regions_class_order: NotRequired[list[int]]
+
+
+@with_config(STRICT)
+class CaseFigures(TypedDict):
+    """nnU-Net's figures of a label or region in a case."""
+
+    Dice: NotRequired[NnUNetScore | None]
+
+
+@with_config(STRICT)
+class CaseMetrics(TypedDict):
+    """A case of nnU-Net's summary.json."""
+
+    prediction_file: str
+    metrics: dict[str, CaseFigures]
+
+
+@with_config(STRICT)
+class Summary(TypedDict):
+    """nnU-Net's summary.json."""
+
+    metric_per_case: list[CaseMetrics]
+
+
+@with_config(STRICT)
+class EvaluatedPair(TypedDict):
+    """The scores of an organ in a case; null: not defined."""
+
+    dsc: Score | None
+    nsd: Score | None
+
+
+@with_config(STRICT)
+class UsedRules(TypedDict):
+    """The rules of an evaluation."""
+
+    name: str
+    description: str
+
+
+@with_config(STRICT)
+class EvaluationFile(TypedDict):
+    """evaluation_RULES.json."""
+
+    rules: UsedRules
+    cases: dict[str, dict[str, EvaluatedPair]]
+
+
+@with_config(STRICT)
+class Transfer(TypedDict):
+    """transfer_report.json."""
+
+    source: str
+    timestep: Index
+    matched: list[str]
+    adapted: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    warnings: list[str]
+
+
+@with_config(STRICT)
+class QualityFigures(TypedDict):
+    """The figures of drawn images."""
+
+    FID: float
+    sFID: float
+    precision: float
+    recall: float
+    F1: float
+
+
+@with_config(STRICT)
+class Quality(TypedDict):
+    """quality_FEATURES.json."""
+
+    values: QualityFigures
+    samples: Count
+    real: Count
+    k: Count
+    features: str
+    warnings: list[str]
+
+
+@with_config(STRICT)
+class BenchmarkGroup(TypedDict):
+    """An arm of a benchmark at one budget."""
+
+    arm: str
+    budget: str
+    mean: Score
+    sd: Annotated[float, Field(ge=0)] | None
+
+
+@with_config(STRICT)
+class BenchmarkRun(TypedDict):
+    """A run of a benchmark."""
+
+    arm: str
+    budget: str
+    dice: Score
+
+
+@with_config(STRICT)
+class Benchmark(TypedDict):
+    """label_efficiency.json and partial_labels.json."""
+
+    summary: Annotated[list[BenchmarkGroup], Field(min_length=1)]
+    runs: list[BenchmarkRun]
+    test_cases: list[str]
+
+
+@with_config(STRICT)
+class RoundDecisions(TypedDict):
+    """How many scans a round kept, left waiting and dropped."""
+
+    keep: Index
+    wait: Index
+    drop: Index
+
+
+@with_config(STRICT)
+class RoundCase(TypedDict):
+    """A scan of a round: organ -> why it was not believed."""
+
+    reasons: dict[str, list[str]]
+
+
+@with_config(STRICT)
+class RoundReport(TypedDict):
+    """report.json of a round."""
+
+    decisions: RoundDecisions
+    organs: dict[str, Index]
+    cases: dict[str, RoundCase]
+
+
+@with_config(STRICT)
+class ModelPlans(TypedDict):
+    """plans.json of a model folder, as far as its settings are concerned: trainer -> setting -> value."""
+
+    nnunet_diffusion: NotRequired[dict[str, dict[str, Any]]]
+
+
+@with_config(STRICT)
+class SampledPlan(TypedDict):
+    """The plan of the denoiser that drew samples."""
+
+    dataset_name: str
+    plans_name: str
+    configuration: str
+    spacing: Spacing
+    patch_size: Size
+    transpose_forward: Annotated[list[Index], Field(min_length=3, max_length=3)]
+    normalization_schemes: Annotated[list[str], Field(min_length=1)]
+    intensities: dict[str, dict[str, float]]
+    channel_names: Annotated[dict[str, str], Field(min_length=1)]
+
+
+@with_config(STRICT)
+class Samples(TypedDict):
+    """samples.json."""
+
+    denoiser: str
+    plan: SampledPlan
+    body_share: NotRequired[Score]
 
 
 # Of conversions.
