@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import pytest
+from full_disk import no_file_longer_than
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.cli.demo import arms_table, verdict
@@ -47,6 +48,15 @@ def test_step_runs_again_when_its_output_is_gone_or_what_it_depends_on_changed(s
     (tmp_path / "a").unlink()
     steps_of().run(python("one", APPEND, tmp_path / "a", depends_on={"epochs": 2}))
     assert (tmp_path / "a").read_text() == "x"
+
+
+def test_log_on_a_full_disk_is_named(steps_of, tmp_path):
+    talks = python("talks", "import sys; print('x' * 9999); open(sys.argv[1], 'w')", tmp_path / "a")
+    message = rf"talks.txt was not written to {tmp_path}/run/logs, where \d+ MB are free: File too large; make room"
+    with no_file_longer_than(4096), pytest.raises(NotWritten, match=message):
+        steps_of().run(talks)
+    steps_of().run(talks)
+    assert (tmp_path / "run" / "logs" / "talks.txt").read_text() == "x" * 9999 + "\n"
 
 
 def test_what_follows_a_step_that_ran_runs_too(steps_of, tmp_path):

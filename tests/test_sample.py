@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from full_disk import no_file_longer_than
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization, RGBTo01Normalization
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import NotWritten
 from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.draw import draw_images
@@ -115,6 +117,15 @@ def test_a_slice_is_a_scan_of_one_slice(tmp_path):
     scan = image_of(tmp_path, 0, 1)
     assert scan.GetSize() == (16, 1, 12) and scan.GetSpacing() == (4.0, 1.0, 3.0)  # x, y, z of transpose (1, 0, 2)
     np.testing.assert_allclose(next(read_samples(str(tmp_path), [0], plan)), image, atol=1e-5)
+
+
+def test_what_a_full_disk_cut_is_missing_and_written_next_time(tmp_path):
+    plan, image = denoisers.plan(2, channels=2), np.random.default_rng(0).normal(size=(2, 12, 16)).astype(np.float32)
+    with no_file_longer_than(200), pytest.raises(NotWritten, match=f"sample_00000_0001.nii.gz was not .* {tmp_path}"):
+        write_sample(str(tmp_path), 0, image, plan)
+    assert list(tmp_path.iterdir()) == [] and numbers_in(str(tmp_path), 2) == []
+    write_sample(str(tmp_path), 0, image, plan)
+    assert numbers_in(str(tmp_path), 2) == [0]
 
 
 # ---------------------------------------------------------------- the command
