@@ -5,7 +5,7 @@ One `TypedDict` a file, checked by pydantic in its strict mode: no text for a nu
 
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -16,21 +16,22 @@ Index = Annotated[int, Field(ge=0)]
 Spacing = Annotated[list[Positive], Field(min_length=2, max_length=3)]  # mm
 Size = Annotated[list[Count], Field(min_length=2, max_length=3)]  # voxels
 LabelValue = Index | Annotated[list[Index], Field(min_length=1)]
+FilePath = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # which no text with half a character passes, either
 
 
 @with_config(STRICT)
 class LabeledFiles(TypedDict):
     """A case of dataset.json's table `dataset`."""
 
-    images: Annotated[list[str], Field(min_length=1)]
-    label: str
+    images: Annotated[list[FilePath], Field(min_length=1)]
+    label: FilePath
 
 
 @with_config(STRICT)
 class UnlabeledFiles(TypedDict):
     """A case of dataset.json's table `unlabeled`."""
 
-    images: Annotated[list[str], Field(min_length=1)]
+    images: Annotated[list[FilePath], Field(min_length=1)]
 
 
 @with_config(STRICT)
@@ -349,3 +350,59 @@ class Samples(TypedDict):
     denoiser: str
     plan: SampledPlan
     body_share: NotRequired[Score]
+
+
+# Of conversions.
+
+
+@with_config(STRICT)
+class ConvertedFrom(TypedDict):
+    """dataset.json of a conversion: the folders that its cases came from."""
+
+    converted_from: list[str]
+
+
+@with_config(STRICT)
+class SourceDataset(Dataset):
+    """dataset.json of a data set that is joined with others; `partial` says more about labels than a shape can."""
+
+    channel_names: Annotated[dict[Annotated[str, Field(pattern=r"^\d+$")], str], Field(min_length=1)]
+    labels: dict[str, Any]
+    annotated_labels: NotRequired[dict[str, list[str]]]
+
+
+@with_config(ConfigDict(**STRICT, extra="forbid"))
+class JoinedSource(TypedDict):
+    """A source of a mapping of `convert partial`; what its mapping means is checked where it is applied."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
+    about: NotRequired[Any]
+    dataset: NotRequired[FilePath]
+    images: NotRequired[FilePath]
+    labels: NotRequired[FilePath]
+    label_names: NotRequired[dict[str, Any]]
+    channel_names: NotRequired[Annotated[list[str], Field(min_length=1)]]
+    unlabeled: NotRequired[Annotated[list[FilePath], BeforeValidator(lambda n: [n] if isinstance(n, str) else n)]]
+    mapping: NotRequired[dict[str, Any]]
+    inside: NotRequired[dict[str, str]]
+    excludes: NotRequired[list[str]]
+
+
+@with_config(ConfigDict(**STRICT, extra="forbid"))
+class LabelMappingFile(TypedDict):
+    """The mapping of `convert partial`."""
+
+    labels: Annotated[list[str], Field(min_length=1)]
+    sources: Annotated[list[JoinedSource], Field(min_length=1)]
+    about: NotRequired[Any]
+
+
+AnnotatedLabels = dict[str, list[str]]  # of `convert folder --annotated`
+
+
+@with_config(STRICT)
+class LabelFile(TypedDict):
+    """The JSON file of `convert folder --labels` that has regions; `label_values` says more than a shape can."""
+
+    labels: dict[str, Any]
+    regions_class_order: NotRequired[list[int]]

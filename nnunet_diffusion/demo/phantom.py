@@ -18,7 +18,8 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from nnunet_diffusion.demo.torso import Torso, all_of
-from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.files import write_json
+from nnunet_diffusion.image_files import write_scan
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "right_kidney": 3, "left_kidney": 4, "stomach": 5, "aorta": 6}
 LIVER, SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, STOMACH, AORTA = range(1, 7)
@@ -251,8 +252,7 @@ def write_image(path: str | os.PathLike, array: np.ndarray, spacing_mm: tuple[fl
     image = sitk.GetImageFromArray(array)
     image.SetSpacing([float(s) for s in spacing_mm[::-1]])
     image.SetOrigin([-0.5 * s * (n - 1) for s, n in zip(spacing_mm[::-1], array.shape[::-1], strict=True)])
-    with atomic(path) as temporary:
-        sitk.WriteImage(image, temporary, useCompression=True)
+    write_scan(image, path)
 
 
 def write_phantom_dataset(
@@ -306,7 +306,10 @@ def main() -> None:
     parser.add_argument("folder", help="DatasetXXX_Name")
     for name, default in (("labeled", 4), ("unlabeled", 32), ("test", 6), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    write_phantom_dataset(**vars(parser.parse_args()))
+    try:
+        write_phantom_dataset(**vars(parser.parse_args()))
+    except OSError as error:
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":
