@@ -10,8 +10,10 @@ from typing import Any
 
 NAMES = ["..", ".", "", "../../../climbed", "ABSOLUTE", "a/b", "a\\b", "a\0b", "a\nb", "\x1b[2J", "\ud800", "n" * 5000,
          ".hidden", "gt_segmentations", "-rf", "{fold}", "%s", " "]  # fmt: skip
-VALUES = [None, True, 0, -1, 5, 1.5, 10**30, "text", "", [], {}, [[]], ["text"], {"a": {"b": 1}}, float("nan"), float("inf"),
-          -float("inf"), [None], {"": None}, [1, 2, 3]]  # fmt: skip
+VALUES = [None, True, 0, -1, 5, 1.5, 10**30, "text", "", [], {}, [[]], ["text"], {"a": {"b": 1}}, [None], {"": None},
+          [1, 2, 3], float("nan"), float("inf"), -float("inf")]  # fmt: skip
+WHOLE = ("cut", "noise", "nested", "empty", "pickle")  # nothing of such a file can be used
+KINDS = ("cut", "noise", "nested", "whole", *("value",) * 6, *("removed",) * 3, *("name",) * 4, *("key",) * 2)
 PATHS = ("-o", "--root")  # of arguments: anything that a user gives there is meant
 POSITIONAL = {"train": ("fold", "configuration")}  # by which name a message may call an argument without an option
 NUMBERS = ["-1", "0", "nan", "inf", "1e400", "x", "", "99999999999999999999", "1.5", "-0"]
@@ -56,7 +58,7 @@ def changed(content: Any, path: tuple, change: Callable[[Any, Any], None]) -> No
 def spoiled_json(text: str, rng: random.Random, absolute: Path) -> tuple[str, bytes, list[str]]:
     """A kind of damage, the file with it, and words of which one names the culprit, apart from the file."""
     content = json.loads(text)
-    kind = rng.choice(["cut", "noise", "nested", "whole", *["value"] * 6, *["removed"] * 3, *["name"] * 4, *["key"] * 2])
+    kind = rng.choice(KINDS)
     if kind == "cut":
         return kind, text.strip().encode()[: rng.randrange(len(text.strip()) - 1)], []
     if kind == "noise":
@@ -110,7 +112,7 @@ def spoiled_binary(path: Path, rng: random.Random, evil: Path) -> tuple[str, byt
 
 
 def harmful(path: Path, evil: Path, is_archive: bool) -> bytes:
-    """A file that runs code when it is unpickled: a bare pickle, or an archive of torch's with the keys it should have."""
+    """A file that runs code when it is unpickled: a pickle, or an archive of torch's with the right keys."""
     if path.suffix == ".pkl" or not is_archive:
         return pickle.dumps({"network_weights": Harmful(evil)})
     import io
@@ -132,7 +134,8 @@ def spoiled_arguments(argv: list[str], rng: random.Random) -> tuple[str, list[st
     place = rng.choice(places)
     option = next((a for a in reversed(argv[:place]) if a.startswith("-")), argv[0])
     value = rng.choice(NUMBERS if option in PATHS else NUMBERS + NAMES)
-    return f"{option} {short(value)}", [*argv[:place], value, *argv[place + 1 :]], [option, value or "''", argv[place], *POSITIONAL.get(argv[0], ())]
+    words = [option, value or "''", argv[place], *POSITIONAL.get(argv[0], ())]
+    return f"{option} {short(value)}", [*argv[:place], value, *argv[place + 1 :]], words
 
 
 def at(content: Any, path: tuple) -> Any:

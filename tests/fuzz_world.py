@@ -4,27 +4,28 @@ Nothing in it was trained: checkpoints are those of untrained networks, and comm
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import denoisers
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import tiny
+from fuzz_commands import COMMANDS, DENOISER, MODEL, STAGES
 
 from nnunet_diffusion import checkup, commands, installation
 from nnunet_diffusion.cli import main
 
 BALLS, BOX = ["left ball", "right ball"], ["box"]
 ANNOTATED = {f"tiny_{i:03d}": BOX if i in (1, 4) else BALLS for i in range(5)}
-CASE = ["990", "2d", "0"]
-MODEL, DENOISER = "DiffusionPretrainedTrainer", "DenoisingDiffusionTrainer"
-FINISHED = (MODEL, "MutualDifferenceTrainer", "MutualSimilarityTrainer")
 SHORT = {"num_epochs": 1, "num_iterations_per_epoch": 1, "num_val_iterations_per_epoch": 1}
 
 
@@ -49,47 +50,6 @@ class World:
     def model(self, trainer: str) -> Path:
         """The model folder of a trainer."""
         return self.results / f"{trainer}__{tiny.PLANS}__2d"
-
-    def commands(self) -> dict[str, list[str]]:
-        """A name and the arguments of what was done once, in the order in which it was."""
-        given, made, plans = str(self.given), self.made, ["-p", tiny.PLANS]
-        rounds = ["rounds", "-d", "990", "-c", "2d", "-f", "0", *plans, "--from", str(self.model(MODEL))]
-        rounds += ["--start", "scratch", "--rounds", "1", "--gate", "is_open=true", "-device", "cpu", "--disable_tta"]
-        sample = ["-n", "2", "--steps", "2", "--device", "cpu", "--batch_size", "2"]
-        samples = str(made / "samples")
-        return {
-            "convert folder": ["convert", "folder", f"{given}/ct", f"{given}/labels", "--unlabeled", f"{given}/more",
-                               "-d", "501", "-n", "Own", "--labels", f"{given}/labels.json",
-                               "--annotated", f"{given}/annotated.json", "-np", "1"],
-            "convert flare22": ["convert", "flare22", f"{given}/flare22", "-d", "22", "-np", "1"],
-            "convert partial": ["convert", "partial", f"{given}/mapping.json", "-d", "600", "-n", "Joined", "-np", "1"],
-            "plan_and_preprocess": ["plan_and_preprocess", "-d", "990", "-c", "2d", "-pl", "CompactPlanner",
-                                    "-np", "1"],
-            "plan_and_preprocess part": ["plan_and_preprocess", "-d", "990", "-c", "2d", "-pl", "CompactPlanner",
-                                         "-np", "1", "--num_parts", "2", "--part_id", "0"],
-            "train": ["train", *CASE, "-tr", "PartialLabelTrainer", *plans, "-device", "cpu"],
-            "train from denoiser": ["train", *CASE, "-tr", MODEL, "-p", "FromDenoiser", "-device", "cpu"],
-            "train from weights": ["train", *CASE, "-tr", "ConfiguredTrainer", *plans, "-device", "cpu",
-                                   "-pretrained_weights", str(self.model(MODEL) / "fold_0" / "checkpoint_final.pth")],
-            "train denoiser": ["train", "990", "2d", "all", "-tr", DENOISER, *plans, "-device", "cpu"],
-            "train continued": ["train", *CASE, "-tr", MODEL, *plans, "-device", "cpu", "--c"],
-            "rounds": rounds,
-            "rounds status": [*rounds, "--status"],
-            "rounds dry_run": [*rounds, "--dry_run"],
-            "train pseudo": ["train", *CASE, "-tr", "PseudoLabelTrainer", "-p", f"{tiny.PLANS}_round1", "-device", "cpu"],
-            "mutual": ["mutual", "-d", "990", "-c", "2d", "-f", "0", *plans, "-device", "cpu"],
-            "sample": ["sample", "-d", "990", "-c", "2d", "-f", "0", *plans, *sample],
-            "sample file": ["sample", "--denoiser", f"{given}/denoiser.pth", *sample, "-o", samples],
-            "evaluate_samples": ["evaluate_samples", samples, "-d", "990", "-k", "1", "--real", "2", "--device", "cpu"],
-            "evaluate": ["evaluate", str(self.model(MODEL) / "fold_0" / "validation"), f"{given}/references", "-d", "990",
-                         "-np", "1", "--chill"],
-            "report": ["report", "-d", "990", "--evaluation", f"{given}/evaluation_nnunet.json"],
-            "export": ["export", "--stock", "-d", "990", "-tr", MODEL, *plans, "-c", "2d", "-o", str(made / "exported")],
-            "demo": ["demo", "--data", "990", "-c", "2d", "-pl", "CompactPlanner", "-o", str(made / "demo"),
-                     "--epochs", "1", "--pretraining_epochs", "1"],
-            "env": ["env", "--root", str(self.root)],
-            "env --check": ["env", "--check"],
-        }  # fmt: skip
 
 
 class EpochBegins(SystemExit):
@@ -119,7 +79,14 @@ def played(world: World) -> Iterator[None]:
                 shutil.copyfile(world.given / "denoiser.pth", folder / "denoiser.pth")
         return 0, []
 
+    get_context = multiprocessing.get_context
+
+    def with_threads(method: str | None = None):
+        """Processes of nnU-Net's take seconds to import torch."""
+        return SimpleNamespace(Pool=ThreadPool) if method == "spawn" else get_context(method)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", with_threads)
         for name in ("on_epoch_start", "on_train_end"):  # of settings by which there are no epochs
             patch.setattr(nnUNetTrainer, name, epoch_begins)
         patch.setattr(commands.Steps, "_execute", play)
@@ -154,7 +121,7 @@ def build(box: Path) -> World:
         plans = tiny.shrunk(json.loads((world.preprocessed / "nnUNetCompactPlans.json").read_text()), "PlainConvUNet",
                             "InstanceNorm")  # fmt: skip
         block = {name: {**SHORT, "scratch": True} for name in (MODEL, "PseudoLabelTrainer")}
-        block |= {name: SHORT for name in FINISHED[1:]}
+        block |= {name: SHORT for name in STAGES}
         tiny.write_plans(plans, **block)
         own = {MODEL: {**SHORT, "denoiser": str(world.given / "denoiser.pth"), "timestep": 5}}
         tiny.write_plans(plans, "FromDenoiser", **own)
@@ -162,8 +129,8 @@ def build(box: Path) -> World:
         (world.preprocessed / "splits_final.json").write_text(json.dumps([split] * 5))
         write_denoisers(world)
         write_models(world)
-        for argv in world.commands().values():
-            must(argv)
+        for command in COMMANDS.values():
+            must(command.arguments(str(box)))
         shutil.rmtree(world.made / "exported")  # it is refused where there is such a folder
     return world
 
@@ -240,7 +207,7 @@ def write_models(world: World) -> None:
     """Model folders of untrained networks, with what a training leaves beside its checkpoints."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    for name in FINISHED:
+    for name in (MODEL, *STAGES):
         trainer = tiny.trainer(recursive_find_trainer_class_by_name(name))
         trainer.initialize()
         fold = Path(trainer.output_folder)

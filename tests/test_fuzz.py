@@ -10,105 +10,25 @@ import resource
 import shutil
 import signal
 import traceback
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import fuzz_mutations
 import fuzz_world
 import pytest
-import tiny
+from fuzz_commands import COMMANDS
 
 SEED = 2026
 CASES = int(os.environ.get("NNUNET_DIFFUSION_FUZZ", "150"))
 ERROR = "nnunet_diffusion: error: "
 CPU_SECONDS, MEMORY = 30, 6 << 30  # of one case, more than this process has: nothing malformed may take more
 
-RAW, PREPROCESSED, RESULTS = (f"a/b/nnunet/nnUNet_{kind}" for kind in ("raw", "preprocessed", "results"))
-MODEL = f"{RESULTS}/{tiny.NAME}/{fuzz_world.MODEL}__{tiny.PLANS}__2d"
-DATA, PLAN = f"{RAW}/{tiny.NAME}/dataset.json", f"{PREPROCESSED}/{tiny.NAME}/{tiny.PLANS}.json"
-SPLITS, HERE = f"{PREPROCESSED}/{tiny.NAME}/splits_final.json", f"{PREPROCESSED}/{tiny.NAME}"
-CASE_FILES = [f"{HERE}/nnUNetCompactPlans_2d/tiny_00[0-4]{end}" for end in (".b2nd", "_seg.b2nd", ".pkl")]
-POOL_FILES = [f"{HERE}/*/tiny_10[01].*"]
-TRAINING = [f"{HERE}/dataset.json", SPLITS, f"{HERE}/dataset_fingerprint.json", PLAN, *CASE_FILES]
-ROUNDS = [PLAN, SPLITS, f"{HERE}/dataset.json", f"{HERE}/**/state.json", f"{HERE}/**/identity.json", *CASE_FILES,
-          f"{MODEL}/plans.json", f"{MODEL}/dataset.json", f"{MODEL}/fold_0/checkpoint_final.pth",
-          f"{MODEL}/fold_0/validation/summary.json", f"{MODEL}/fold_0/transfer_report.json"]  # fmt: skip
-
-READ = {  # by each command: one line a file, or a group of files, that is as likely to be spoiled as the others
-    "convert folder": ["a/b/given/labels.json", "a/b/given/annotated.json", "a/b/given/ct/*", "a/b/given/labels/*"],
-    "convert flare22": ["a/b/given/flare22/*"],
-    "convert partial": ["a/b/given/mapping.json", "a/b/given/mapping.json", DATA, f"{RAW}/{tiny.NAME}/labelsTr/*"],
-    "plan_and_preprocess": [
-        DATA, DATA, f"{HERE}/dataset_fingerprint.json", f"{HERE}/nnUNetCompactPlans.json", f"{HERE}/**/identity.json",
-        f"{HERE}/**/labeled_files.json", f"{HERE}/**/unlabeled*.json", f"{HERE}/nnUNetCompactPlans_2d/*", *POOL_FILES,
-        f"{RAW}/{tiny.NAME}/images??/*", f"{RAW}/{tiny.NAME}/labelsTr/*",
-    ],
-    "plan_and_preprocess part": [DATA, f"{HERE}/nnUNetCompactPlans.json", f"{HERE}/**/identity.json"],
-    "train": TRAINING,
-    "train from denoiser": ["a/b/given/denoiser.pth", f"{HERE}/FromDenoiser.json"],
-    "train from weights": [f"{MODEL}/fold_0/checkpoint_final.pth"],
-    "train denoiser": [PLAN, f"{HERE}/dataset.json", *POOL_FILES],
-    "train pseudo": [f"{HERE}/{tiny.PLANS}_round1.json", f"{HERE}/**/round_1/*"],
-    "train continued": [f"{MODEL}/fold_0/checkpoint_final.pth", PLAN],
-    "rounds": ROUNDS,
-    "rounds status": ROUNDS[:5],
-    "rounds dry_run": ROUNDS[:5],
-    "mutual": [PLAN, SPLITS, f"{HERE}/dataset.json", f"{RESULTS}/**/mutual__*/fold_0/state.json",
-               f"{RESULTS}/**/MutualDifferenceTrainer__*/plans.json", f"{HERE}/**/completed.json",
-               f"{RESULTS}/**/MutualDifferenceTrainer__*/fold_0/checkpoint_final.pth", *CASE_FILES],
-    "sample": [f"{RESULTS}/*/DenoisingDiffusionTrainer__*/fold_0/denoiser.pth",
-               f"{RESULTS}/*/DenoisingDiffusionTrainer__*/fold_0/samples/samples.json", PLAN],
-    "sample file": ["a/b/given/denoiser.pth", "a/b/made/samples/samples.json", "a/b/made/samples/*.nii.gz"],
-    "evaluate_samples": ["a/b/made/samples/samples.json", "a/b/made/samples/*.nii.gz", PLAN, "a/b/given/denoiser.pth"],
-    "evaluate": [DATA, DATA, "a/b/given/references/tiny_004.nii.gz", f"{MODEL}/fold_0/validation/*.nii.gz"],
-    "report": [
-        DATA, SPLITS, f"{MODEL}/plans.json", f"{MODEL}/fold_0/validation/summary.json", "a/b/given/evaluation_nnunet.json",
-        f"{MODEL}/fold_0/transfer_report.json", f"{RESULTS}/*/DenoisingDiffusionTrainer__*/fold_0/denoiser.pth",
-        f"{HERE}/**/state.json", f"{RESULTS}/**/samples/samples.json", f"{RAW}/{tiny.NAME}/images??/*",
-        f"{MODEL}/fold_0/validation/*.nii.gz", f"{MODEL}/fold_0/training_log*",
-    ],
-    "export": [f"{MODEL}/plans.json", f"{MODEL}/dataset.json", f"{MODEL}/fold_0/checkpoint_final.pth"],
-    "demo": [DATA, SPLITS, f"{HERE}/nnUNetCompactPlans.json", "a/b/made/demo/steps.json", f"{RAW}/{tiny.NAME}/labelsTr/*",
-             "a/b/made/demo/predictions/*/*.nii.gz"],
-    "env": [],
-    "env --check": [],
-}  # fmt: skip
-
-WRITTEN = {  # where each command may write
-    "convert folder": [f"{RAW}/Dataset501_Own/*"],
-    "convert flare22": [f"{RAW}/Dataset022_FLARE22/*"],
-    "convert partial": [f"{RAW}/Dataset600_Joined/*"],
-    "plan_and_preprocess": [f"{HERE}/*"],
-    "plan_and_preprocess part": [f"{HERE}/*"],
-    "train": [f"{RESULTS}/{tiny.NAME}/PartialLabelTrainer__{tiny.PLANS}__2d/*"],
-    "train from denoiser": [f"{RESULTS}/{tiny.NAME}/{fuzz_world.MODEL}__FromDenoiser__2d/*"],
-    "train from weights": [f"{RESULTS}/{tiny.NAME}/ConfiguredTrainer__{tiny.PLANS}__2d/*"],
-    "train denoiser": [f"{RESULTS}/{tiny.NAME}/{fuzz_world.DENOISER}__{tiny.PLANS}__2d/fold_all/*",
-                       f"{RESULTS}/{tiny.NAME}/{fuzz_world.DENOISER}__{tiny.PLANS}__2d/*.json"],
-    "train pseudo": [f"{RESULTS}/{tiny.NAME}/PseudoLabelTrainer__{tiny.PLANS}_round1__2d/*"],
-    "train continued": [f"{MODEL}/fold_0/*", f"{MODEL}/*.json"],
-    "rounds": [f"{HERE}/*pseudo*", f"{HERE}/{tiny.PLANS}_round1.json", f"{RESULTS}/{tiny.NAME}/rounds__*",
-               f"{RESULTS}/{tiny.NAME}/PseudoLabelTrainer__{tiny.PLANS}*"],
-    "mutual": [f"{HERE}/*completed*", f"{RESULTS}/{tiny.NAME}/mutual__*",
-               f"{RESULTS}/{tiny.NAME}/Mutual*Trainer__{tiny.PLANS}__2d/*"],
-    "sample": [f"{RESULTS}/{tiny.NAME}/{fuzz_world.DENOISER}__{tiny.PLANS}__2d/fold_0/samples/*"],
-    "sample file": ["a/b/made/samples/*"],
-    "evaluate_samples": ["a/b/made/samples/quality_*"],
-    "evaluate": [f"{MODEL}/fold_0/validation/evaluation_*"],
-    "report": [f"{RESULTS}/{tiny.NAME}/report.html"],
-    "export": ["a/b/made/exported/*"],
-    "demo": ["a/b/made/demo/*", f"{HERE}/nnUNetCompactPlans_demo*.json", f"{RESULTS}/{tiny.NAME}/*CompactPlans_demo*"],
-}  # fmt: skip
 # What a command may leave or change though it fails: who holds a lock, how far it has come, nnU-Net's own notes.
-NOTES = ["*/lock", "*.lock", "*/steps.json", "*/state.json", "*/logs/*", "*/training_log_*", "*/debug.json", "*/progress.png"]
+NOTES = ("*/lock", "*.lock", "*/steps.json", "*/state.json", "*/logs/*", "*/training_log_*", "*/debug.json")
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """The world, and a copy of it that stays as it was."""
-    from nnunetv2.utilities import utils
-
-    utils.Pool = ThreadPool
     folder = tmp_path_factory.mktemp("fuzz")
     world = fuzz_world.build(folder / "box")
     shutil.copytree(world.box, folder / "kept", symlinks=True)
@@ -148,31 +68,35 @@ def test_malformed_input_is_refused_by_name_and_nothing_else_changes(world, limi
     finally:
         restore(world, before)
     if problems:
-        pytest.fail(f"{SEED}:{number} | {case.command} | {case.file} | {case.damage} | " + "; ".join(problems), pytrace=False)
+        what = f"{SEED}:{number} | {case.name} | {case.file} | {case.damage} | "
+        pytest.fail(what + "; ".join(problems), pytrace=False)
 
 
 class Case:
     """One malformed input, drawn from its number alone."""
 
     def __init__(self, world: fuzz_world.World, number: int):
+        """Draws it and spoils the file."""
         self.world, self.rng = world, random.Random(f"{SEED}:{number}")
-        every = world.commands()
-        self.command = list(every)[number % len(every)]
-        self.argv = every[self.command]
-        groups = [found for pattern in READ[self.command] if (found := self.found(pattern))]
+        self.name = list(COMMANDS)[number % len(COMMANDS)]
+        self.command = COMMANDS[self.name]
+        self.argv = self.command.arguments(str(world.box))
+        groups = [found for pattern in self.command.reads if (found := self.found(pattern))]
         if not groups or self.rng.random() < 0.15:
             self.file = "arguments"
             self.damage, self.argv, self.culprits = fuzz_mutations.spoiled_arguments(self.argv, self.rng)
             return
-        path = self.path = self.rng.choice(self.rng.choice(groups))
+        path = self.rng.choice(self.rng.choice(groups))
         if path.suffix == ".json" and path.stat().st_size > 2:
-            self.damage, content, words = fuzz_mutations.spoiled_json(path.read_text(), self.rng, world.box / "absolute")
+            absolute = world.box / "absolute"
+            self.damage, content, words = fuzz_mutations.spoiled_json(path.read_text(), self.rng, absolute)
         else:
             self.damage, content, words = fuzz_mutations.spoiled_binary(path, self.rng, world.evil)
         path.write_bytes(content)
         self.file, stem = str(path.relative_to(world.box)), path.name.split(".")[0]
         folder = path.parent.parent if path.parent.name.startswith(".") else path.parent
-        self.culprits = [path.name, stem, stem.removesuffix("_seg").removesuffix("_0000"), f"{folder}:", *words]
+        self.culprits = [path.name, stem, stem.removesuffix("_seg").removesuffix("_0000"), f"{folder}:"]
+        self.culprits += filter(is_telling, words)
         self.culprits += ["Dataset600_Joined"] * (path.name == "mapping.json")  # was made from something else
 
     def found(self, pattern: str) -> list[Path]:
@@ -192,6 +116,8 @@ class Case:
         found = [f"exit code {code}: {said}"] if code not in (0, 1, 2) else []
         if "Traceback" in printed:
             found.append(f"prints a traceback: {said}")
+        if code == 0 and self.damage in fuzz_mutations.WHOLE:
+            found.append(f"is not noticed: {said}")
         if code and not any(culprit and culprit in printed for culprit in self.culprits):
             found.append(f"does not name the culprit: {said}")
         return found + self.changes(before, ERROR in printed)
@@ -201,7 +127,7 @@ class Case:
         after = files_below(self.world.box)
         changed = sorted(path for path in before.keys() | after.keys() if before.get(path) != after.get(path))
         changed = [path for path in changed if path == self.file or not is_as_kept(self.world, path)]
-        allowed = [*WRITTEN.get(self.command, []), *["here", "here/*"] * (self.file == "arguments")]
+        allowed = [*self.command.writes, *["here", "here/*"] * (self.file == "arguments")]
         found = [f"changes {path}" for path in changed if not matches(path, allowed)]
         if has_failed:
             found += [f"fails and changes {path}" for path in changed
@@ -209,6 +135,11 @@ class Case:
         if self.world.evil.exists():
             found.insert(0, "CODE RAN")
         return found[:4]
+
+
+def is_telling(word: str) -> bool:
+    """Whether a key is found in a message only if it is meant."""
+    return len(word) > 2
 
 
 def where(error: BaseException) -> str:
