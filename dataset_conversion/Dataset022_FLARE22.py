@@ -1,12 +1,17 @@
-"""FLARE22, abdominal CT with 13 organs: 50 labelled and 2000 unlabelled scans (https://flare22.grand-challenge.org)."""
+"""FLARE22, abdominal CT with 13 organs: 50 labeled and 2000 unlabeled scans (https://flare22.grand-challenge.org).
+
+Read: FLARE22_Tr_0001_0000.nii.gz with its label FLARE22_Tr_0001.nii.gz, and Case_00001_0000.nii.gz without one, in
+whichever folders. The evaluation scans (FLARETs_0001_0000.nii.gz, FLARE22_Ts_...) are left, for nnUNetv2_predict takes
+their folder as it is; only where there is no training case at all are those of them that have labels taken instead.
+"""
 
 import os
 import re
 import sys
 
+from nnunet_diffusion.conversion.command_line import command_line
 from nnunet_diffusion.conversion.dataset import Converted, convert, refuse
 from nnunet_diffusion.conversion.files import files_below, grouped, matched, single
-from nnunet_diffusion.conversion.layouts import command_line
 from nnunet_diffusion.errors import UserError
 
 FILE_ENDING = ".nii.gz"
@@ -35,10 +40,6 @@ def convert_flare22(
 ) -> Converted:
     """Writes nnUNet_raw/DatasetXXX_FLARE22 from what there is of FLARE22 in or anywhere below `source`.
 
-    FLARE22_Tr_0001_0000.nii.gz is an image, FLARE22_Tr_0001.nii.gz its label, Case_00001_0000.nii.gz has none.
-    The evaluation scans (FLARETs_0001_0000.nii.gz) are not trained on and stay where they are: nnUNetv2_predict
-    takes their folder as it is. Only where there is no training case at all are those with labels taken instead.
-
     Args:
         source: The folder that FLARE22 was unpacked into.
         dataset_id: 1 to 999.
@@ -56,15 +57,15 @@ def convert_flare22(
     labeled = matched(*_found(files, TRAINING, problems), problems)
     if not labeled and not problems:
         labeled = matched(*_found(files, EVALUATION, problems), [])  # that one has no label is no problem
-        notes.append(f"{source} has no training case: took its {len(labeled)} labelled evaluation case(s) instead")
+        notes.append(f"{source} has no training case: took its {len(labeled)} labeled evaluation case(s) instead")
     elif evaluation := _named(files, EVALUATION + "_0000"):
         notes.append(f"left {len(evaluation)} evaluation scan(s) where they are")
     unlabeled = grouped(_named(files, UNLABELED + "_0000"), FILE_ENDING, 1, problems)
     refuse(problems)
     if not labeled:
         raise UserError(
-            f"{source}: has no labelled case in or below it, such as FLARE22_Tr_0001_0000.nii.gz and its label "
-            "FLARE22_Tr_0001.nii.gz: add the labelled part of FLARE22, nnU-Net's plan is made from it"
+            f"{source}: has no labeled case in or below it, such as FLARE22_Tr_0001_0000.nii.gz and its label "
+            "FLARE22_Tr_0001.nii.gz: add the labeled part of FLARE22, nnU-Net's plan is made from it"
         )
     description = {
         "channel_names": {"0": "CT"},

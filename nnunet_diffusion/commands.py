@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import write_json
+from nnunet_diffusion.files import naming_full_disk, write_json
 from nnunet_diffusion.processes import ENDS_WITH
 
 LOSS = re.compile(r"\b(?:train_loss|train loss)\s+(-?\d+\.\d+)")
@@ -161,7 +161,7 @@ class Steps:
             bar_format="  {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
         )
         try:
-            with open(log, "w", encoding="utf-8") as f, bar:
+            with naming_full_disk(log), open(log, "w", encoding="utf-8") as f, bar:
                 for line in printed_lines(process):
                     f.write(line)
                     f.flush()

@@ -136,6 +136,7 @@ def test_wheel_holds_and_imports_the_plug_ins(tmp_path):
     assert out[3].split() == installation.trainer_names()
     assert (target / "bin" / "nnunet_diffusion").exists()
     assert (target / "nnunet_diffusion" / "dataset_conversion" / "abdomen.json").is_file()
-    assert (target / "nnunet_diffusion" / "report" / "page.css").is_file()
+    pages = (target / "nnunet_diffusion" / "report").glob("page.*")
+    assert {path.suffix for path in pages} == {".css", ".html", ".js"}
     top_level = {path.name for path in target.iterdir()} - {"bin", "nnunet_diffusion"}
     assert all(name.startswith("nnunet_diffusion-") for name in top_level), f"litters site-packages: {top_level}"

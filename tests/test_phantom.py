@@ -72,7 +72,7 @@ def test_patients_vary(patients):
 
 def test_dataset_is_what_the_other_parts_read(tmp_path):
     folder = tmp_path / "Dataset900_Phantom"
-    write_phantom_dataset(folder, labelled=2, unlabelled=3, test=1, shape=(16, 36, 48), spacing_mm=(20, 8, 8))
+    write_phantom_dataset(folder, labeled=2, unlabeled=3, test=1, shape=(16, 36, 48), spacing_mm=(20, 8, 8))
     description = json.loads((folder / "dataset.json").read_text())
     pool = unlabeled_cases(str(folder), description)
     assert len(pool) == 3 and all(Path(image).is_file() for images in pool.values() for image in images)

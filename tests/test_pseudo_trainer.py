@@ -129,7 +129,7 @@ def test_it_starts_from_a_checkpoint_of_the_same_fold(world):
         ({"start_from": "nowhere.pth"}, "no such checkpoint to start from"),
         ({"start_from": "x.pth", "scratch": True}, "start_from contradicts scratch"),
         ({"scratch": True, "pseudo_labels": "none/round_1"}, "has no pseudo labels"),
-        ({"scratch": True, "pseudo_labels": "../nnUNetCompactPlans_2d"}, "cannot be the name of a folder"),
+        ({"scratch": True, "pseudo_labels": "../nnUNetCompactPlans_2d"}, "cannot be the name of a file or folder"),
         ({}, "no denoiser to start from"),
     ],
 )

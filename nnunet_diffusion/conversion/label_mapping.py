@@ -67,7 +67,7 @@ def map_labels(
     - `"spleen": "spleen"`: that label. Several may become one: `"liver": "liver", "tumor": "liver"`.
     - `"kidney": ["left kidney", "right kidney"]`: a union, each of its voxels is one of them, nobody said which.
     - `"x": null`, or no mention: left out, it becomes background; or, if it lies `inside` another label, that one.
-    - `inside = {"tumor": "liver"}`: the source's tumour is a hole in its liver. See `refuse_hidden_parts`.
+    - `inside = {"tumor": "liver"}`: the source's tumor is a hole in its liver. See `refuse_hidden_parts`.
 
     Args:
         source: Its name, for messages.
@@ -98,7 +98,7 @@ def map_labels(
     if not result.groups():
         raise UserError(
             f"{where}: none of its labels {list(labels)} becomes one of {list(common)}: complete its 'mapping', "
-            "or give its scans as unlabelled ones"
+            "or give its scans as unlabeled ones"
         )
     _refuse_contradictions(where, result.groups())
     return result
@@ -107,9 +107,9 @@ def map_labels(
 def refuse_hidden_parts(mappings: Sequence[LabelMapping]) -> None:
     """Refuses an organ that in one source is with, in another without a part that is a common label of its own.
 
-    Where one source's tumour lies inside its liver (`inside`) and is the common label "liver tumor", another one's
-    liver without tumours annotated would teach that tumours are liver, or background. So that source must say
-    what it is: a union, `"liver": ["liver", "liver tumor"]`, or, where its liver has holes for tumours or its scans
+    Where one source's tumor lies inside its liver (`inside`) and is the common label "liver tumor", another one's
+    liver without tumors annotated would teach that tumors are liver, or background. So that source must say
+    what it is: a union, `"liver": ["liver", "liver tumor"]`, or, where its liver has holes for tumors or its scans
     have none, `"excludes": ["liver tumor"]`.
 
     Raises:

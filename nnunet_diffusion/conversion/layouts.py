@@ -1,9 +1,6 @@
-"""Published data sets whose files are recognised by their names: one description each, one conversion for all."""
+"""Published data sets whose files are recognized by their names: one description each, one conversion for all."""
 
-import argparse
-import inspect
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from nnunet_diffusion.conversion.dataset import REORIENTING_READER, Converted, convert, refuse
@@ -30,7 +27,7 @@ class Layout:
 
 
 def decathlon(prefix: str, labels: tuple[str, ...]) -> Layout:
-    """A CT task of the Medical Segmentation Decathlon: imagesTr, labelsTr and imagesTs with prefix_001.nii.gz."""
+    """Describes a CT task of the Medical Segmentation Decathlon: imagesTr, labelsTr, imagesTs of prefix_001.nii.gz."""
     case = rf"(?P<case>{prefix}_\d+){ENDING}"
     return Layout(labels, f"imagesTr/{case}", f"labelsTr/{case}", f"imagesTs/{case}", "http://medicaldecathlon.com")
 
@@ -55,7 +52,7 @@ def convert_layout(
     files = [path for path in files_below(source) if is_image(path.rpartition("/")[2])]
     problems: list[str] = []
     images, labels = _found(files, layout.image, problems), _found(files, layout.label, problems)
-    evaluation = {path for path in files if _match(layout.left_out, path)}
+    evaluation = {path for path in files if matches(layout.left_out, path)}
     for case in sorted(images.keys() - labels.keys()):
         if images[case] not in evaluation:
             problems.append(f"{case}: {images[case]} has no label: add it, or remove the image")
@@ -85,46 +82,20 @@ def convert_layout(
 
 
 def example(pattern: str) -> str:
-    """A pattern of a `Layout` as a person would write it, with CASE for what names the case."""
+    """Writes a pattern of a `Layout` as a person would, with CASE for what names the case."""
     readable = re.sub(r"\(\?P<case>[^()]*(?:\([^()]*\)[^()]*)*\)", "CASE", pattern.replace(ENDING, ".nii.gz"))
     return readable.replace("\\d+", "NUMBER").replace("\\", "")
 
 
-def _match(pattern: str, path: str) -> re.Match | None:
+def matches(pattern: str, path: str) -> re.Match | None:
+    """Finds a pattern of a `Layout` at the end of a path."""
     return re.search(f"(?:^|/)(?:{pattern})$", path)
 
 
 def _found(files: list[str], pattern: str, problems: list[str]) -> dict[str, str]:
     cases: dict[str, str] = {}
     for path in files:
-        if match := _match(pattern, path):
+        if match := matches(pattern, path):
             if (earlier := cases.setdefault(match["case"], path)) != path:
                 problems.append(f"{match['case']}: is there twice, as {earlier} and {path}: remove one")
     return cases
-
-
-def command_line(convert_set: Callable[..., Converted], description: str, **choices: tuple[int, ...]) -> int:
-    """Runs a conversion from the command line, with the defaults of its signature; returns the exit code.
-
-    Args:
-        convert_set: Takes source, dataset_id, name, copy, num_threads and the names of `choices`.
-        description: For --help.
-        **choices: Required options of its own and their values.
-    """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(convert_set).parameters.items()}
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="the folder that the data set was unpacked into")
-    parser.add_argument(
-        "-d", dest="dataset_id", type=int, default=defaults["dataset_id"], help="id (default: %(default)s)"
-    )
-    parser.add_argument("-n", dest="name", default=defaults["name"], help="name (default: %(default)s)")
-    parser.add_argument("--copy", action="store_true", help="copy the files; otherwise they are referred to")
-    parser.add_argument("-np", dest="num_threads", type=int, default=4, help="checks at a time (default: %(default)s)")
-    for option, values in choices.items():
-        parser.add_argument(f"--{option}", type=int, choices=values, required=True)
-    try:
-        converted = convert_set(**vars(parser.parse_args()))
-    except (UserError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-    print(converted)
-    return int(bool(converted.skipped))

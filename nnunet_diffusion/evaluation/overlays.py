@@ -8,7 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic
+from nnunet_diffusion.image_files import save_figure
 
 SOFT_TISSUE = (-160.0, 240.0)  # Hounsfield units: level 40, width 400
 LEGEND_COLUMNS = 7
@@ -16,8 +16,8 @@ LEGEND_COLUMNS = 7
 
 def draw_overlay(
     path: str | os.PathLike,
-    image_file: str,
-    reference_file: str,
+    image: str | sitk.Image,
+    reference: str | sitk.Image,
     predictions: Mapping[str, str],
     labels: Mapping[str, int],
     title: str = "",
@@ -31,8 +31,8 @@ def draw_overlay(
 
     Args:
         path: The PNG.
-        image_file: The image, 3-D.
-        reference_file: Its labels.
+        image: The image, 3-D, or its file.
+        reference: Its labels, or their file.
         predictions: Heading of the column (for instance the arm and its Dice) -> file of predicted labels.
         labels: Name -> value in the label maps, for the legend; the background is left out.
         title: Above the picture.
@@ -42,8 +42,8 @@ def draw_overlay(
     """
     from matplotlib.figure import Figure  # without pyplot: needs no display and leaves no state behind
 
-    image, spacing = read_axial(image_file)
-    reference, _ = read_axial(reference_file)
+    image, spacing = read_axial(image)
+    reference, _ = read_axial(reference)
     columns = {"image": None, reference_name: reference} | {arm: read_axial(f)[0] for arm, f in predictions.items()}
     colors = label_colors(labels)
     chosen = slices_to_show(reference, slices)
@@ -70,19 +70,18 @@ def draw_overlay(
     figure.suptitle(title, fontsize=12)
     inches = figure.get_figheight()
     figure.subplots_adjust(0.005, legend_inches / inches, 0.995, 1 - 0.55 / inches, wspace=0.02, hspace=0.02)
-    with atomic(path) as temporary:
-        figure.savefig(temporary)
+    save_figure(figure, path)
 
 
-def read_axial(file: str) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """A (z, y, x) array whose axes run to the patient's head, back and left, and its spacing in millimetres.
+def read_axial(scan: str | sitk.Image) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """Turns a scan or that of a file to a (z, y, x) array, to the patient's head, back and left, and its spacing in mm.
 
     Raises:
         UserError: If the image is not 3-D.
     """
-    image = sitk.ReadImage(file)
+    image = sitk.ReadImage(scan) if isinstance(scan, str) else scan
     if image.GetDimension() != 3:
-        raise UserError(f"{file}: has {image.GetDimension()} dimensions, overlays are drawn of 3-D scans only")
+        raise UserError(f"{scan}: has {image.GetDimension()} dimensions, overlays are drawn of 3-D scans only")
     image = sitk.DICOMOrient(image, "LPS")
     return sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
 

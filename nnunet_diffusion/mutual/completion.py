@@ -15,7 +15,6 @@ from nnunetv2.utilities.crossval_split import generate_crossval_split
 from tqdm import tqdm
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.evaluation.summary import text_table
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.partial.annotations import Channels, output_channels, read_annotations
 from nnunet_diffusion.preprocessing.cases import fold_of
@@ -31,6 +30,7 @@ from nnunet_diffusion.rounds.prediction import (
     read_preprocessed,
 )
 from nnunet_diffusion.rounds.pseudo_labels import ENDING, ignoring, pseudo_cases, save_pseudo_label
+from nnunet_diffusion.tables import text_table
 
 REPORT = "completed.json"
 

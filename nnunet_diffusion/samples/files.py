@@ -14,7 +14,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.files import write_json
+from nnunet_diffusion.image_files import write_scan
 from nnunet_diffusion.samples.intensities import plan_scales, to_intensities, to_normalised
 
 DESCRIPTION = "samples.json"
@@ -83,8 +84,7 @@ def write_sample(folder: str, number: int, image: np.ndarray, plan: Mapping[str,
     for channel in reversed(range(len(volumes))):  # with its first channel a sample is complete
         scan = sitk.GetImageFromArray(np.ascontiguousarray(volumes[channel].transpose(backward)))
         scan.SetSpacing([float(spacing_mm[axis]) for axis in backward[::-1]])
-        with atomic(os.path.join(folder, file_name(number, channel))) as temporary:
-            sitk.WriteImage(scan, temporary)
+        write_scan(scan, os.path.join(folder, file_name(number, channel)))
 
 
 def read_samples(folder: str, numbers: Sequence[int], plan: Mapping[str, Any]) -> Iterator[np.ndarray]:
