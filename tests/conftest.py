@@ -103,6 +103,6 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def probe() -> dict:
     """What one fresh process found that imported torch, torchvision and, by nnU-Net's own search, all our trainers."""
-    from nnunet_diffusion import installation
+    from nnunet_diffusion import checkup
 
-    return installation.probe()
+    return checkup.probe()
