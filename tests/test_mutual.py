@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import tiny
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from running import run_command
+from running import PYTHON, killable, run_command
 
 from nnunet_diffusion import installation, model_folder
 from nnunet_diffusion.cli import main
@@ -368,11 +367,10 @@ def learned(world):
     with pytest.raises(UserError, match="no completed labels of 3 training case.*nnunet_diffusion mutual"):
         tiny.trainer(MutualSimilarityTrainer).run_training()
     command = [*COMMAND, "--gate", "is_open=true"]
-    program = [sys.executable, "-c", "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"]
     for trainer in BLOCK:
         logs = results(trainer) / "fold_0"
         before = set(logs.glob("training_log*"))
-        process = subprocess.Popen([*program, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(killable(*command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while set(logs.glob("training_log*")) == before:
             assert process.poll() is None
             time.sleep(0.05)
@@ -512,7 +510,7 @@ def test_two_processes_train_and_validate(learned, trainer):
     program.write_text(
         "from nnunet_diffusion.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
     arguments = ["train", str(tiny.ID), "2d", "0", "-tr", trainer, "-p", tiny.PLANS, "-device", "cpu"]
     done = run_command([*launcher, str(program), *arguments])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -20,7 +20,7 @@ import pytest
 import SimpleITK as sitk
 import tiny
 import torch
-from running import run_command
+from running import killable, run_command
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.commands import command_environment
@@ -740,8 +740,7 @@ def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path
         "nnUNet_preprocessed": str(tmp_path / "preprocessed"),
         "nnUNet_results": str(tmp_path / "results"),
     }
-    command = [sys.executable, "-c", "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += [*COMMAND, "--rounds", "1"]
+    command = killable(*COMMAND, "--rounds", "1")
     rng, kills, is_new = random.Random(0), 0, True
     while kills < KILLS:
         if is_new:
