@@ -1,5 +1,6 @@
 """Settings of trainers: class attributes with defaults, overridden by the block `nnunet_diffusion` of plans.json."""
 
+import math
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -76,6 +77,8 @@ def checked(given: dict[str, Any], trainer_class: type) -> dict[str, Any]:
             value = float(value)
         if type(value) is not kind:
             raise UserError(f"{key} is {value!r}, of type {type(value).__name__}: it must be {kind.__name__}")
+        if kind is float and not math.isfinite(value):
+            raise UserError(f"{key} is {value!r}: it must be a finite number")
         values[name] = value
     everything = {name: default for name, (_, default) in settings.items()} | values
     for name, rule in allowed(trainer_class).items():

@@ -19,13 +19,16 @@ from torch.nn import functional as F
 from nnunet_diffusion import installation
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import NotWritten
 from nnunet_diffusion.pretraining.conditioning import fold
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser, rebuild
+from nnunet_diffusion.settings import our_trainer
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 from nnunet_diffusion.trainers.DiffusionPretrainedDecoderTrainer import DiffusionPretrainedDecoderTrainer
 from nnunet_diffusion.trainers.DiffusionPretrainedLinearTrainer import DiffusionPretrainedLinearTrainer
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
+from nnunet_diffusion.trainers.PseudoLabelTrainer import PseudoLabelTrainer
 
 pytestmark = pytest.mark.slow  # each trains in nnU-Net's own loop, which takes seconds
 PRETRAINED = [DiffusionPretrainedTrainer, DiffusionPretrainedDecoderTrainer, DiffusionPretrainedLinearTrainer]
@@ -478,14 +481,59 @@ class Bomb:
         return os.mkdir, (os.environ["BOMB"],)
 
 
+@pytest.mark.parametrize("name", installation.trainer_names())
+def test_no_trainer_runs_what_pretrained_weights_hold(world, tmp_path, monkeypatch, name):
+    """nnU-Net itself would."""
+    monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    torch.save({"network_weights": Bomb()}, tmp_path / "given.pth")
+    (tmp_path / "old.pth").write_bytes(pickle.dumps(Bomb()))
+    for file in ("given.pth", "old.pth"):
+        trainer = tiny.trainer(our_trainer(name))
+        with pytest.raises((UserError, pickle.UnpicklingError)):
+            maybe_load_checkpoint(trainer, False, False, str(tmp_path / file))
+    assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize(("file", "how"), [("latest", (True, False)), ("final", (False, True))])
+@pytest.mark.parametrize("cls", [ConfiguredTrainer, DenoisingDiffusionTrainer])
+def test_a_checkpoint_that_holds_code_is_neither_continued_nor_validated(plans, tmp_path, monkeypatch, cls, file, how):
+    monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
+    trainer = tiny.trainer(cls, plans=plans(f"Harmful{file}"))
+    path = Path(trainer.output_folder, f"checkpoint_{file}.pth")
+    torch.save({"network_weights": {}, "trainer_name": "", "init_args": {}, "logging": Bomb()}, path)
+    with pytest.raises(UserError, match=f"checkpoint_{file}.pth holds more than .*posix.mkdir.*nothing in it was run"):
+        maybe_load_checkpoint(trainer, *how)
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_a_checkpoint_of_stock_nnunet_is_read(plans, monkeypatch):
+    """Its training log holds numpy scalars."""
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    stock = tiny.trainer(nnUNetTrainer, plans=plans("Stock"))
+    stock.num_epochs = stock.num_iterations_per_epoch = stock.num_val_iterations_per_epoch = 1
+    stock.run_training()
+    path = os.path.join(stock.output_folder, "checkpoint_final.pth")
+    kinds = {type(value) for value in torch.load(path, weights_only=False)["logging"]["mean_fg_dice"]}
+    assert issubclass(*kinds, np.generic)
+    for how in ({"continue": True}, {}):
+        trainer = tiny.trainer(ConfiguredTrainer, plans=plans("Stock"), resume=bool(how))
+        trainer.load_checkpoint(path) if how else maybe_load_checkpoint(trainer, False, False, path)
+        state = trainer.network.state_dict()
+        theirs = stock.network.state_dict()
+        assert all(torch.equal(state[key], theirs[key]) for key in theirs if how or "seg_layers" not in key)
+        assert trainer.is_resumed == bool(how)
+
+
 @pytest.mark.parametrize("how", ["command line", "setting"])
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path, good: path.write_bytes(good[: len(good) // 2]), "truncated or no PyTorch file"),
         (lambda path, good: path.write_bytes(b""), "truncated or no PyTorch file"),
-        (lambda path, good: torch.save({"network_weights": Bomb()}, path), "more than tensors and plain values"),
-        (lambda path, good: path.write_bytes(pickle.dumps(Bomb())), "more than tensors and plain values"),
+        (lambda path, good: path.write_bytes(bytes(range(256)) * 9), "truncated or no PyTorch file"),
+        (lambda path, good: torch.save({"network_weights": Bomb()}, path), "more than tensors .*asks for posix.mkdir"),
+        (lambda path, good: path.write_bytes(pickle.dumps(Bomb(), 2)), "more than tensors .*asks for posix.mkdir"),
         (lambda path, good: torch.save({"network_weights": {}}, path), "is no denoiser of nnunet_diffusion"),
         (lambda path, good: None, "no denoiser"),
     ],
@@ -515,7 +563,7 @@ def test_a_stock_checkpoint_is_refused(world, monkeypatch):
     trainer.run_training()
     checkpoint = os.path.join(trainer.output_folder, "checkpoint_final.pth")
     monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", f"-pretrained_weights={checkpoint}"])
-    with pytest.raises(UserError, match=r"checkpoint_final.pth holds more than .*: give a denoiser.pth that Denois"):
+    with pytest.raises(UserError, match=r"checkpoint_final.pth is no denoiser of .*: give a file that Denoising"):
         tiny.trainer(DiffusionPretrainedTrainer).initialize()
 
 
@@ -575,6 +623,63 @@ def test_unknown_settings_stop_the_trainer(plans):
     name = plans("Unknown", ConfiguredTrainer={"epochs": 3})
     with pytest.raises(UserError, match="ConfiguredTrainer.epochs is not a setting"):
         tiny.trainer(ConfiguredTrainer, plans=name)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("splits_final.json", '[{"train": ["tiny_000"', "splits_final.json: is no JSON .*: nnUNetv2_train splits anew"),
+        ("splits_final.json", '[{"train": ["a"], "val": 3}]', r"splits_final.json: \[0\].val: .* valid list, not 3"),
+        ("splits_final.json", '[{"train": ["../a"], "val": []}]', r"splits_final.json: \[0\].train: '../a' cannot be"),
+    ],
+)
+def test_splits_that_cannot_be_read_are_named(world, file, content, message):
+    path = world / file
+    before = path.read_text()
+    path.write_text(content)
+    try:
+        for cls in (ConfiguredTrainer, DenoisingDiffusionTrainer, PseudoLabelTrainer):
+            with pytest.raises(UserError, match=message):
+                tiny.trainer(cls).do_split()
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plans, _: plans["configurations"]["2d"].update(spacing=5), "plans.json: configurations.2d.spacing"),
+        (lambda plans, _: plans["configurations"]["2d"].update(data_identifier=".."), "2d.data_identifier: '..'"),
+        (lambda _, dataset: dataset.pop("labels"), "dataset.json: labels: Field required"),
+        (lambda _, dataset: dataset.update(channel_names=[]), "dataset.json: channel_names"),
+    ],
+)
+def test_plans_and_data_sets_are_checked_before_there_are_results(world, change, message):
+    plans = json.loads((world / f"{tiny.PLANS}.json").read_text()) | {"continue_training": False, "plans_name": "Bad"}
+    dataset_json = json.loads((world / "dataset.json").read_text())
+    change(plans, dataset_json)
+    with pytest.raises(UserError, match=message):
+        ConfiguredTrainer(plans, "2d", 0, dataset_json, torch.device("cpu"))
+    assert not list(Path(os.environ["nnUNet_results"]).rglob("*__Bad__*"))
+
+
+def test_what_nnunet_cannot_write_is_named_with_its_folder(plans, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nnUNetTrainer, "_save_debug_information", full_disk)
+    trainer = tiny.trainer(ConfiguredTrainer, plans=plans("Full"))
+    with pytest.raises(NotWritten, match=r"was not written to .*ConfiguredTrainer__Full__2d/fold_0, where \d+ MB"):
+        trainer.run_training()
+
+
+def test_extra_state_is_written_with_the_rest_at_once(plans, monkeypatch):
+    trainer = tiny.trainer(DenoisingDiffusionTrainer, plans=plans("Once"))
+    trainer.initialize()
+    written, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda content, file: (written.append(file), save(content, file)))
+    trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_latest.pth"))
+    assert sum(isinstance(file, str) for file in written) == 1
 
 
 def test_checkpoints_are_written_whole_or_not_at_all(world, monkeypatch):

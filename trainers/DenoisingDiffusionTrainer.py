@@ -82,7 +82,6 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         self.diffusion = Diffusion(
             self.schedule, self.timesteps, self.prediction, self.weighting, self.min_snr_gamma, self.device
         )
-        self.is_resumed = False
 
     @staticmethod
     def build_network_architecture(
@@ -218,16 +217,13 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         """The average and the process go into the checkpoint, so that a resumed run continues them."""
         return {"ema": self.ema.state_dict(), "process": self.diffusion.description}
 
-    def load_checkpoint(self, filename_or_checkpoint):
-        """Continues the average and the process, too."""
-        super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+    def restore(self, checkpoint: dict):
+        """Continues the average and the process."""
         self.ema.load_state_dict(checkpoint["ema"])
         if "process" in checkpoint:  # earlier ones were trained with the prior as it comes
             self.diffusion = Diffusion(
                 **checkpoint["process"], weighting=self.weighting, gamma=self.min_snr_gamma, device=self.device
             )
-        self.is_resumed = True
 
     def on_train_end(self):
         """Writes what pre-training is for."""

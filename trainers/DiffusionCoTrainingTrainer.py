@@ -240,10 +240,8 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
             state["process"] = self.teacher.diffusion.description
         return state
 
-    def load_checkpoint(self, filename_or_checkpoint):
-        """Continues the teacher, too."""
-        super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+    def restore(self, checkpoint: dict):
+        """Continues the teacher."""
         self.teacher.load_state_dict(checkpoint["teacher"])
         if "process" in checkpoint:
             self.teacher.diffusion = Diffusion(**checkpoint["process"], device=self.device)

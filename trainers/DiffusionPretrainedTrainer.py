@@ -33,7 +33,6 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
 
     def initialize(self):
         """Checks the file of `-pretrained_weights` before nnU-Net unpickles it, and that its weights fit."""
-        self.is_resumed = False
         if path := pretrained_weights_argument():
             if self.scratch:
                 raise UserError(f"-pretrained_weights {path} contradicts the setting scratch: give one of them")
@@ -52,11 +51,6 @@ class DiffusionPretrainedTrainer(PartialLabelTrainer):
                 f'give the file with the setting {BLOCK}.{type(self).__name__}.denoiser: "{path}" of '
                 f"{self.plans_manager.plans_name}.json, which adapts the first convolution"
             )
-
-    def load_checkpoint(self, filename_or_checkpoint):
-        """A resumed run keeps what it has learned."""
-        super().load_checkpoint(filename_or_checkpoint)
-        self.is_resumed = True
 
     def on_train_start(self):
         """Transfers the denoiser, or refuses to train."""

@@ -80,10 +80,10 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
         """What the masks were found to be is kept with them."""
         return {**super().extra_state(), "health": self.health}
 
-    def load_checkpoint(self, filename_or_checkpoint):
-        """Continues the average, too."""
-        super().load_checkpoint(filename_or_checkpoint)
-        self.health = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)["health"]
+    def restore(self, checkpoint: dict):
+        """Continues the average, and keeps what the masks were found to be."""
+        super().restore(checkpoint)
+        self.health = checkpoint["health"]
 
     def save_result(self, path: str, plan: dict, training: dict):
         """Writes teacher.pth."""

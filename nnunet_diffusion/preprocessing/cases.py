@@ -1,9 +1,13 @@
 """The unlabelled scans of a data set: the table `unlabeled` of dataset.json."""
 
 import os
+from typing import Any
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import read_json
+from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.preprocessing.scan_checks import PICTURE_ENDINGS
+from nnunet_diffusion.schemas import Splits
 
 
 def absolute_path(folder: str, path: str) -> str:
@@ -51,3 +55,21 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
             raise UserError(f"{where}: case {case!r} is both labelled and in 'unlabeled': take it out of one of them")
         cases[case] = [absolute_path(dataset_folder, path) for path in images]
     return cases
+
+
+# ---------------------------------------------------------------- folds
+
+
+def read_splits(path: str) -> list[dict[str, list[str]]]:
+    """The folds of a splits_final.json: [{"train": cases, "val": cases}, ...].
+
+    Raises:
+        UserError: If it is damaged, or a case has a name that cannot be a file's.
+        OSError: If it cannot be read.
+    """
+    splits: list[dict[str, Any]] = read_json(path, Splits, "correct it, or remove it: nnUNetv2_train splits anew")
+    for number, split in enumerate(splits):
+        for part in ("train", "val"):
+            for case in split[part]:
+                safe_name(case, f"{path}: [{number}].{part}", "take it out")
+    return splits
