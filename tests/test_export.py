@@ -155,7 +155,8 @@ def test_checkpoint_keeps_all_but_the_trainers_name(results):
 
 def test_the_export_names_no_case(results):
     source = make_model(results, folds=(0,))
-    tables = {"dataset": {"SMITH": {"images": ["/SMITH.nii.gz"], "label": "/SMITH_seg.nii.gz"}}, "annotated_labels": {"SMITH": []}}
+    named = {"dataset": {"SMITH": {"images": ["/SMITH.nii.gz"], "label": "/SMITH_seg.nii.gz"}}}
+    tables = named | {"annotated_labels": {"SMITH": []}}
     save_json(load_json(str(source / "dataset.json")) | tables, str(source / "dataset.json"))
     file = source / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=False)
