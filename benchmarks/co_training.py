@@ -38,7 +38,7 @@ from runs import (
 )
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
+from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers
 
 PLANNED, TWIN, CONTROL = "DiffusionCoTrainingTrainer", "DiffusionCoTrainingTwinTrainer", "supervised"
 ARMS = {

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from report import write_spread
 
-from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_dataset, find_planner
+from nnunet_diffusion.cli.plan_and_preprocess import find_planner
 from nnunet_diffusion.commands import Step, Steps, command_environment, number_of_cores
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, write_json
 from nnunet_diffusion.installation import require_folders
+from nnunet_diffusion.preprocessing.planning import default_plans_name, find_dataset
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
 
 BUDGETS = ("4slices", "1%", "10%")

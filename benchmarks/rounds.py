@@ -36,7 +36,8 @@ from train_and_test import describe_machine, link_cases
 from nnunet_diffusion.cli import main as run_command
 from nnunet_diffusion.commands import command_environment
 from nnunet_diffusion.files import atomic, write_json
-from nnunet_diffusion.preprocessing.preprocess import WORK, labeled_files
+from nnunet_diffusion.marks import WORK
+from nnunet_diffusion.preprocessing.cases import labeled_files
 from nnunet_diffusion.rounds.prediction import load_prediction
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases
 

@@ -32,7 +32,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from train_and_test import describe_machine
 
 from nnunet_diffusion.files import write_json
-from nnunet_diffusion.preprocessing.preprocess import UNLABELED_FILES, WORK, labeled_files, preprocess_case
+from nnunet_diffusion.marks import WORK
+from nnunet_diffusion.preprocessing.cases import UNLABELED_FILES, labeled_files
+from nnunet_diffusion.preprocessing.preprocess import preprocess_case
 
 STOCK, FINE_TUNING, PRE_TRAINING = "nnUNetTrainer", "DiffusionPretrainedTrainer", "DenoisingDiffusionTrainer"
 CO_TRAINING = {

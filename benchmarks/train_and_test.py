@@ -28,7 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from regimes import keep_slices
 
 from nnunet_diffusion.files import write_json
-from nnunet_diffusion.preprocessing.preprocess import labeled_files
+from nnunet_diffusion.preprocessing.cases import labeled_files
 
 
 def link_cases(source: Path, target: Path, cases: list[str], endings: tuple[str, ...]) -> None:

@@ -56,6 +56,9 @@ def check_plans(plans: Any, where: str) -> None:
     check_shape(plans, Plans, where, REMEDY)
     safe_name(plans["dataset_name"], f"{where}: dataset_name", REMEDY)
     safe_name(plans["plans_name"], f"{where}: plans_name", REMEDY)
+    for key in ("transpose_forward", "transpose_backward"):
+        if sorted(plans[key]) != [0, 1, 2]:
+            raise UserError(f"{where}: {key}: must have 0, 1 and 2 in some order, not {plans[key]}: {REMEDY}")
     configurations = plans["configurations"]
     for name in configurations:
         key = f"{where}: configurations.{name}"

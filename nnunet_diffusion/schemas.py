@@ -28,6 +28,13 @@ class LabeledFiles(TypedDict):
 
 
 @with_config(STRICT)
+class UnlabeledFiles(TypedDict):
+    """A case of dataset.json's table `unlabeled`."""
+
+    images: Annotated[list[str], Field(min_length=1)]
+
+
+@with_config(STRICT)
 class Dataset(TypedDict):
     """dataset.json; the tables of annotations and of unlabeled scans have readers of their own."""
 
@@ -37,6 +44,13 @@ class Dataset(TypedDict):
     regions_class_order: NotRequired[list[int]]
     dataset: NotRequired[dict[str, LabeledFiles]]
     overwrite_image_reader_writer: NotRequired[str]
+
+
+@with_config(STRICT)
+class PlannableDataset(Dataset):
+    """dataset.json with what nnU-Net's planning needs beside."""
+
+    numTraining: Count
 
 
 @with_config(STRICT)
@@ -70,6 +84,20 @@ class ResolvedConfiguration(TypedDict):
 
 
 @with_config(STRICT)
+class PreprocessedConfiguration(TypedDict):
+    """What of a configuration decides the values of a preprocessed scan."""
+
+    preprocessor_name: str
+    spacing: Spacing
+    normalization_schemes: list[str]
+    use_mask_for_norm: list[bool]
+    resampling_fn_data: str
+    resampling_fn_data_kwargs: dict[str, Any]
+    resampling_fn_seg: str
+    resampling_fn_seg_kwargs: dict[str, Any]
+
+
+@with_config(STRICT)
 class Plans(TypedDict):
     """plans.json."""
 
@@ -92,6 +120,33 @@ class Split(TypedDict):
 
 
 Splits = Annotated[list[Split], Field(min_length=1)]
+
+
+@with_config(STRICT)
+class Fingerprint(TypedDict):
+    """dataset_fingerprint.json; intensities of a data set without any labeled voxel are NaN."""
+
+    spacings: list[list[Positive]]
+    shapes_after_crop: list[list[Count]]
+    foreground_intensity_properties_per_channel: dict[str, dict[str, Annotated[float, Field(allow_inf_nan=True)]]]
+    median_relative_size_after_cropping: float
+
+
+@with_config(STRICT)
+class LabeledStamps(TypedDict):
+    """labeled_files.json: what dataset_fingerprint.json was measured from."""
+
+    cases: dict[str, list[list[str | int | None]]]
+
+
+@with_config(STRICT)
+class Measures(TypedDict):
+    """A scan of unlabeled_fingerprint.json: its measures, or why there are none."""
+
+    files: NotRequired[list[list[str | int | None]]]
+    spacing: NotRequired[Annotated[list[Positive], Field(min_length=3, max_length=3)]]
+    shape_after_crop: NotRequired[Annotated[list[Count], Field(min_length=3, max_length=3)]]
+    problem: NotRequired[str]
 
 
 def _is_weight(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Every kind of file that nnU-Net could not learn from is refused, naming the file; good ones pass."""
 
+import errno
 import gzip
 import json
 
@@ -13,7 +14,6 @@ from nnunet_diffusion.preprocessing.cases import unlabeled_cases
 from nnunet_diffusion.preprocessing.scan_checks import (
     Geometry,
     check_channels,
-    check_complete,
     check_image,
     check_label,
     check_labeled_case,
@@ -121,6 +121,36 @@ def test_voxels_that_are_not_finite(tmp_path, value):
             check_image(write(tmp_path / f"scan{ending}", array))
 
 
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".mha"])
+@pytest.mark.parametrize("length", [0.0, -1.5, np.nan, np.inf])
+def test_spacing_that_is_no_length(tmp_path, ending, length):
+    """SimpleITK reads 1 where a NIfTI header gives 0, NaN or infinity, and hands the others on."""
+    path = tmp_path / f"scan{ending}"
+    write(path, noise())
+    if ending == ".mha":
+        path.write_bytes(path.read_bytes().replace(b"ElementSpacing = 1 1.5", b"ElementSpacing = 1 %g" % length))
+    else:
+        content = gzip.decompress(path.read_bytes()) if ending == ".nii.gz" else path.read_bytes()
+        content = content[:84] + np.float32(length).tobytes() + content[88:]  # pixdim[2]
+        path.write_bytes(gzip.compress(content) if ending == ".nii.gz" else content)
+    with pytest.raises(UserError, match=rf"scan{ending}: its header gives the spacing \(.*: correct it"):
+        read_geometry(str(path))
+
+
+def test_what_is_there_but_cannot_be_read_is_not_called_missing(tmp_path, monkeypatch):
+    path = write(tmp_path / "scan.nii.gz", noise())
+    (tmp_path / "link.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
+    with pytest.raises(UserError, match="link.nii.gz: is a link to .*gone.nii.gz, which cannot be read .No such file"):
+        read_geometry(str(tmp_path / "link.nii.gz"))
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)  # tests may run as root, who may read everything
+    with pytest.raises(UserError, match="scan.nii.gz: cannot be read .Permission denied.: restore"):
+        read_geometry(path)
+
+
 def test_constant_image(tmp_path):
     path = write(tmp_path / "scan.nii.gz", np.full(SHAPE, -1000, np.int16))
     read_geometry(path)  # its header is fine
@@ -200,31 +230,31 @@ def test_unlabeled_paths_are_made_absolute(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("unlabeled", "message"),
     [
-        ({"b": ["b.nii.gz"]}, "'b' must be"),
-        ({"b": {"images": "b.nii.gz"}}, "'b' must be"),
-        ({"b": {"images": ["b.nii.gz", "c.nii.gz"]}}, "'b' has 2 images for 1 channels"),
-        ({"../b": {"images": ["b.nii.gz"]}}, "'../b' cannot be a file's name"),
-        ({"a": {"images": ["a.nii.gz"]}}, "'a' is both labelled and in 'unlabeled'"),
+        ({"b": ["b.nii.gz"]}, r"unlabeled: b: .*not \['b.nii.gz'\]: cases are"),
+        ({"b": {"images": "b.nii.gz"}}, "unlabeled: b.images: .*not 'b.nii.gz': cases are"),
+        ({"b": {"images": ["b.nii.gz", "c.nii.gz"]}}, "unlabeled case 'b' has 2 images for 1 channels"),
+        ({"../b": {"images": ["b.nii.gz"]}}, "unlabeled: '../b' cannot be the name of a file .*separator.*rename"),
+        ({"a": {"images": ["a.nii.gz"]}}, "case 'a' is both labeled and in 'unlabeled'"),
     ],
 )
 def test_malformed_table_of_unlabeled_cases(tmp_path, unlabeled, message):
-    with pytest.raises(UserError, match=f"dataset.json: (unlabeled )?case {message}"):
+    with pytest.raises(UserError, match=f"dataset.json: {message}"):
         unlabeled_cases(str(tmp_path), table(**unlabeled))
 
 
 def test_unlabeled_must_be_a_table_and_not_in_labels_folder(tmp_path):
     content = {"channel_names": {"0": "CT"}, "file_ending": ".nii.gz", "unlabeled": ["b.nii.gz"]}
-    with pytest.raises(UserError, match="'unlabeled' must map cases to their images, not be a list"):
+    with pytest.raises(UserError, match=r"dataset.json: unlabeled: .*valid dictionary, not \['b.nii.gz'\]"):
         unlabeled_cases(str(tmp_path), content)
     (tmp_path / "labelsTr").mkdir()
     (tmp_path / "labelsTr" / "b.nii.gz").write_bytes(b"x")
     content["unlabeled"] = {"b": {"images": ["b.nii.gz"]}}
-    with pytest.raises(UserError, match="'b' is both labelled"):
+    with pytest.raises(UserError, match="'b' is both labeled"):
         unlabeled_cases(str(tmp_path), content)
 
 
 def test_nnunet_itself_would_read_over_these(tmp_path):
-    # Why check_complete exists; when this fails, nnU-Net's reader has learnt to refuse, and it can go.
+    # Why images are read here a second time; when this fails, nnU-Net's reader has learned to refuse.
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
     array = noise()
@@ -232,7 +262,7 @@ def test_nnunet_itself_would_read_over_these(tmp_path):
     path = write(tmp_path / "nan.nii.gz", array)
     assert np.isfinite(SimpleITKIO().read_images([path])[0]).all()
     with pytest.raises(UserError, match="nan.nii.gz: 1 of 336 voxels"):
-        check_complete(path)
+        check_image(path)
     short = write(tmp_path / "short.nii.gz", noise())
     with open(short, "rb") as f:
         content = f.read()
@@ -240,7 +270,7 @@ def test_nnunet_itself_would_read_over_these(tmp_path):
         f.write(content[: len(content) // 2])
     SimpleITKIO().read_images([short])
     with pytest.raises(UserError, match="short.nii.gz: cannot be read"):
-        check_complete(short)
+        check_image(short)
 
 
 # ---------------------------------------------------------------- pictures

@@ -29,12 +29,12 @@ def run(*arguments: str) -> int:
 
 
 def snapshot(folder) -> dict:
-    """Every file below -> its modification time; dataset.json is copied anew each time."""
+    """Every file below -> its modification time; dataset.json is copied anew, and the lock taken, each time."""
     found = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
     return {
         path: os.stat(path).st_mtime_ns
         for path in found
-        if os.path.basename(path) not in ("dataset.json", "identity.json")
+        if not path.endswith(("dataset.json", ".lock"))
     }
 
 
@@ -110,7 +110,7 @@ def test_bad_scan_in_the_pool_costs_only_itself(raw, preprocessed, capsys):
     assert (
         "skipped u1: " in error
         and "u1.nii.gz: is an empty file" in error
-        and "1 unlabelled scans were skipped" in error
+        and "1 unlabeled scans were skipped" in error
     )
     assert [p.name for p in (preprocessed / "nnUNetCompactPlans_2d_unlabeled").glob("*.b2nd")] == ["u0.b2nd"]
     assert len(list((preprocessed / "nnUNetCompactPlans_2d").glob("*_seg.b2nd"))) == 3
@@ -120,6 +120,7 @@ def test_stock_planner_without_the_pool(preprocessed, raw):
     assert run("-c", "3d_fullres", "-pl", "ExperimentPlanner", "--no_pool") == 0
     assert (preprocessed / "nnUNetPlans.json").is_file()
     assert sorted(p.name for p in preprocessed.iterdir() if p.is_dir()) == [
+        ".nnunet_diffusion",
         "gt_segmentations",
         "nnUNetPlans_3d_fullres",
     ]
@@ -135,7 +136,7 @@ def test_bad_labeled_cases_are_all_named_and_nothing_is_touched(raw, preprocesse
     capsys.readouterr()
     assert run("-c", "2d", "-pl", "CompactPlanner") == 1
     error = capsys.readouterr().err
-    assert "3 of 3 labelled cases cannot be used" in error
+    assert "3 of 3 labeled cases cannot be used" in error
     for found in (r"l0: ", "label values [9]", "l1: ", "does not lie on the voxels", "l2: ", "l2.nii.gz"):
         assert found in error
     assert snapshot(preprocessed) == before

@@ -15,14 +15,15 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiment_dataset
 
 from nnunet_diffusion import trainers
-from nnunet_diffusion.cli import plan_and_preprocess
-from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_planner
+from nnunet_diffusion.cli.plan_and_preprocess import find_planner
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten
 from nnunet_diffusion.planners.CompactPlanner import CompactPlanner
 from nnunet_diffusion.planners.DiffusionPlanner import DiffusionPlanner
 from nnunet_diffusion.planners.DiffusionPlannerL import DiffusionPlannerL
 from nnunet_diffusion.planners.DiffusionPlannerXL import DiffusionPlannerXL
+from nnunet_diffusion.preprocessing import planning
+from nnunet_diffusion.preprocessing.planning import default_plans_name
 
 INTENSITIES = {
     "0": {
@@ -154,7 +155,7 @@ def test_2d_256_fits_the_median_slice(dataset):
 def test_unmeasured_scans_are_an_error(dataset):
     preprocessed = dataset([CT], [CT])
     (preprocessed / "unlabeled_fingerprint.json").unlink()
-    with pytest.raises(UserError, match="1 unlabelled scans .* were not measured .u0.*plan_and_preprocess"):
+    with pytest.raises(UserError, match="1 unlabeled scans .* were not measured .u0.*plan_and_preprocess"):
         DiffusionPlanner(9)
 
 
@@ -162,7 +163,7 @@ def test_an_earlier_plan_stays_until_the_new_one_is_whole(dataset, monkeypatch):
     preprocessed = dataset([CT])
 
     def make(replan=True):
-        return Path(plan_and_preprocess.plan(tiny_dataset.NAME, CompactPlanner, replan))
+        return Path(planning.plan(tiny_dataset.NAME, CompactPlanner, replan))
 
     def full_disk(content, file, **_):
         Path(file).write_text(json.dumps(content)[:50])

@@ -26,11 +26,9 @@ from running import run_command
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten, write_json
+from nnunet_diffusion.preprocessing.cases import labeled_files, pool_folder, pool_identifiers
 from nnunet_diffusion.preprocessing.fingerprint import fingerprint_unlabeled, measure
 from nnunet_diffusion.preprocessing.preprocess import (
-    labeled_files,
-    pool_folder,
-    pool_identifiers,
     preprocess_labeled,
     preprocess_pool,
 )

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.optimization import WarmupPolyLR, adamw, warming_ema
-from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
+from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers
 from nnunet_diffusion.pretraining import pictures
 from nnunet_diffusion.pretraining.conditioning import condition
 from nnunet_diffusion.pretraining.denoiser_file import plan_identity, save_denoiser

@@ -15,7 +15,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.optimization import ramp_up
 from nnunet_diffusion.partial.annotations import annotated_mask
-from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
+from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers
 from nnunet_diffusion.pretraining.denoiser_file import plan_identity
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.images import (

@@ -6,8 +6,7 @@ from nnunetv2.paths import nnUNet_results
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.model_folder import load_weights, unwrap
 from nnunet_diffusion.partial.annotations import balanced_cases
-from nnunet_diffusion.preprocessing.cases import read_splits
-from nnunet_diffusion.preprocessing.preprocess import pool_folder, pool_identifiers
+from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers, read_splits
 from nnunet_diffusion.pretraining.transfer import pretrained_weights_argument
 from nnunet_diffusion.rounds.pseudo_labels import (
     PseudoLabelDataset,
@@ -58,7 +57,7 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
         splits = join(self.preprocessed_dataset_folder_base, "splits_final.json")
         split = {*train, *validation}
         if self.fold != "all" and isfile(splits):
-            split.update(case for parts in read_splits(splits) for part in parts.values() for case in part)
+            split.update(case for parts in read_splits(splits) for part in ("train", "val") for case in parts[part])
         return [*train, *sorted(set(self.annotations) - split)], validation
 
     def find_images(self) -> dict[str, str]:

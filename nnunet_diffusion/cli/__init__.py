@@ -43,8 +43,17 @@ def main(argv: list[str] | None = None) -> int:
         require_folders(args.needs)
         return args.run(args)
     except (UserError, OSError) as error:
+        end_progress_bars()
         print(f"nnunet_diffusion: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        end_progress_bars()
         print("nnunet_diffusion: interrupted", file=sys.stderr)
         return 130
+
+
+def end_progress_bars() -> None:
+    """Lets what is printed next begin on a line of its own: an error leaves a bar's line as it stands."""
+    if tqdm := sys.modules.get("tqdm"):
+        for bar in list(getattr(tqdm.tqdm, "_instances", ())):
+            bar.close()

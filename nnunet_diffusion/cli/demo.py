@@ -77,8 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs all steps, then compares."""
-    from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
     from nnunet_diffusion.installation import require_folders, usable_device
+    from nnunet_diffusion.preprocessing.planning import find_dataset
 
     usable_device(args.device)
     if args.data:
@@ -124,8 +124,9 @@ class Demo:
 
     def prepare(self) -> None:
         """Makes the synthetic data, plans and preprocesses, and decides what is held out."""
-        from nnunet_diffusion.cli.plan_and_preprocess import default_plans_name, find_planner
+        from nnunet_diffusion.cli.plan_and_preprocess import find_planner
         from nnunet_diffusion.commands import Step, number_of_cores
+        from nnunet_diffusion.preprocessing.planning import default_plans_name
 
         self.plans_name = default_plans_name(find_planner(self.args.planner))
         if not self.args.data:
@@ -149,7 +150,7 @@ class Demo:
 
     def labelled_cases(self) -> dict[str, dict]:
         """Case -> {"images": paths, "label": path} of the labelled cases."""
-        from nnunet_diffusion.preprocessing.fingerprint import labeled_cases
+        from nnunet_diffusion.preprocessing.cases import labeled_cases
 
         return labeled_cases(self.name)[1]
 
@@ -212,10 +213,12 @@ class Demo:
     def predict(self) -> None:
         """Predicts the test images with nnU-Net's own command."""
         from nnunet_diffusion.commands import Step, link
+        from nnunet_diffusion.preprocessing.cases import fold_of
 
         if not self.test:
-            cases, held_out = self.labelled_cases(), load_json(os.path.join(self.preprocessed, "splits_final.json"))
-            self.test = {case: (cases[case]["images"], cases[case]["label"]) for case in held_out[0]["val"]}
+            cases = self.labelled_cases()
+            _, held_out = fold_of(os.path.join(self.preprocessed, "splits_final.json"), 0)
+            self.test = {case: (cases[case]["images"], cases[case]["label"]) for case in held_out}
         inputs, ending = os.path.join(self.folder, "test_images"), self.dataset_json["file_ending"]
         os.makedirs(inputs, exist_ok=True)
         for case, (images, _) in self.test.items():

@@ -80,7 +80,7 @@ def find_dataset_json(args: argparse.Namespace) -> str:
     if args.dataset_json:
         return args.dataset_json
     if args.dataset:
-        from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
+        from nnunet_diffusion.preprocessing.planning import find_dataset
 
         require_folders(("nnUNet_raw",))
         return os.path.join(os.environ["nnUNet_raw"], find_dataset(args.dataset), "dataset.json")

@@ -36,9 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures and writes them beside the samples."""
-    from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
     from nnunet_diffusion.cli.sample import real_batches
     from nnunet_diffusion.files import write_json
+    from nnunet_diffusion.preprocessing.planning import find_dataset
     from nnunet_diffusion.samples.files import numbers_in, read_description, read_samples
 
     description = read_description(args.samples)

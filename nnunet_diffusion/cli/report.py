@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page; returns 1 if something could not be read."""
-    from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
     from nnunet_diffusion.files import atomic
+    from nnunet_diffusion.preprocessing.planning import find_dataset
     from nnunet_diffusion.report.collect import collect
     from nnunet_diffusion.report.report import build_report
     from nnunet_diffusion.report.rounds import find_rounds
@@ -57,8 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def files_of(results, name: str, raw: str) -> tuple[dict, list[str]]:
     """Files of the labelled cases and names of the unlabelled ones; what is wrong with them becomes a problem."""
-    from nnunet_diffusion.preprocessing.cases import unlabeled_cases
-    from nnunet_diffusion.preprocessing.fingerprint import labeled_cases
+    from nnunet_diffusion.preprocessing.cases import labeled_cases, unlabeled_cases
 
     found = []
     for read in (lambda: labeled_cases(name)[1], lambda: list(unlabeled_cases(raw, results.dataset_json))):

@@ -68,9 +68,9 @@ def run(args: argparse.Namespace) -> int:
 
     import os
 
-    from nnunet_diffusion.cli.plan_and_preprocess import find_dataset
     from nnunet_diffusion.installation import EXT_TRAINER, ext_trainer_folders, usable_device, with_our_trainers
     from nnunet_diffusion.locks import locked
+    from nnunet_diffusion.preprocessing.planning import find_dataset
     from nnunet_diffusion.rounds.gate import GateSettings
     from nnunet_diffusion.rounds.loop import Rounds
     from nnunet_diffusion.rounds.run import Request

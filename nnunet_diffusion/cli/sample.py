@@ -153,7 +153,7 @@ def real_batches(description: dict, number: int, batch_size: int, dataset: str |
 
     from nnunet_diffusion.files import read_json
     from nnunet_diffusion.plans import read_plans
-    from nnunet_diffusion.preprocessing.preprocess import pool_folder
+    from nnunet_diffusion.preprocessing.cases import pool_folder
     from nnunet_diffusion.pretraining.images import ImageDataset, fixed_batches
 
     require_folders(("nnUNet_preprocessed",))

@@ -18,6 +18,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.evaluation.summary import text_table
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.partial.annotations import Channels, output_channels, read_annotations
+from nnunet_diffusion.preprocessing.cases import fold_of
 from nnunet_diffusion.rounds.constrained import ignore_uncertain, keep_labels
 from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, measure
 from nnunet_diffusion.rounds.gate import GateSettings, judge
@@ -56,10 +57,7 @@ def training_cases_of(base: str, data_identifier: str, fold: str) -> list[str]:
         raise UserError(f"{folder}: nnU-Net splits 5 cases or more, not {len(names)}: write {path}, or take -f all")
     if not os.path.isfile(path):
         write_json(path, generate_crossval_split(names, seed=12345, n_splits=5))  # as nnU-Net's do_split
-    splits = load_json(path)
-    if int(fold) >= len(splits):
-        raise UserError(f"-f {fold}: {path} has folds 0 to {len(splits) - 1}: add it there, or take all")
-    return sorted(splits[int(fold)]["train"])
+    return sorted(fold_of(path, fold)[0])
 
 
 def describe_cases(base: str, teacher: Teacher, names: Sequence[str]) -> dict[str, Case]:

@@ -27,7 +27,7 @@ from nnunet_diffusion.mutual.dataset import completed_folder
 from nnunet_diffusion.mutual.groups import find_groups
 from nnunet_diffusion.partial.annotations import output_channels, read_annotations
 from nnunet_diffusion.plans import read_plans
-from nnunet_diffusion.preprocessing.preprocess import LABELED_FILES
+from nnunet_diffusion.preprocessing.cases import LABELED_FILES, fold_of
 from nnunet_diffusion.rounds.gate import GateSettings
 from nnunet_diffusion.rounds.prediction import Teacher
 from nnunet_diffusion.rounds.pseudo_labels import ENDING, pseudo_cases
@@ -159,8 +159,8 @@ class MutualLearning:
         """The preprocessed cases that the fold is validated on."""
         if self.fold == "all":
             return []
-        split = read_json(os.path.join(self.base, "splits_final.json"))[int(self.fold)]
-        return sorted(set(split["val"]) & set(self.annotations))
+        _, validation = fold_of(os.path.join(self.base, "splits_final.json"), self.fold)
+        return sorted(set(validation) & set(self.annotations))
 
     def what_decides(self, trainer: str) -> dict[str, Any]:
         """What the outcome of a training depends on: the inputs by value, as far as that helps, cases by content."""

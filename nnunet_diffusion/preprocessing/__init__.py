@@ -1,1 +1,1 @@
-"""From a raw data set to nnU-Net's plan and preprocessed cases, labelled and unlabelled."""
+"""From a raw data set to nnU-Net's plan and preprocessed cases, labeled and unlabeled."""

@@ -1,13 +1,23 @@
-"""The unlabelled scans of a data set: the table `unlabeled` of dataset.json."""
+"""Which cases a data set has: labeled, unlabeled, preprocessed, in which fold; where their files are."""
 
 import os
+import re
+from collections.abc import Iterable
 from typing import Any
 
+from nnunetv2.paths import nnUNet_raw
+
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import read_json
+from nnunet_diffusion.files import check_shape, read_json
 from nnunet_diffusion.names import safe_name
-from nnunet_diffusion.preprocessing.scan_checks import PICTURE_ENDINGS
-from nnunet_diffusion.schemas import Splits
+from nnunet_diffusion.preprocessing.scan_checks import PICTURE_ENDINGS, number_of_channels
+from nnunet_diffusion.schemas import Dataset, Splits, UnlabeledFiles
+
+UNLABELED_FILES = (".pkl", ".b2nd")  # in the order in which they appear: with its .b2nd a case is complete
+LABELED_FILES = (".pkl", "_seg.b2nd", ".b2nd")
+RENAME = "rename the case"
+
+# ---------------------------------------------------------------- raw
 
 
 def absolute_path(folder: str, path: str) -> str:
@@ -15,13 +25,68 @@ def absolute_path(folder: str, path: str) -> str:
     return os.path.abspath(os.path.join(folder, os.path.expandvars(path)))
 
 
-def is_case_name(name: str) -> bool:
-    """Whether a case may be called so: the name becomes a file's name, in whichever folder nnU-Net puts the case."""
-    return bool(name) and name not in (".", "..") and not set(name) & set("/\\\0")
+def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
+    """Finds the labeled cases of a data set in nnUNet_raw, as nnU-Net does.
+
+    Returns:
+        The content of dataset.json, and the files as `labeled_files` has them.
+
+    Raises:
+        UserError: If there is none, a label has no image, a case does not have one image per channel or has a name
+            that cannot be a file's, or dataset.json is not what nnU-Net asks for.
+    """
+    folder = os.path.join(nnUNet_raw, dataset_name)
+    dataset_json = read_json(os.path.join(folder, "dataset.json"), Dataset)
+    if "dataset" not in dataset_json:
+        ending, labels = dataset_json["file_ending"], os.path.join(folder, "labelsTr")
+        images = os.path.join(folder, "imagesTr")
+        pictured = {name[: -len(ending) - 5] for name in os.listdir(images) if name.endswith(ending)}
+        lonely = {name.removesuffix(ending) for name in os.listdir(labels) if name.endswith(ending)} - pictured
+        if lonely:
+            raise UserError(f"{labels}: {sorted(lonely)} have no image in imagesTr: add it or take the label out")
+    dataset = labeled_files(folder, dataset_json)
+    if not dataset:
+        raise UserError(f"{folder}: no labeled case; nnU-Net plans with at least one")
+    channels = len(dataset_json["channel_names"])
+    if wrong := sorted(case for case, files in dataset.items() if number_of_channels(files["images"]) != channels):
+        raise UserError(f"{folder}: {wrong} do not have one image (or, as a picture, one value) for each of the "
+                        f"{channels} channels")  # fmt: skip
+    return dataset_json, dataset
+
+
+def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
+    """Case -> {"images": paths, "label": path} of the labeled cases, as nnU-Net finds them.
+
+    nnU-Net lists a folder in twelve forks of the process, and one that has threads may wait for them for ever: here the
+    process lists it itself.
+
+    Raises:
+        UserError: If a case has a name that cannot be a file's.
+    """
+    if "dataset" in dataset_json:
+        found = {
+            case: {key: _absolute(dataset_folder, paths) for key, paths in files.items() if key in ("images", "label")}
+            for case, files in dataset_json["dataset"].items()
+        }
+        where = f"{os.path.join(dataset_folder, 'dataset.json')}: dataset"
+    else:
+        where, ending = os.path.join(dataset_folder, "imagesTr"), dataset_json["file_ending"]
+        found = {}
+        for name in sorted(name for name in os.listdir(where) if name.endswith(ending)):
+            case = name[: -len(ending) - 5]  # without the number of the channel, as _0000
+            label = os.path.join(dataset_folder, "labelsTr", case + ending)
+            files = found.setdefault(case, {"images": [], "label": label})
+            if re.fullmatch(r"_\d{4}", name[len(case) : -len(ending)]):
+                files["images"].append(os.path.join(where, name))
+    return {safe_name(case, where, RENAME): files for case, files in found.items()}
+
+
+def _absolute(folder: str, paths: str | list[str]) -> str | list[str]:
+    return absolute_path(folder, paths) if isinstance(paths, str) else [absolute_path(folder, p) for p in paths]
 
 
 def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
-    """The absolute image paths, one per channel, of every unlabelled case.
+    """The absolute image paths, one per channel, of every unlabeled case.
 
     Args:
         dataset_folder: nnUNet_raw/DatasetXXX_Name, below which relative paths lie.
@@ -31,30 +96,46 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
         {case: [path per channel]} in the table's order; empty if there is no such table. The files need not exist.
 
     Raises:
-        UserError: If the table is not of that form, a case lacks a channel, is labelled as well, or has
+        UserError: If the table is not of that form, a case lacks a channel, is labeled as well, or has
             a name that cannot be a file's.
     """
     where = os.path.join(dataset_folder, "dataset.json")
     table = dataset_json.get("unlabeled", {})
-    if not isinstance(table, dict):
-        raise UserError(f"{where}: 'unlabeled' must map cases to their images, not be a {type(table).__name__}")
+    check_shape(table, dict[str, UnlabeledFiles], f"{where}: unlabeled", 'cases are {"images": [path per channel]}')
     num_channels = len(dataset_json["channel_names"])
     labeled = dataset_json.get("dataset", {})  # without it, nnU-Net takes what is in imagesTr and labelsTr
     cases = {}
     for case, entry in table.items():
-        images = entry.get("images") if isinstance(entry, dict) else None
-        if not isinstance(images, list) or not all(isinstance(path, str) for path in images):
-            raise UserError(f'{where}: unlabeled case {case!r} must be {{"images": [path per channel]}}, not {entry!r}')
+        images = entry["images"]
         is_whole_picture = len(images) == 1 and images[0].endswith(PICTURE_ENDINGS)  # its channels are counted later
         if len(images) != num_channels and not is_whole_picture:
             raise UserError(f"{where}: unlabeled case {case!r} has {len(images)} images for {num_channels} channels")
-        if not is_case_name(case):
-            raise UserError(f"{where}: unlabeled case {case!r} cannot be a file's name: rename it")
+        safe_name(case, f"{where}: unlabeled", RENAME)
         label = os.path.join(dataset_folder, "labelsTr", case + dataset_json["file_ending"])
         if case in labeled or os.path.exists(label):
-            raise UserError(f"{where}: case {case!r} is both labelled and in 'unlabeled': take it out of one of them")
-        cases[case] = [absolute_path(dataset_folder, path) for path in images]
+            raise UserError(f"{where}: case {case!r} is both labeled and in 'unlabeled': take it out of one of them")
+        cases[case] = _absolute(dataset_folder, images)
     return cases
+
+
+# ---------------------------------------------------------------- preprocessed
+
+
+def pool_folder(preprocessed_dataset_folder_base: str, data_identifier: str) -> str:
+    """The folder of the preprocessed unlabeled scans of one configuration."""
+    return os.path.join(preprocessed_dataset_folder_base, data_identifier + "_unlabeled")
+
+
+def pool_identifiers(folder: str) -> list[str]:
+    """The cases of which every file is there, sorted; none if there is no such folder."""
+    return complete_cases(folder, UNLABELED_FILES)
+
+
+def complete_cases(folder: str, endings: Iterable[str]) -> list[str]:
+    """Names of the cases that have a file with each of `endings` in `folder`, sorted."""
+    files = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    names = (name.removesuffix(".b2nd") for name in files if name.endswith(".b2nd"))
+    return sorted(name for name in names if all(name + ending in files for ending in endings))
 
 
 # ---------------------------------------------------------------- folds
@@ -73,3 +154,16 @@ def read_splits(path: str) -> list[dict[str, list[str]]]:
             for case in split[part]:
                 safe_name(case, f"{path}: [{number}].{part}", "take it out")
     return splits
+
+
+def fold_of(path: str, fold: int | str) -> tuple[list[str], list[str]]:
+    """The training and the validation cases of one fold of a splits_final.json.
+
+    Raises:
+        UserError: As `read_splits`, and if it has no such fold.
+        OSError: If it cannot be read.
+    """
+    splits = read_splits(path)
+    if int(fold) >= len(splits):
+        raise UserError(f"-f {fold}: {path} has folds 0 to {len(splits) - 1}: add it there, or take all")
+    return splits[int(fold)]["train"], splits[int(fold)]["val"]

@@ -1,33 +1,36 @@
-"""What a plan is made from: the labelled cases as nnU-Net measures them, and the geometry of the unlabelled scans.
+"""What a plan is made from: the labeled cases as nnU-Net measures them, and the geometry of the unlabeled scans.
 
 Both are kept in the preprocessed data set's folder and measured again only where a file has changed.
 """
 
 import os
 import time
-from os.path import isfile, join
+from os.path import join
+from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from tqdm import tqdm
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import naming_full_disk, read_json, write_json
-from nnunet_diffusion.preprocessing.cases import unlabeled_cases
-from nnunet_diffusion.preprocessing.preprocess import labeled_files, read_scan
-from nnunet_diffusion.preprocessing.scan_checks import check_labeled_case, label_values, number_of_channels
+from nnunet_diffusion.files import check_shape, naming_full_disk, read_json, write_json
+from nnunet_diffusion.preprocessing.cases import labeled_cases, unlabeled_cases
+from nnunet_diffusion.preprocessing.preprocess import read_scan
+from nnunet_diffusion.preprocessing.scan_checks import check_labeled_case, label_values
 from nnunet_diffusion.processes import run_in_processes
+from nnunet_diffusion.schemas import Dataset, Fingerprint, LabeledStamps, Measures, PlannableDataset
 
+FINGERPRINT_FILE = "dataset_fingerprint.json"  # nnU-Net's
 UNLABELED_FILE = "unlabeled_fingerprint.json"
 MEASURED_FILE = "labeled_files.json"  # what dataset_fingerprint.json was measured from
 SECONDS_BETWEEN_SAVES = 10
 
 
 def fingerprint_labeled(dataset_name: str, num_processes: int = default_num_processes) -> None:
-    """Checks every labelled case and lets nnU-Net measure them; does nothing if both are done and no file has changed.
+    """Checks every labeled case and lets nnU-Net measure them; does nothing if both are done and no file has changed.
 
     Args:
         dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
@@ -37,27 +40,30 @@ def fingerprint_labeled(dataset_name: str, num_processes: int = default_num_proc
         UserError: Listing every case that cannot be used; nothing is written then.
     """
     dataset_json, dataset = labeled_cases(dataset_name)
+    check_shape(dataset_json, PlannableDataset, join(nnUNet_raw, dataset_name, "dataset.json"))
     folder = join(nnUNet_preprocessed, dataset_name)
     described = {key: dataset_json.get(key) for key in ("channel_names", "labels", "regions_class_order")}
     measured = described | {
         "cases": {case: _stamps([*files["images"], files["label"]]) for case, files in dataset.items()}
     }
-    if isfile(join(folder, "dataset_fingerprint.json")) and _load(join(folder, MEASURED_FILE)) == measured:
+    if _known(join(folder, MEASURED_FILE), LabeledStamps) == measured and _known(
+        join(folder, FINGERPRINT_FILE), Fingerprint
+    ):
         return
     values = label_values(dataset_json["labels"])
     tasks = {case: (files["images"], files["label"], values) for case, files in dataset.items()}
-    results = run_in_processes(_problem, tasks, num_processes, "Checking labelled cases")
+    results = run_in_processes(_problem, tasks, num_processes, "Checking labeled cases")
     if problems := {case: problem for case, problem in results if problem is not None}:
         listed = "".join(f"\n  {case}: {problems[case]}" for case in sorted(problems))
-        raise UserError(f"{len(problems)} of {len(dataset)} labelled cases cannot be used:{listed}")
+        raise UserError(f"{len(problems)} of {len(dataset)} labeled cases cannot be used:{listed}")
     os.makedirs(folder, exist_ok=True)
-    with naming_full_disk(join(folder, "dataset_fingerprint.json")):
+    with naming_full_disk(join(folder, FINGERPRINT_FILE)):
         DatasetFingerprintExtractor(dataset_name, num_processes).run(overwrite_existing=True)
     write_json(join(folder, MEASURED_FILE), measured)
 
 
 def fingerprint_unlabeled(dataset_name: str, num_processes: int = default_num_processes) -> dict[str, str]:
-    """Measures the spacing and the shape after cropping of every unlabelled scan that is new or has changed.
+    """Measures the spacing and the shape after cropping of every unlabeled scan that is new or has changed.
 
     Args:
         dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
@@ -67,16 +73,16 @@ def fingerprint_unlabeled(dataset_name: str, num_processes: int = default_num_pr
         What is wrong with each scan that cannot be used: case -> message.
     """
     dataset_folder = join(nnUNet_raw, dataset_name)
-    dataset_json = read_json(join(dataset_folder, "dataset.json"))
+    dataset_json = read_json(join(dataset_folder, "dataset.json"), Dataset)
     cases = unlabeled_cases(dataset_folder, dataset_json)
     file = join(nnUNet_preprocessed, dataset_name, UNLABELED_FILE)
-    saved, stamps = _load(file) or {}, {case: _stamps(images) for case, images in cases.items()}
+    saved, stamps = _known(file, dict[str, Measures]) or {}, {case: _stamps(images) for case, images in cases.items()}
     # A scan with a problem is read again: its permissions, or the error of a network drive, leave no mark on a file.
-    known = {c: entry for c, entry in saved.items() if entry["files"] == stamps.get(c) and "problem" not in entry}
+    known = {c: entry for c, entry in saved.items() if entry.get("files") == stamps.get(c) and "problem" not in entry}
     reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
     tasks = {case: (reader, images) for case, images in cases.items() if case not in known}
     last = time.monotonic()
-    for case, measures in run_in_processes(measure, tasks, num_processes, "Measuring unlabelled scans"):
+    for case, measures in run_in_processes(measure, tasks, num_processes, "Measuring unlabeled scans"):
         known[case] = {"files": stamps[case]} | measures
         if time.monotonic() - last > SECONDS_BETWEEN_SAVES:
             write_json(file, known)
@@ -101,16 +107,16 @@ def measure(reader_class, images: list[str]) -> dict:
 
 
 def with_unlabeled_geometry(fingerprint: dict, dataset_name: str, dataset_json: dict) -> dict:
-    """nnU-Net's fingerprint with the spacings and shapes of the unlabelled scans behind those of the labelled cases.
+    """nnU-Net's fingerprint with the spacings and shapes of the unlabeled scans behind those of the labeled cases.
 
     Raises:
-        UserError: If there are unlabelled scans that were not measured.
+        UserError: If there are unlabeled scans that were not measured.
     """
     cases = unlabeled_cases(join(nnUNet_raw, dataset_name), dataset_json)
-    measures = _load(join(nnUNet_preprocessed, dataset_name, UNLABELED_FILE)) or {}
+    measures = _known(join(nnUNet_preprocessed, dataset_name, UNLABELED_FILE), dict[str, Measures]) or {}
     if missing := sorted(cases.keys() - measures.keys()):
         raise UserError(
-            f"{len(missing)} unlabelled scans of {dataset_name} were not measured ({missing[0]}, ...): plan with "
+            f"{len(missing)} unlabeled scans of {dataset_name} were not measured ({missing[0]}, ...): plan with "
             "`nnunet_diffusion plan_and_preprocess`, which does it"
         )
     usable = [measures[case] for case in cases if "problem" not in measures[case]]
@@ -118,30 +124,6 @@ def with_unlabeled_geometry(fingerprint: dict, dataset_name: str, dataset_json: 
         "spacings": [*fingerprint["spacings"], *(entry["spacing"] for entry in usable)],
         "shapes_after_crop": [*fingerprint["shapes_after_crop"], *(entry["shape_after_crop"] for entry in usable)],
     }
-
-
-def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
-    """The content of dataset.json and, case by case, the files of the labelled cases, as nnU-Net finds them.
-
-    Raises:
-        UserError: If there is none, a label has no image, or a case does not have one image per channel.
-    """
-    folder = join(nnUNet_raw, dataset_name)
-    dataset_json = read_json(join(folder, "dataset.json"))
-    if "dataset" not in dataset_json:
-        ending, labels = dataset_json["file_ending"], join(folder, "labelsTr")
-        images = {name[: -len(ending) - 5] for name in os.listdir(join(folder, "imagesTr")) if name.endswith(ending)}
-        lonely = {name.removesuffix(ending) for name in os.listdir(labels) if name.endswith(ending)} - images
-        if lonely:
-            raise UserError(f"{labels}: {sorted(lonely)} have no image in imagesTr: add it or take the label out")
-    dataset = labeled_files(folder, dataset_json)
-    if not dataset:
-        raise UserError(f"{folder}: no labelled case; nnU-Net plans with at least one")
-    channels = len(dataset_json["channel_names"])
-    if wrong := sorted(case for case, files in dataset.items() if number_of_channels(files["images"]) != channels):
-        raise UserError(f"{folder}: {wrong} do not have one image (or, as a picture, one value) for each of the "
-                        f"{channels} channels")
-    return dataset_json, dataset
 
 
 def _problem(*arguments) -> str | None:
@@ -158,5 +140,12 @@ def _stamps(paths: list[str]) -> list[list]:
     return [[path, f and f.st_size, f and f.st_mtime_ns] for path, f in zip(paths, found, strict=True)]
 
 
-def _load(file: str) -> dict | None:
-    return load_json(file) if isfile(file) else None
+def _known(file: str, schema: Any) -> Any:
+    """What was measured before; None if there is no such file, or, which is said, if it is damaged."""
+    try:
+        return read_json(file, schema, "measured anew")
+    except FileNotFoundError:
+        return None
+    except UserError as problem:
+        tqdm.write(str(problem))
+        return None

@@ -1,7 +1,8 @@
-"""Preprocesses what is missing, case by case, whole or not at all: the unlabelled pool and the labelled cases alike.
+"""Preprocesses what is missing, case by case, whole or not at all: the unlabeled pool and the labeled cases alike.
 
-A folder of preprocessed cases is what nnU-Net's own preprocessing leaves, plus one hidden folder with the identity of
-the preprocessing and the temporary files: it goes when nnU-Net deletes the folder, and nnU-Net does not look into it.
+A folder of preprocessed cases is what nnU-Net's own preprocessing leaves, plus our mark (`nnunet_diffusion.marks`) with
+what decides the values, and temporary files beside the mark. When that changes, the new cases are made beside the old
+ones, in a hidden folder, and take their place by renames when they are whole.
 """
 
 import json
@@ -10,52 +11,36 @@ import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
-from os.path import basename, exists, getmtime, isdir, isfile, join
+from os.path import basename, dirname, exists, getmtime, isdir, join, realpath
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
-from nnunetv2.utilities.utils import (
-    create_paths_fn,
-    get_filenames_of_train_images_and_targets,
-    get_identifiers_from_splitted_dataset_folder,
-)
 from tqdm import tqdm
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import not_written, write_json
-from nnunet_diffusion.preprocessing.cases import unlabeled_cases
+from nnunet_diffusion.files import atomic, check_shape, not_written, read_json
+from nnunet_diffusion.marks import WORK, mark, mark_of, refuse_foreign, remove_marked
+from nnunet_diffusion.plans import REMEDY
+from nnunet_diffusion.preprocessing.cases import (
+    LABELED_FILES,
+    UNLABELED_FILES,
+    complete_cases,
+    labeled_cases,
+    labeled_files,
+    pool_folder,
+    unlabeled_cases,
+)
 from nnunet_diffusion.preprocessing.scan_checks import check_channels
 from nnunet_diffusion.processes import run_in_processes
-
-WORK = ".nnunet_diffusion"
-UNLABELED_FILES = (".pkl", ".b2nd")  # in the order in which they appear: with its .b2nd a case is complete
-LABELED_FILES = (".pkl", "_seg.b2nd", ".b2nd")
-
-
-def pool_folder(preprocessed_dataset_folder_base: str, data_identifier: str) -> str:
-    """The folder of the preprocessed unlabelled scans of one configuration."""
-    return join(preprocessed_dataset_folder_base, data_identifier + "_unlabeled")
-
-
-def pool_identifiers(folder: str) -> list[str]:
-    """The cases of which every file is there, sorted; none if there is no such folder."""
-    return complete_cases(folder, UNLABELED_FILES)
-
-
-def complete_cases(folder: str, endings: Iterable[str]) -> list[str]:
-    """Names of the cases that have a file with each of `endings` in `folder`, sorted."""
-    files = set(os.listdir(folder)) if isdir(folder) else set()
-    names = (name.removesuffix(".b2nd") for name in files if name.endswith(".b2nd"))
-    return sorted(name for name in names if all(name + ending in files for ending in endings))
+from nnunet_diffusion.schemas import Dataset, PreprocessedConfiguration
 
 
 def preprocess_pool(
     dataset_name, plans_manager, configuration, num_processes=default_num_processes, num_parts=1, part_id=0
 ) -> dict[str, str]:
-    """Preprocesses the unlabelled scans with the plan's own preprocessor; arguments as `preprocess_labeled`.
+    """Preprocesses the unlabeled scans with the plan's own preprocessor; arguments as `preprocess_labeled`.
 
     Args:
         dataset_name: As said.
@@ -67,9 +52,12 @@ def preprocess_pool(
 
     Returns:
         What is wrong with each scan that was left out: case -> message.
+
+    Raises:
+        UserError: As `preprocess_labeled`, or if a part finds what was made with another plan.
     """
     dataset_folder = join(nnUNet_raw, dataset_name)
-    dataset_json = load_json(join(dataset_folder, "dataset.json"))
+    dataset_json = read_json(join(dataset_folder, "dataset.json"), Dataset)
     cases = {case: (images, None) for case, images in unlabeled_cases(dataset_folder, dataset_json).items()}
     identifier = plans_manager.get_configuration(configuration).data_identifier
     folder = pool_folder(join(nnUNet_preprocessed, dataset_name), identifier)
@@ -79,36 +67,20 @@ def preprocess_pool(
     return _preprocess(cases, folder, UNLABELED_FILES, plans_manager, configuration, dataset_json, num_processes, part)
 
 
-def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
-    """Case -> {"images": paths, "label": path} of the labelled cases, as nnU-Net finds them.
-
-    nnU-Net lists a folder in twelve forks of the process, and one that has threads may wait for them for ever: here the
-    process lists it itself.
-    """
-    if "dataset" in dataset_json:
-        return get_filenames_of_train_images_and_targets(dataset_folder, dataset_json)
-    images, labels = join(dataset_folder, "imagesTr"), join(dataset_folder, "labelsTr")
-    ending, files = dataset_json["file_ending"], sorted(os.listdir(images))
-    return {
-        str(case): {"images": create_paths_fn(images, files, ending, case), "label": join(labels, case + ending)}
-        for case in get_identifiers_from_splitted_dataset_folder(images, ending)
-    }
-
-
 def preprocess_labeled(dataset_name, plans_manager, configuration, num_processes=default_num_processes) -> None:
-    """Preprocesses the labelled cases as `nnUNetv2_preprocess` does, but only those that are missing or changed.
+    """Preprocesses the labeled cases as `nnUNetv2_preprocess` does, but only those that are missing or changed.
 
     Args:
         dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
-        plans_manager: The `PlansManager` of the plan.
+        plans_manager: The `PlansManager` of the plan, which `check_plans` has let pass.
         configuration: A configuration of that plan.
         num_processes: Number of worker processes; each holds one case in memory.
 
     Raises:
-        UserError: If a worker process was killed.
+        UserError: If a case cannot be preprocessed, a worker process was killed, or the folder is not ours.
     """
     dataset_folder = join(nnUNet_raw, dataset_name)
-    dataset_json = load_json(join(dataset_folder, "dataset.json"))
+    dataset_json = read_json(join(dataset_folder, "dataset.json"), Dataset)
     dataset = labeled_files(dataset_folder, dataset_json)
     cases = {case: (files["images"], files["label"]) for case, files in dataset.items()}
     identifier = plans_manager.get_configuration(configuration).data_identifier
@@ -116,25 +88,42 @@ def preprocess_labeled(dataset_name, plans_manager, configuration, num_processes
     _preprocess(cases, folder, LABELED_FILES, plans_manager, configuration, dataset_json, num_processes)
 
 
+def copy_labels(dataset_name: str) -> None:
+    """Puts the labels where nnU-Net validates, as its own preprocessing does; only what is new or newer."""
+    dataset_json, dataset = labeled_cases(dataset_name)
+    folder = join(nnUNet_preprocessed, dataset_name, "gt_segmentations")
+    os.makedirs(folder, exist_ok=True)
+    for case, files in dataset.items():
+        target = join(folder, case + dataset_json["file_ending"])
+        if not exists(target) or getmtime(files["label"]) > getmtime(target):
+            with atomic(target) as temporary:
+                shutil.copyfile(files["label"], temporary)
+
+
 def _preprocess(
     cases, folder, endings, plans_manager, configuration, dataset_json, num_processes, part=(1, 0)
 ) -> dict[str, str]:
     configuration_manager = plans_manager.get_configuration(configuration)
     identity = preprocessing_identity(plans_manager, configuration_manager)
+    what = {"dataset": plans_manager.dataset_name, "folder": basename(folder)}
+    what["cases"] = "labeled" if endings is LABELED_FILES else "unlabeled"
     if endings is LABELED_FILES:
         identity["labels"] = [dataset_json["labels"], dataset_json.get("regions_class_order")]
+    _refuse_unknown_classes(plans_manager, configuration_manager)
+    folder = realpath(folder)  # it may be a link to another disk: what is made beside it must be on the same
     num_parts, part_id = part
-    if num_parts > 1:
+    is_part = num_parts > 1
+    if is_part:
         cases = {case: cases[case] for case in sorted(cases)[part_id::num_parts]}
-        _prepare_part(folder, identity, cases)
-    else:
-        _prepare(folder, identity)
-        _remove_unlisted(folder, set(cases))
-    complete = set(complete_cases(folder, endings))
-    todo = [c for c, files in cases.items() if c not in complete or _has_changed(join(folder, c + ".b2nd"), files)]
+    place = _place(folder, what, identity, configuration, is_part)
+    for name in cases if is_part else os.listdir(join(place, WORK)):  # what a dead process left; parts leave others'
+        if isdir(join(place, WORK, name)):
+            shutil.rmtree(join(place, WORK, name))
+    complete = set(complete_cases(place, endings))
+    todo = [c for c, files in cases.items() if c not in complete or _has_changed(join(place, c + ".b2nd"), files)]
     work = partial(
         preprocess_case,
-        folder=folder,
+        folder=place,
         endings=endings,
         plans_manager=plans_manager,
         configuration_manager=configuration_manager,
@@ -142,13 +131,37 @@ def _preprocess(
     )
     tasks = {case: (case, *cases[case]) for case in todo}
     results = run_in_processes(work, tasks, num_processes, f"{basename(folder)} ({len(cases) - len(todo)} there)")
-    return {case: problem for case, problem in results if problem is not None}
+    problems = {case: problem for case, problem in results if problem is not None}
+    if not is_part:
+        _remove_unlisted(place, set(cases), endings)
+    if place != folder and len(problems) < max(1, len(cases)):  # not if no scan can be read, as of a drive that is away
+        _replace(folder, what)
+    return problems
+
+
+def _refuse_unknown_classes(plans_manager, configuration_manager) -> None:
+    """Raises UserError if nnU-Net does not know the classes that a plan names."""
+    where = f"{plans_manager.plans_name}.json"
+    try:
+        plans_manager.image_reader_writer_class  # noqa: B018
+        is_known = configuration_manager.preprocessor_class is not None
+    except RuntimeError as error:
+        raise UserError(f"{where}: image_reader_writer: {error}: {REMEDY}") from error
+    if not is_known:
+        name = configuration_manager.preprocessor_name
+        raise UserError(f"{where}: preprocessor_name: nnU-Net has no {name!r}: {REMEDY}")
 
 
 def preprocessing_identity(plans_manager, configuration_manager) -> dict:
-    """Everything in a plan that decides the values of a preprocessed scan, as it comes back from JSON."""
+    """Everything in a plan that decides the values of a preprocessed scan, as it comes back from JSON.
+
+    Raises:
+        UserError: If the plan lacks some of it.
+    """
     keys = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
     keys += ("resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")
+    where = f"{plans_manager.plans_name}.json: a configuration"
+    check_shape(configuration_manager.configuration, PreprocessedConfiguration, where, REMEDY)
     identity = {key: configuration_manager.configuration[key] for key in keys}
     identity["transpose_forward"] = plans_manager.transpose_forward
     identity["image_reader_writer"] = plans_manager.plans["image_reader_writer"]
@@ -156,42 +169,63 @@ def preprocessing_identity(plans_manager, configuration_manager) -> dict:
     return json.loads(json.dumps(identity))
 
 
-def _prepare(folder: str, identity: dict) -> None:
-    """Leaves a folder of that identity without stale temporaries; of another or no identity, an empty one."""
-    identity_file = join(folder, WORK, "identity.json")
-    known = load_json(identity_file) if isfile(identity_file) else {}
-    if isdir(folder) and known != identity:
-        differing = sorted(key for key in identity if identity[key] != known.get(key))
-        tqdm.write(f"{folder}: made with other {', '.join(differing)}: done anew")
-        shutil.rmtree(folder)
-    os.makedirs(join(folder, WORK), exist_ok=True)
-    for name in os.listdir(join(folder, WORK)):
-        if isdir(join(folder, WORK, name)):
-            shutil.rmtree(join(folder, WORK, name))
-    write_json(identity_file, identity)
+def differing(folder: str, identity: dict) -> list[str]:
+    """What the cases of a folder were made with that is not of that identity, sorted; by the folder's mark."""
+    said = mark_of(folder) or {}
+    return sorted(key for key in identity if said.get(key) != identity[key])
 
 
-def _prepare_part(folder: str, identity: dict, cases: Iterable[str]) -> None:
-    """Readies a folder that others may be working in: removes nothing but what a dead process left of these cases.
+def _beside(folder: str) -> tuple[str, str]:
+    """Where the successor of a folder is made, and where the folder goes when that is whole; no plan can name them."""
+    return tuple(join(dirname(folder), f".{kind}_{basename(folder)}") for kind in ("new", "old"))
+
+
+def _place(folder: str, what: dict, identity: dict, configuration: str, is_part: bool) -> str:
+    """Readies where cases of an identity are made: the folder, or one beside it if it holds those of another.
 
     Raises:
-        UserError: If the folder was made with another identity.
+        UserError: If something is in the way that is not ours, or a part would have to begin beside the folder.
     """
-    identity_file = join(folder, WORK, "identity.json")
-    os.makedirs(join(folder, WORK), exist_ok=True)
-    if not isfile(identity_file) and not complete_cases(folder, (".b2nd",)):
-        with suppress(FileNotFoundError):  # another part wrote it just now
-            write_json(identity_file, identity)
-    if not isfile(identity_file) or load_json(identity_file) != identity:
-        raise UserError(f"{folder}: was made with another plan: run the command once without --num_parts")
-    for case in cases:
-        shutil.rmtree(join(folder, WORK, case), ignore_errors=True)
+    new, old = _beside(folder)
+    for place in (folder, new, old):
+        refuse_foreign(place, **what)
+    if not is_part:
+        _finish_replacing(folder, what)
+    place = folder
+    if mark_of(folder) is not None and (others := differing(folder, identity)):
+        if is_part:
+            raise UserError(f"{folder}: was made with another plan: run the command once without --num_parts")
+        tqdm.write(f"{folder}: made with other {', '.join(others)}: done anew")
+        place = new
+    if not is_part and (place == folder or differing(new, identity)):
+        remove_marked(new, **what)
+    if differing(place, what | identity):
+        with suppress(FileNotFoundError):  # a part on another machine, of the same number, wrote it just now
+            mark(place, **what, configuration=configuration, **identity)
+    return place
 
 
-def _remove_unlisted(folder: str, cases: set[str]) -> None:
+def _replace(folder: str, what: dict) -> None:
+    """Lets what was made beside a folder take its place."""
+    new, old = _beside(folder)
+    os.rename(folder, old)
+    os.rename(new, folder)
+    remove_marked(old, **what)
+
+
+def _finish_replacing(folder: str, what: dict) -> None:
+    """After a kill between these renames puts the folder back, after one behind them removes what it was."""
+    _, old = _beside(folder)
+    if isdir(old) and not isdir(folder):
+        os.rename(old, folder)
+    remove_marked(old, **what)
+
+
+def _remove_unlisted(folder: str, cases: set[str], endings: Iterable[str]) -> None:
+    """Removes the files of cases that have left the data set."""
     for name in os.listdir(folder):
-        case = name.removesuffix(".b2nd").removesuffix(".pkl")
-        if case not in cases and case.removesuffix("_seg") not in cases and isfile(join(folder, name)):
+        of = {name.removesuffix(ending) for ending in endings if name.endswith(ending)}
+        if of and not of & cases:
             os.remove(join(folder, name))
 
 
@@ -207,10 +241,10 @@ def preprocess_case(
     """Preprocesses one case as nnU-Net does and moves its files into `folder` when all are written.
 
     Returns:
-        None, or what is wrong with the unlabelled scan; nothing is written then.
+        None, or what is wrong with the unlabeled scan; nothing is written then.
 
     Raises:
-        UserError: If nnU-Net cannot preprocess the labelled case.
+        UserError: If nnU-Net cannot preprocess the labeled case.
         OSError: If the files cannot be written.
     """
     preprocessor = configuration_manager.preprocessor_class(verbose=False)

@@ -48,11 +48,15 @@ def read_geometry(path: str) -> Geometry | None:
     if path.endswith(PICTURE_ENDINGS):
         return Geometry(reader.GetSize(), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0))
     size, components = reader.GetSize(), reader.GetNumberOfComponents()
+    spacing = _nifti_spacing(path) if path.endswith(NIFTI_ENDINGS) else reader.GetSpacing()
     if len(size) != 3 or components != 1:
         raise UserError(
             f"{path}: is {len(size)}-D, of size {size}, with {components} value(s) a voxel: "
             "give every channel or time point as a 3-D file of its own"
         )
+    if not all(math.isfinite(length) and length > 0 for length in spacing):
+        said = _rounded(spacing)
+        raise UserError(f"{path}: its header gives the spacing {said} mm: correct it, or take the case out")
     return Geometry(size, reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
 
 
@@ -81,18 +85,6 @@ def check_image(path: str) -> Geometry | None:
     if geometry := read_geometry(path):
         check_values(path, _voxels(path))
     return geometry
-
-
-def check_complete(path: str) -> None:
-    """Refuses a NIfTI file with what nnU-Net's reader does not see: an early end, a wrong checksum, NaN, infinity.
-
-    For those who let nnU-Net read the file and look at its voxels with `check_values`; other formats pass.
-
-    Raises:
-        UserError: As said.
-    """
-    if path.endswith(NIFTI_ENDINGS):
-        check_values(path, _voxels(path))
 
 
 def check_values(path: str, voxels: np.ndarray) -> None:
@@ -182,7 +174,7 @@ def check_channels(images: Sequence[str], read: Callable[[str], Geometry | None]
 def check_labeled_case(
     images: Sequence[str], label: str, label_values: Collection[int], trust_voxels: bool = False
 ) -> None:
-    """Refuses a labelled case with an unusable channel or label, or of which not all lie on the same voxels.
+    """Refuses a labeled case with an unusable channel or label, or of which not all lie on the same voxels.
 
     Args:
         images: One path per channel.
@@ -206,13 +198,17 @@ def label_values(labels: dict[str, int | list[int]]) -> list[int]:
 
 
 def _require_content(path: str) -> None:
+    """Refuses what cannot be opened, with the system's reason: SimpleITK calls all of it missing."""
     try:
-        size = os.stat(path).st_size
+        with open(path, "rb") as f:
+            is_empty = not f.read(1)
+    except IsADirectoryError:
+        raise UserError(f"{path}: is not a file: restore the file or take the case out") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}): restore the file or take the case out") from error
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: is not a file: restore the file or take the case out")
-    if size == 0:
+        link = f"is a link to {os.readlink(path)}, which " if os.path.islink(path) else ""
+        reason = f"{link}cannot be read ({error.strerror})"
+        raise UserError(f"{path}: {reason}: restore the file or take the case out") from error
+    if is_empty:
         raise UserError(f"{path}: is an empty file: copy or download it again")
 
 
@@ -243,6 +239,14 @@ def _nifti_voxels(path: str) -> np.ndarray:
     voxels = np.frombuffer(content, header.dtype, count, header.offset)
     voxels = voxels.astype(header.dtype.newbyteorder("="), copy=False)  # pandas refuses the other byte order
     return voxels if (header.slope, header.inter) == (1, 0) else voxels * header.slope + header.inter
+
+
+def _nifti_spacing(path: str) -> tuple[float, ...]:
+    """As the header says; SimpleITK and nibabel, without a word, make 1 of a spacing of 0, SimpleITK of NaN as well."""
+    kind = nibabel.Nifti2Image if nibabel.Nifti2Image.path_maybe_image(path)[0] else nibabel.Nifti1Image
+    with nibabel.openers.ImageOpener(path) as f:
+        header = kind.header_class.from_fileobj(f, check=False)
+    return tuple(float(length) for length in header["pixdim"][1:4])
 
 
 def _unreadable(path: str, error: Exception | str) -> str:

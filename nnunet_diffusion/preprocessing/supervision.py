@@ -7,10 +7,19 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from tqdm import tqdm
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.partial.annotations import Annotation, Channels, annotated_mask, known_values
+from nnunet_diffusion.partial.annotations import (
+    Annotation,
+    Channels,
+    annotated_mask,
+    known_values,
+    output_channels,
+    read_annotations,
+)
+from nnunet_diffusion.preprocessing.cases import labeled_cases
 
 Counts = dict[str, dict[int, int]]  # case -> label value -> voxels
 
@@ -23,6 +32,27 @@ class Supervision(NamedTuple):
     cases_in_union: int  # that annotate a union with it only
     cases_with_voxels: int  # that annotate it and have it
     voxels: int
+
+
+def check_annotations(dataset_name: str, num_threads: int = 1) -> None:
+    """Shows what each label is annotated in, and compares it with the label files; nothing where all is annotated.
+
+    Args:
+        dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
+        num_threads: Each holds one label file in memory.
+
+    Raises:
+        UserError: If dataset.json's tables are wrong, or a label file contradicts them.
+    """
+    dataset_json, dataset = labeled_cases(dataset_name)
+    if not dataset_json.get("annotated_labels") and not dataset_json.get("union_labels"):
+        return
+    manager = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    channels = output_channels(manager)
+    annotations = read_annotations(dataset_json, dataset, channels)
+    counts = count_labels(dataset_json, {case: files["label"] for case, files in dataset.items()}, num_threads)
+    check_counts(counts, annotations, channels, manager.ignore_label)
+    print(table(summarize(counts, annotations, channels)))
 
 
 def count_labels(dataset_json: dict, label_files: Mapping[str, str], num_threads: int = 1) -> Counts:

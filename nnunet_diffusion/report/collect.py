@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nnunet_diffusion.files import read_json
+from nnunet_diffusion.preprocessing.cases import read_splits
 
 MODEL = re.compile(r"(?P<trainer>.+)__(?P<plans>.+)__(?P<configuration>.+)")
 FOLD = re.compile(r"fold_(\d+|all)")
@@ -94,7 +95,7 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
     found = Results(dataset, {})
     for folder in (raw, preprocessed):
         found.dataset_json = found.dataset_json or found.attempt(os.path.join(folder, "dataset.json"), _dataset) or {}
-    found.splits = found.attempt(os.path.join(preprocessed, "splits_final.json"), _splits) or []
+    found.splits = found.attempt(os.path.join(preprocessed, "splits_final.json"), read_splits) or []
     for name in sorted(os.listdir(results)) if os.path.isdir(results) else ():
         folder, match = os.path.join(results, name), MODEL.fullmatch(name)
         for benchmark in ("label_efficiency", "partial_labels"):
@@ -230,10 +231,6 @@ def _dataset(path: str) -> dict:
     if not all(isinstance(name, str) for name in names):
         raise ValueError("names that are no text")
     return content
-
-
-def _splits(path: str) -> list[dict[str, list[str]]]:
-    return [{side: [str(case) for case in split[side]] for side in ("train", "val")} for split in read_json(path)]
 
 
 def _transfer(path: str) -> dict[str, Any]:

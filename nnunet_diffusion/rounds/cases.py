@@ -3,20 +3,20 @@
 import os
 from typing import Any
 
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
 from nnunet_diffusion.partial.annotations import Annotation, output_channels, read_annotations
-from nnunet_diffusion.preprocessing.preprocess import (
+from nnunet_diffusion.preprocessing.cases import (
     LABELED_FILES,
     UNLABELED_FILES,
-    WORK,
     complete_cases,
+    fold_of,
     pool_folder,
-    preprocessing_identity,
+    read_splits,
 )
+from nnunet_diffusion.preprocessing.preprocess import differing, preprocessing_identity
 from nnunet_diffusion.rounds.evidence import Anatomy, anatomy, measure
 from nnunet_diffusion.rounds.prediction import Case, network_spacing, read_preprocessed
 from nnunet_diffusion.rounds.state import Record, digest, record
@@ -60,12 +60,9 @@ class Cases:
                 f"{self.unlabeled}: the pool is empty: list scans under 'unlabeled' in dataset.json (nnunet_diffusion "
                 "convert) and run nnunet_diffusion plan_and_preprocess"
             )
-        file = os.path.join(self.unlabeled, WORK, "identity.json")
-        known = load_json(file) if os.path.isfile(file) else {}
-        now = preprocessing_identity(self.plans, self.configuration)
-        if differing := sorted(key for key in now if known.get(key) != now[key]):
+        if others := differing(self.unlabeled, preprocessing_identity(self.plans, self.configuration)):
             raise UserError(
-                f"{self.unlabeled}: the pool was preprocessed with other {', '.join(differing)} than the plan has: run "
+                f"{self.unlabeled}: the pool was preprocessed with other {', '.join(others)} than the plan has: run "
                 "nnunet_diffusion plan_and_preprocess again"
             )
 
@@ -80,12 +77,9 @@ class Cases:
         file = os.path.join(self.base, "splits_final.json")
         if not os.path.isfile(file):
             raise UserError(f"{file}: no splits: train fold {self.fold} once, or write them")
-        splits = load_json(file)
-        if int(self.fold) >= len(splits):
-            raise UserError(f"-f {self.fold}: {file} has {len(splits)} folds")
-        validation = splits[int(self.fold)]["val"]
-        known = {case for split in splits for part in split.values() for case in part}
-        train = [*splits[int(self.fold)]["train"], *sorted(set(self.annotations) - known)]
+        train, validation = fold_of(file, self.fold)
+        known = {case for split in read_splits(file) for part in ("train", "val") for case in split[part]}
+        train = [*train, *sorted(set(self.annotations) - known)]
         return [case for case in train if case in self.annotations], validation
 
     def to_predict(self) -> dict[str, Case]:

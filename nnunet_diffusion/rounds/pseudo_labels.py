@@ -27,10 +27,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic
+from nnunet_diffusion.files import atomic, not_written
+from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.partial.annotations import Annotation
-from nnunet_diffusion.preprocessing.cases import is_case_name
-from nnunet_diffusion.preprocessing.preprocess import not_written
 
 ENDING = "_seg.b2nd"
 METADATA = "nnunet_diffusion"
@@ -52,9 +51,8 @@ def pseudo_folder(preprocessed_dataset_folder_base: str, data_identifier: str, *
     Raises:
         UserError: If a name would lead out of it.
     """
-    if wrong := [name for name in names if not is_case_name(name)]:
-        raise UserError(f"{wrong[0]!r} cannot be the name of a folder of pseudo labels: take letters, digits, '_', '-'")
-    return os.path.join(preprocessed_dataset_folder_base, data_identifier + "_pseudo", *names)
+    safe = [safe_name(name, "pseudo labels", "take letters, digits, '_', '-'") for name in names]
+    return os.path.join(preprocessed_dataset_folder_base, data_identifier + "_pseudo", *safe)
 
 
 def pseudo_cases(folder: str) -> list[str]:
@@ -90,8 +88,7 @@ def save_pseudo_label(
         ValueError: If the segmentation has other dimensions.
         OSError: If the file cannot be written; a former one is then what it was.
     """
-    if not is_case_name(case):
-        raise UserError(f"case {case!r} cannot be a file's name: rename it")
+    safe_name(case, "case")
     segmentation = np.asarray(segmentation, np.int16)
     segmentation = segmentation[None] if segmentation.ndim == 3 else segmentation
     if segmentation.ndim != 4 or len(segmentation) != 1:
