@@ -76,20 +76,6 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     return checkpoint
 
 
-def load_weights(network: nn.Module, path: str) -> None:
-    """Takes all weights of a checkpoint of nnU-Net's, changed in place.
-
-    Raises:
-        UserError: If the file is not there, no checkpoint, or of another network.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint to start from")
-    try:
-        network.load_state_dict(load_checkpoint(path)["network_weights"])
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit the planned network: {error}") from error
-
-
 def unwrap(network: nn.Module) -> nn.Module:
     """The network itself, without DDP and torch.compile around it."""
     if isinstance(network, DistributedDataParallel):

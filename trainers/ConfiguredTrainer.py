@@ -19,6 +19,7 @@ from nnunet_diffusion.plans import check_plans
 from nnunet_diffusion.preprocessing.cases import read_splits
 from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.settings import above, at_least
+from nnunet_diffusion.trainers import our_trainers
 
 
 class ConfiguredTrainer(nnUNetTrainer):
@@ -44,7 +45,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         load_nothing_but_plain_values()
         check_plans(plans, "plans.json")  # refused before nnU-Net makes the results folder
         check_shape(dataset_json, Dataset, "dataset.json")
-        settings.chosen(plans, type(self))
+        settings.chosen(plans, type(self), our_trainers())
         super().__init__(plans, configuration, fold, dataset_json, device)
         settings.apply(self)
         self.is_resumed = False
@@ -146,6 +147,10 @@ class ConfiguredTrainer(nnUNetTrainer):
 
     def restore(self, checkpoint: dict) -> None:
         """Takes back what `extra_state` added to the checkpoint, tensors on the CPU."""
+
+    def mixed_precision(self) -> torch.autocast:
+        """Returns the context that nnU-Net computes in: half precision, on a GPU only."""
+        return torch.autocast(self.device.type, enabled=self.device.type == "cuda")
 
     def trained_networks(self) -> list[torch.nn.Module]:
         """The networks that learn, each of which has its gradient's norm clipped."""

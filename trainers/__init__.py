@@ -1,1 +1,15 @@
 """Trainers that nnU-Net finds through `nnUNet_extTrainer`."""
+
+from importlib import import_module
+
+from nnunet_diffusion.installation import trainer_names
+
+
+def our_trainer(name: str) -> type:
+    """Returns one of the trainers that come with the package."""
+    return getattr(import_module(f"nnunet_diffusion.trainers.{name}"), name)
+
+
+def our_trainers() -> list[type]:
+    """Returns all of them; the library, which knows no trainer, is given them where it needs them."""
+    return [our_trainer(name) for name in trainer_names()]

@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
 def check_settings(plans: dict, trainers: Sequence[str]) -> None:
     """Raises UserError for settings that a later stage would refuse, before the first one is trained."""
-    from nnunet_diffusion.settings import chosen, our_trainer
+    from nnunet_diffusion.settings import chosen
+    from nnunet_diffusion.trainers import our_trainer
 
     classes = [our_trainer(name) for name in trainers]
     groups = [chosen(plans, trainer).get("groups") for trainer in classes]

@@ -123,6 +123,9 @@ def train(args: argparse.Namespace, device) -> None:
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
+    from nnunet_diffusion.model_folder import unwrap
+    from nnunet_diffusion.pretraining.start import refuse_misfit
+
     fold = args.fold if args.fold == "all" else int(args.fold)
     trainer = get_trainer_from_args(
         args.dataset, args.configuration, fold, args.trainer, args.plans, args.c, device=device
@@ -130,6 +133,9 @@ def train(args: argparse.Namespace, device) -> None:
     if trainer.is_ddp and "ConfiguredTrainer" not in (base.__name__ for base in type(trainer).__mro__):
         raise UserError(f"-tr {args.trainer}: under torchrun only trainers of nnunet_diffusion know their device")
     trainer.disable_checkpointing = args.disable_checkpointing
+    if args.pretrained_weights and not args.val:
+        trainer.initialize()
+        refuse_misfit(args.pretrained_weights, unwrap(trainer.network))
     maybe_load_checkpoint(trainer, args.c, args.val, args.pretrained_weights)
     torch.backends.cudnn.benchmark = True  # without effect on a CPU
     if not args.val:

@@ -79,39 +79,61 @@ def save_denoiser(path: str, denoiser: Denoiser, timestep: int, process: dict, p
 
 
 def load_denoiser(path: str) -> dict[str, Any]:
-    """The content of a denoiser file as `save_denoiser` wrote it; for the errors see `load_own`."""
-    content = load_own(path, FORMAT, FORMAT_VERSION, "DenoisingDiffusionTrainer", DenoiserContent)
-    key = "denoiser_weights.input_scale"
-    scale = content["denoiser_weights"].get("input_scale")
-    if scale is None or scale.shape != (len(content["plan"]["channel_names"]),) or not (0 < scale).all():
-        raise UserError(f"{path}: {key}: must be a positive number for each channel of plan.channel_names, not {scale}")
+    """Loads the content of a denoiser file as `save_denoiser` wrote it.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UserError: If it is damaged or holds code, and as `check_own`.
+    """
+    content = load_own(path, "denoiser", "DenoisingDiffusionTrainer")
+    check_denoiser(content, path)
     return content
 
 
-def load_own(path: str, file_format: str, format_version: int, trainer: str, schema: Any) -> dict[str, Any]:
-    """Reads a file of ours without running anything that it may contain.
+def is_denoiser(content: Any) -> bool:
+    """Says whether a loaded file calls itself a denoiser."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def check_denoiser(content: Any, path: str) -> None:
+    """Refuses what is no denoiser; for the errors see `check_own`."""
+    check_own(content, path, FORMAT, FORMAT_VERSION, "DenoisingDiffusionTrainer", DenoiserContent)
+    scale = content["denoiser_weights"].get("input_scale")
+    if scale is None or scale.shape != (len(content["plan"]["channel_names"]),) or not (0 < scale).all():
+        raise UserError(
+            f"{path}: denoiser_weights.input_scale: must be a positive number for each channel of plan.channel_names, "
+            f"not {scale}: {remedy_for('denoiser', 'DenoisingDiffusionTrainer')}"
+        )
+
+
+def load_own(path: str, what: str, trainer: str) -> Any:
+    """Loads a file that one of our trainers writes; see `model_folder.load_plain`."""
+    try:
+        return load_plain(path, remedy_for(what, trainer))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {what} {path}: check the path, or pre-train one") from None
+
+
+def remedy_for(what: str, trainer: str) -> str:
+    """Returns what to do about a file that cannot be used."""
+    return f"give a {what}.pth that {trainer} wrote, or delete it and repeat the pre-training command with --val"
+
+
+def check_own(content: Any, path: str, file_format: str, format_version: int, trainer: str, schema: Any) -> None:
+    """Refuses the content of a file that is not what one of our trainers writes.
 
     Args:
-        path: The file.
+        content: What it holds.
+        path: The file, for the message.
         file_format: What it says that it is, such as "nnunet_diffusion denoiser".
         format_version: Which version of that this library reads.
         trainer: What writes such files.
         schema: What it holds, of `nnunet_diffusion.schemas`.
 
-    Returns:
-        The content as it was written, tensors on the CPU.
-
     Raises:
-        FileNotFoundError: If there is no such file.
-        UserError: If it is damaged, holds anything but tensors and plain values, is another kind of checkpoint, comes
-            from a later version, or lacks something; names it.
+        UserError: If it is another kind of checkpoint, comes from a later version, or lacks something; names it.
     """
     what = file_format.split()[-1]
-    remedy = f"give a {what}.pth that {trainer} wrote, or delete it and repeat the pre-training command with --val"
-    try:
-        content = load_plain(path, remedy)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {what} {path}: check the path, or pre-train one") from None
     if not isinstance(content, dict) or content.get("format") != file_format:
         raise UserError(f"{path} is no {what} of nnunet_diffusion: give a file that {trainer} wrote")
     if content.get("format_version") != format_version:
@@ -119,8 +141,7 @@ def load_own(path: str, file_format: str, format_version: int, trainer: str, sch
             f"{path} has format version {content.get('format_version')} (versions {content.get('versions')}), this "
             f"library reads {format_version}: install the version that wrote it, or pre-train again"
         )
-    check_shape(content, schema, path, remedy)
-    return content
+    check_shape(content, schema, path, remedy_for(what, trainer))
 
 
 def rebuild(content: dict[str, Any], network: nn.Module) -> Denoiser:
@@ -149,19 +170,29 @@ def refuse_other_topology(what: str, weights: dict, expected: dict, plan: dict) 
         expected: The network's state dict.
         plan: The file's plan identity.
     """
+    if table := differing_weights(what, weights, expected):
+        raise UserError(
+            f"the {what} was made for another topology ({plan['dataset_name']}, {plan['plans_name']}, "
+            f"{plan['configuration']}): {table}\npre-train with this plan, or move the pre-training plan to this data "
+            "set (nnUNetv2_move_plans_between_datasets)"
+        )
+
+
+def differing_weights(what: str, weights: dict, expected: dict) -> str:
+    """Returns a table of the weights whose shapes are not as expected; empty if all are.
+
+    Args:
+        what: The weights are of, for the table.
+        weights: A state dict.
+        expected: The network's state dict.
+    """
     rows = [
         f"  {name}: {what} {_shape(weights.get(name))}, planned network {_shape(expected.get(name))}"
         for name in sorted({**weights, **expected})
         if _shape(weights.get(name)) != _shape(expected.get(name))
     ]
-    if rows:
-        raise UserError(
-            f"the {what} was made for another topology ({plan['dataset_name']}, {plan['plans_name']}, "
-            f"{plan['configuration']}): {len(expected) - len(rows)} of {len(expected)} parameters match, these do not\n"
-            + "\n".join(rows[:20] + [f"  and {len(rows) - 20} more"] * (len(rows) > 20))
-            + "\npre-train with this plan, or move the pre-training plan to this data set "
-            "(nnUNetv2_move_plans_between_datasets)"
-        )
+    shown = "\n".join(rows[:20] + [f"  and {len(rows) - 20} more"] * (len(rows) > 20))
+    return f"{len(expected) - len(rows)} of {len(expected)} weights match, these do not\n{shown}" if rows else ""
 
 
 def build(content: dict[str, Any]) -> Denoiser:
@@ -192,8 +223,8 @@ def build(content: dict[str, Any]) -> Denoiser:
     return rebuild(content, network)
 
 
-def _shape(tensor: torch.Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
+def _shape(tensor: Any) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape)) if hasattr(tensor, "shape") else repr(tensor)
 
 
 def _nnssl_adaptation_plan(denoiser: Denoiser, plan: dict) -> dict[str, Any]:

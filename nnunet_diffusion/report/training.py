@@ -97,9 +97,9 @@ def _folds_table(results: Results, model: Model) -> Html:
 def _started_from(model: Model, fold: Fold) -> str:
     if fold.transfer:
         return f"{_short(fold.transfer['source'])}, folded at t* = {fold.transfer['timestep']}"
-    if fold.denoiser is not None or model.settings.get("scratch"):
+    if fold.denoiser is not None or model.settings.get("start") == "scratch":
         return "random weights"
-    return model.settings.get("start_from") or "not recorded"
+    return model.settings.get("start") or "not recorded"
 
 
 BESIDE_LABELS = {
