@@ -14,6 +14,7 @@ from nnunet_diffusion.installation import ext_trainer_folders, trainer_names
 
 BLOCK = "nnunet_diffusion"
 Rule = Callable[[Any, dict[str, Any]], str]  # of a value and all settings: what it must be, or nothing if it is that
+SettingsOf = Callable[[dict, str], dict[str, Any]]  # of plans and the name of a trainer: its settings
 
 
 def declared(trainer_class: type) -> dict[str, tuple[type, Any]]:
@@ -66,6 +67,11 @@ def chosen(plans: dict, trainer_class: type, others: Collection[type] = ()) -> d
 def effective(plans: dict, trainer_class: type, others: Collection[type] = ()) -> dict[str, Any]:
     """Returns all settings of a trainer: the plans' where given, else the class's own; for the errors see `chosen`."""
     return _defaults(trainer_class) | chosen(plans, trainer_class, others)
+
+
+def given_settings(plans: dict, trainer: str) -> dict[str, Any]:
+    """Returns the block that plans give for the name of a trainer, of which nothing else is known."""
+    return plans.get(BLOCK, {}).get(trainer, {})
 
 
 def typed(given: dict[str, Any], trainer_class: type) -> dict[str, Any]:

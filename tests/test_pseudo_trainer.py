@@ -128,7 +128,7 @@ def test_it_starts_from_a_checkpoint_of_the_same_fold(world):
     [
         ({"start": "nowhere.pth"}, "the setting start is 'nowhere.pth', but there is no .*nowhere.pth: give denoiser"),
         ({"start": "scratch", "pseudo_labels": "none/round_1"}, "has no pseudo labels"),
-        ({"start": "scratch", "pseudo_labels": "../nnUNetCompactPlans_2d"}, "cannot be the name of a folder"),
+        ({"start": "scratch", "pseudo_labels": "../nnUNetCompactPlans_2d"}, "cannot be the name of a file or folder"),
         ({}, "no denoiser to start from"),
     ],
 )
