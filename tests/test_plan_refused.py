@@ -65,6 +65,20 @@ def test_a_plan_that_leads_elsewhere_or_is_no_plan(planned, capsys, key, value, 
     assert contents(raw.parent.parent) == before
 
 
+def test_configurations_that_would_replace_each_others_cases(planned, capsys):
+    _, preprocessed = planned
+    resampling = {f"resampling_fn_{of}": "f" for of in ("data", "seg")}
+    resampling |= {f"{key}_kwargs": {} for key in resampling}
+    for own, message in (({}, "and other spacing: give fine one of its own"), ({"data_identifier": "fine"}, "-c 4d")):
+        edit(preprocessed / "nnUNetCompactPlans.json", lambda c, own=own: c["configurations"].update({
+            "2d": c["configurations"]["2d"] | resampling,
+            "fine": {"inherits_from": "2d", "spacing": [0.5, 0.5], **own},
+            "same": {"inherits_from": "2d", "batch_size": 3},
+        }))  # fmt: skip
+        assert run("-c", "4d") == 1
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["../../../evil", "", ".", "a/b", "a\nb", ".hidden"])
 @pytest.mark.parametrize("table", ["dataset", "unlabeled"])
 def test_a_case_whose_name_leads_elsewhere(planned, capsys, name, table):
