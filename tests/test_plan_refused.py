@@ -49,6 +49,7 @@ def run(*arguments: str) -> int:
     ("data_identifier", "/tmp", "2d.data_identifier: '/tmp' .* separator of paths"),
     ("data_identifier", "", "2d.data_identifier: '' .* is empty"),
     ("data_identifier", "gt_segmentations", "'gt_segmentations' is the folder of the ground truth"),
+    ("inherits_from", "nothing", "2d.inherits_from: 'nothing' is no other configuration"),
     ("spacing", 5, "2d.spacing: .* not 5"),
     ("spacing", [3.0, 0.0], r"2d.spacing\[1\]: .* greater than 0, not 0.0"),
     ("spacing", [3.0, float("nan")], r"2d.spacing\[1\]: .*not nan"),
