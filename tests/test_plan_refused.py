@@ -25,6 +25,8 @@ def planned(nnunet_folders):
         (preprocessed / name).mkdir(parents=True)
         (preprocessed / name / "l0.b2nd").write_bytes(b"x")
     plans = minimal.plans("2d", name="nnUNetCompactPlans") | {"dataset_name": tiny_dataset.NAME}
+    resampling = {f"resampling_fn_{of}": "resample_data_or_seg_to_shape" for of in ("data", "seg")}
+    plans["configurations"]["2d"] |= resampling | {f"{key}_kwargs": {} for key in resampling}
     (preprocessed / "nnUNetCompactPlans.json").write_text(json.dumps(plans))
     return raw, preprocessed
 
@@ -68,11 +70,8 @@ def test_a_plan_that_leads_elsewhere_or_is_no_plan(planned, capsys, key, value, 
 
 def test_configurations_that_would_replace_each_others_cases(planned, capsys):
     _, preprocessed = planned
-    resampling = {f"resampling_fn_{of}": "f" for of in ("data", "seg")}
-    resampling |= {f"{key}_kwargs": {} for key in resampling}
     for own, message in (({}, "and other spacing: give fine one of its own"), ({"data_identifier": "fine"}, "-c 4d")):
         edit(preprocessed / "nnUNetCompactPlans.json", lambda c, own=own: c["configurations"].update({
-            "2d": c["configurations"]["2d"] | resampling,
             "fine": {"inherits_from": "2d", "spacing": [0.5, 0.5], **own},
             "same": {"inherits_from": "2d", "batch_size": 3},
         }))  # fmt: skip
