@@ -36,7 +36,7 @@ def read_geometry(path: str) -> Geometry | None:
     Raises:
         UserError: If the file is missing, empty or unreadable, or does not hold one 3-D image or picture.
     """
-    _require_readable_name(path)
+    require_readable_name(path)
     _require_content(path)
     if not path.endswith((*GEOMETRIC_ENDINGS, *PICTURE_ENDINGS)):
         return None
@@ -198,6 +198,12 @@ def label_values(labels: dict[str, int | list[int]]) -> list[int]:
     return sorted({0}.union(*([value] if isinstance(value, int) else value for value in labels.values())))
 
 
+def require_readable_name(path: str) -> None:
+    """Refuses a path that is no UTF-8 (SimpleITK ends the program) or has a null character, which no file can have."""
+    if "\0" in path or path.encode(errors="replace").decode() != path:
+        raise UserError(f"{path!r}: is no UTF-8, which image readers need: rename the file or its folder")
+
+
 def _require_content(path: str) -> None:
     """Refuses what cannot be opened, with the system's reason: SimpleITK calls all of it missing."""
     try:
@@ -264,9 +270,3 @@ def _rounded(values: Sequence[float]) -> tuple[float, ...]:
 
 def _some(values: list, limit: int = 10) -> str:
     return str(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")
-
-
-def _require_readable_name(path: str) -> None:
-    """Refuses a path that is no UTF-8 (SimpleITK ends the program) or has a null character, which no file can have."""
-    if "\0" in path or path.encode(errors="replace").decode() != path:
-        raise UserError(f"{path!r}: is no UTF-8, which image readers need: rename the file or its folder")
