@@ -3,6 +3,7 @@
 One `TypedDict` a file, checked by pydantic in its strict mode: no text for a number, no NaN, no infinity.
 """
 
+from functools import cache
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
@@ -149,6 +150,12 @@ class Measures(TypedDict):
     problem: NotRequired[str]
 
 
+@cache
+def adapter(schema: Any) -> TypeAdapter:
+    """The validator of a schema, which takes milliseconds to build."""
+    return TypeAdapter(schema)
+
+
 def first_problem(content: Any, schema: Any) -> str:
     """Says where content has not the shape of a schema, what is there, and what is expected; empty if it has.
 
@@ -157,7 +164,7 @@ def first_problem(content: Any, schema: Any) -> str:
         schema: A type of this module, or any that pydantic knows.
     """
     try:
-        TypeAdapter(schema).validate_python(content)
+        adapter(schema).validate_python(content)
     except ValidationError as error:
         first, *others = error.errors(include_url=False)
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")

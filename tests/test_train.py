@@ -13,7 +13,7 @@ import minimal
 import pytest
 import tiny
 import torch
-from running import run_command
+from running import PYTHON, run_command
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.installation import trainers_folder
@@ -72,7 +72,7 @@ def torchrun(number, *command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), *command]
     environment = os.environ | {"TESTS": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
     return run_command(launcher, env=environment)
@@ -147,7 +147,8 @@ def test_a_killed_pretraining_continues_as_if_nothing_had_happened(world, monkey
     run_command(command("nnUNetv2_train", *arguments, "Whole")).check_returncode()
 
     checkpoint, quiet = files["Killed"].with_name("checkpoint_latest.pth"), {"stdout": subprocess.DEVNULL}
-    with subprocess.Popen(command("nnUNetv2_train", *arguments, "Killed"), **quiet) as process:
+    killable = [PYTHON, Path(PYTHON).with_name("nnUNetv2_train"), *map(str, arguments), "Killed"]
+    with subprocess.Popen(killable, **quiet) as process:
         while process.poll() is None and not checkpoint.exists():
             time.sleep(0.005)
         process.kill()

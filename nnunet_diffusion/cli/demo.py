@@ -188,7 +188,10 @@ class Demo:
             os.path.join(model, output),
             counts=r": Epoch \d+\s*$",
             total=epochs,
-            depends_on=[self.dataset_json, only_for(trainer, read_plans(self.preprocessed, plans))],
+            depends_on={
+                "dataset.json": self.dataset_json,
+                "plans": only_for(trainer, read_plans(self.preprocessed, plans)),
+            },
             resume_with=["--c"],
             replaces=model,
             # on a CPU augmentation in the training process itself is faster, and repeats exactly

@@ -1,4 +1,4 @@
-"""Pictures of what was segmented: each arm's labels beside the reference, on the slices that show the most organs."""
+"""Draws what was segmented: each arm's labels beside the reference, on the slices that show the most organs."""
 
 import math
 import os
@@ -65,9 +65,9 @@ def draw_overlay(
                 draw_outlines(axis, reference[crop], colors)
             axis.set_axis_off()
             if number == 0:
-                axis.set_title(heading, fontsize=10)
+                axis.set_title(heading, fontsize=10, parse_math=False)
     add_legend(figure, colors, bool(predictions))
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)  # names come from files: a $ is a $
     inches = figure.get_figheight()
     figure.subplots_adjust(0.005, legend_inches / inches, 0.995, 1 - 0.55 / inches, wspace=0.02, hspace=0.02)
     save_figure(figure, path)
@@ -87,7 +87,7 @@ def read_axial(scan: str | sitk.Image) -> tuple[np.ndarray, tuple[float, float, 
 
 
 def slices_to_show(reference: np.ndarray, count: int) -> list[int]:
-    """The axial slices with the largest shares of the organs, each organ counting the same, some distance apart."""
+    """Chooses axial slices with the largest shares of the organs, each organ counting the same, some distance apart."""
     per_slice = np.stack([(reference == value).sum((1, 2)) for value in np.unique(reference) if value > 0] or [[1.0]])
     share = np.broadcast_to((per_slice / per_slice.sum(1, keepdims=True)).mean(0), len(reference)).copy()
     chosen = []
@@ -100,7 +100,7 @@ def slices_to_show(reference: np.ndarray, count: int) -> list[int]:
 
 
 def bounding_box(image: np.ndarray, is_ct: bool) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of what is not air, with a small margin."""
+    """Finds top, bottom, left and right of what is not air, with a small margin."""
     inside = (image > -300 if is_ct else image > np.percentile(image, 50)).mean(0) > 0.1
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     if not rows.size:
@@ -114,7 +114,7 @@ def bounding_box(image: np.ndarray, is_ct: bool) -> tuple[int, int, int, int]:
 
 
 def label_colors(labels: Mapping[str, int]) -> dict[int, tuple[str, tuple[float, ...]]]:
-    """Label value -> name and RGB; the same labels get the same colours in every picture."""
+    """Maps label values to name and RGB; the same labels get the same colors in every picture."""
     from matplotlib import colormaps
 
     names = {value: name for name, value in labels.items() if isinstance(value, int) and value > 0}
@@ -123,7 +123,7 @@ def label_colors(labels: Mapping[str, int]) -> dict[int, tuple[str, tuple[float,
 
 
 def color_image(segmentation: np.ndarray, colors: Mapping[int, tuple[str, tuple[float, ...]]]) -> np.ndarray:
-    """(y, x, 4) translucent picture of a (y, x) label map."""
+    """Draws a (y, x) label map as a translucent (y, x, 4) picture."""
     picture = np.zeros((*segmentation.shape, 4))
     for value, (_, color) in colors.items():
         picture[segmentation == value] = (*color, 0.55)
@@ -131,7 +131,7 @@ def color_image(segmentation: np.ndarray, colors: Mapping[int, tuple[str, tuple[
 
 
 def draw_outlines(axis, reference: np.ndarray, colors: Mapping[int, tuple[str, tuple[float, ...]]]) -> None:
-    """Draws the outline of each label, light enough to be seen on the prediction of the same colour."""
+    """Draws the outline of each label, light enough to be seen on the prediction of the same color."""
     for value, (_, color) in colors.items():
         if (reference == value).any():
             light = tuple(0.5 + 0.5 * c for c in color)
@@ -146,6 +146,8 @@ def add_legend(figure, colors: Mapping[int, tuple[str, tuple[float, ...]]], has_
     handles = [Patch(color=color, label=name.replace("_", " ")) for name, color in colors.values()]
     if has_predictions:
         handles.append(Line2D([], [], color="0.6", label="reference outline"))
-    figure.legend(
+    legend = figure.legend(
         handles=handles, loc="lower center", ncols=min(len(handles), LEGEND_COLUMNS), fontsize=8.5, frameon=False
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)

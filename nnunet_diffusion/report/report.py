@@ -12,6 +12,7 @@ from matplotlib.colors import to_hex
 
 from nnunet_diffusion import __version__
 from nnunet_diffusion.names import safe_name
+from nnunet_diffusion.preprocessing.scan_checks import read_geometry
 from nnunet_diffusion.report.collect import Model, Results, model_scores
 from nnunet_diffusion.report.outcome import (
     benchmark_view,
@@ -115,6 +116,8 @@ def model_cases(
 
         def read(_: str, case=case, files=files) -> list[Plane]:
             safe_name(case, model.name)
+            for file in files.values():
+                read_geometry(file)  # refuses what image readers end the process for
             return case_planes(*files.values(), results.dataset_json["labels"], is_ct, most)
 
         if planes := results.attempt(f"{model.name}: case {case}", read):
