@@ -210,7 +210,7 @@ def write_models(world: World) -> None:
     """Model folders of untrained networks, with what a training leaves beside its checkpoints."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    for name in (MODEL, *STAGES):
+    for name in (MODEL, STAGES[0]):
         trainer = tiny.trainer(recursive_find_trainer_class_by_name(name))
         trainer.initialize()
         fold = Path(trainer.output_folder)

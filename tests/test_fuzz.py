@@ -17,6 +17,8 @@ import fuzz_world
 import pytest
 from fuzz_commands import COMMANDS
 
+pytestmark = pytest.mark.slow  # what the cases need is made in half a minute, they themselves take as long
+
 SEED = 2026
 CASES = int(os.environ.get("NNUNET_DIFFUSION_FUZZ", "150"))
 ERROR = "nnunet_diffusion: error: "
