@@ -123,7 +123,7 @@ def build(box: Path) -> World:
         must(["plan_and_preprocess", "-d", "990", "-c", "2d", "-pl", "CompactPlanner", "-np", "1"])
         plans = tiny.shrunk(json.loads((world.preprocessed / "nnUNetCompactPlans.json").read_text()), "PlainConvUNet",
                             "InstanceNorm")  # fmt: skip
-        block = {name: {**SHORT, "scratch": True} for name in (MODEL, "PseudoLabelTrainer")}
+        block = {name: {**SHORT, "start": "scratch"} for name in (MODEL, "PseudoLabelTrainer")}
         block |= {name: SHORT for name in STAGES}
         tiny.write_plans(plans, **block)
         own = {MODEL: {**SHORT, "denoiser": str(world.given / "denoiser.pth"), "timestep": 5}}

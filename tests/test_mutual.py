@@ -145,7 +145,7 @@ def test_all_members_start_from_the_denoiser_with_heads_of_their_own(world):
     pretraining = tiny.trainer(DenoisingDiffusionTrainer, fold="all")
     pretraining.run_training()
     denoiser = Path(pretraining.output_folder, "denoiser.pth")
-    settings = {"scratch": False, "denoiser": str(denoiser)}
+    settings = {"start": str(denoiser)}
     trainer = build(world, MutualDifferenceTrainer, plans="FromDenoiser", **settings)
     trainer.on_train_start()
     first, second = (member.state_dict() for member in trainer.network.members)
@@ -264,7 +264,7 @@ def faked(world, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     (folder / "denoiser.pth").write_bytes(b"denoiser")
-    block = {trainer: {"scratch": False, "denoiser": str(folder / "denoiser.pth")} for trainer in BLOCK}
+    block = {trainer: {"start": str(folder / "denoiser.pth")} for trainer in BLOCK}
     tiny.write_plans(json.loads((folder / f"{tiny.PLANS}.json").read_text()), **block)
 
     def execute(steps, step, command, log):

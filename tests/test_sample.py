@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import get_args, get_type_hints
 
 import denoisers
 import numpy as np
@@ -17,8 +18,10 @@ from nnunet_diffusion.files import NotWritten
 from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.draw import draw_images
+from nnunet_diffusion.pretraining.process import PREDICTIONS, SCHEDULES
 from nnunet_diffusion.samples.files import numbers_in, read_samples, write_sample
 from nnunet_diffusion.samples.intensities import intensity_scale, to_intensities, to_normalised
+from nnunet_diffusion.schemas import Process
 
 
 def image_of(folder, number, channel=0):
@@ -91,6 +94,45 @@ def test_a_file_does_not_choose_what_is_called(tmp_path, key, name):
     (content["plan"] if key == "network_class" else content["plan"]["network_kwargs"])[key] = name
     with pytest.raises(UserError, match=f"the denoiser asks for {name}"):
         build(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("plan"), "plan: Field required"),
+        (lambda c: c.update(plan=[1]), r"plan: Input should be a valid dictionary, not \[1\]"),
+        (lambda c: c["plan"].update(spacing=5), "plan.spacing: Input should be a valid list, not 5"),
+        (lambda c: c["plan"].update(patch_size=[8, 0]), r"plan.patch_size\[1\]: Input should be greater .* not 0"),
+        (lambda c: c["denoiser_weights"].update(a=3), "denoiser_weights.a: .*must be a tensor, not 3"),
+        (lambda c: c["denoiser_weights"]["input_scale"].fill_(np.nan), "input_scale: .*must not be NaN"),
+        (lambda c: c["denoiser_weights"]["input_scale"].fill_(0), "input_scale: must be a positive number for each"),
+        (lambda c: c["denoiser_weights"].pop("input_scale"), "input_scale: must be a positive number for each"),
+        (lambda c: c["process"].update(timesteps="many"), "process.timesteps: .* integer, not 'many'"),
+        (lambda c: c["process"].update(schedule="none"), "process.schedule: Input should be 'linear', 'cosine' or"),
+        (lambda c: c["process"].update(prior=[[np.nan], [1.0]]), r"process.prior\[0\]\[0\]: .* finite number, not nan"),
+        (lambda c: c.update(training=None), "training: Input should be a valid dictionary, not None"),
+    ],
+)
+def test_what_a_denoiser_lacks_is_named(tmp_path, change, message):
+    path = denoisers.write(tmp_path / "d.pth")
+    content = load_denoiser(path)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(UserError, match=f"d.pth: .*{message}.*"):
+        load_denoiser(path)
+
+
+def test_a_denoiser_whose_description_makes_no_network_is_named(tmp_path):
+    content = load_denoiser(denoisers.write(tmp_path / "d.pth"))
+    content["plan"]["network_kwargs"].pop("n_stages")
+    with pytest.raises(UserError, match="the denoiser's plan.network_kwargs make no network"):
+        build(content)
+
+
+def test_schemas_know_every_process():
+    """Which they name themselves, since the library's root imports none of its rooms."""
+    names = get_type_hints(Process)
+    assert get_args(names["schedule"]) == SCHEDULES and get_args(names["prediction"]) == PREDICTIONS
 
 
 # ---------------------------------------------------------------- files

@@ -164,6 +164,9 @@ def test_a_killed_pretraining_continues_as_if_nothing_had_happened(world, monkey
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
 
 
+MINIMAL = ["8", "2d", "0", "-device", "cpu", "-p", "nnUNetCompactPlans"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
@@ -178,6 +181,9 @@ def test_a_killed_pretraining_continues_as_if_nothing_had_happened(world, monkey
         (["8", "4d", "0", "-device", "cpu", "-p", "nnUNetCompactPlans"], {}, "nnUNetCompactPlans.json has 2d, 3d"),
         (["8", "2d", "0", "-device", "cpu", "-p", "nnUNetDiffusionPlans"], {}, "nnUNetDiffusionPlans.json: is no JSON"),
         (["8", "2d", "0", "-device", "cpu", "-p", "Mine"], {}, "Mine.json: the whole file: Input should be"),
+        ([*MINIMAL, "-tr", "Nope"], {}, "-tr Nope: there is no such trainer: give ConfiguredTrainer, Denoising"),
+        ([*MINIMAL, "-pretrained_weights", "no.pth"], {}, "No such file or directory: 'no.pth'"),
+        ([*MINIMAL, "-pretrained_weights", __file__], {}, "test_train.py cannot be read, it is truncated"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folders, monkeypatch, capsys):
@@ -188,6 +194,7 @@ def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folde
     folder.mkdir()
     (folder / "nnUNetCompactPlans.json").write_text(json.dumps(minimal.plans("2d", "3d")))
     (folder / "nnUNetDiffusionPlans.json").write_text("{,}")
+    (folder / "dataset.json").write_text(json.dumps(minimal.dataset_json()))
     (folder / "Mine.json").write_text("[1]")
     assert main(["train", *arguments]) == 1
     assert message in capsys.readouterr().err

@@ -211,7 +211,8 @@ class Demo:
             settings[trainer] = settings[trainer] | ({"num_epochs": epochs} if epochs else {})
         block = plans.setdefault("nnunet_diffusion", {})
         for arm, suffix in ARMS.items():
-            own = settings | {FINETUNER: settings[FINETUNER] | {"scratch": arm == "from scratch"}}
+            start = "scratch" if arm == "from scratch" else "denoiser"
+            own = settings | {FINETUNER: settings[FINETUNER] | {"start": start}}
             block |= {trainer: block.get(trainer, {}) | values for trainer, values in own.items()}
             plans["plans_name"] = self.plans_name + suffix
             write_json(os.path.join(self.preprocessed, self.plans_name + suffix + ".json"), plans)
