@@ -80,7 +80,8 @@ def benchmark_view(name: str, content: Mapping) -> dict[str, Any]:
     """Describes label efficiency or partial labels, as their benchmarks wrote them."""
     title, x_label = "Dice, mean over labels and test cases", "labeled cases (or per cent, or slices)"
     groups = content["summary"]
-    drawn = chart(title, 3.2, draw_budgets, groups, content["runs"], x_label, "Dice")
+    height = 2.8 + 0.1 * len({group["arm"] for group in groups})
+    drawn = chart(title, height, draw_budgets, groups, content["runs"], x_label, "Dice")
     rows = [[g["arm"], g["budget"], len(g.get("seeds", [])), figure(g["mean"], g["sd"])] for g in groups]
     return {"name": name, "cases": len(content["test_cases"]), "charts": [drawn], "rows": rows}
 
