@@ -22,10 +22,10 @@ from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.mutual.completion import complete_cases, describe_cases
 from nnunet_diffusion.mutual.dataset import completed_folder
 from nnunet_diffusion.partial.annotations import output_channels
+from nnunet_diffusion.records import sha256
 from nnunet_diffusion.rounds.gate import GateSettings
 from nnunet_diffusion.rounds.prediction import Teacher, load_prediction
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label
-from nnunet_diffusion.rounds.state import record
 
 
 def dice(predicted: np.ndarray, true: np.ndarray) -> float | None:
@@ -83,7 +83,7 @@ def stage_1(job: dict, trainer) -> dict:
     trainer.disable_checkpointing = False
     checkpoint = os.path.join(trainer.output_folder, "checkpoint_final.pth")
     trainer.save_checkpoint(checkpoint)
-    teacher = Teacher(trainer.output_folder_base, ["0"], record(checkpoint)["sha256"], torch.device(job["device"]))
+    teacher = Teacher(trainer.output_folder_base, ["0"], sha256(checkpoint), torch.device(job["device"]))
     folder = completed_at(job, job["completed"], trainer.configuration_manager.data_identifier)
     cases = describe_cases(base, teacher, sorted(job["cases"]))
     report = complete_cases(teacher, cases, folder, GateSettings(**job["gate"]))

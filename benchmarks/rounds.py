@@ -41,6 +41,7 @@ from nnunet_diffusion.marks import WORK
 from nnunet_diffusion.preprocessing.cases import labeled_files
 from nnunet_diffusion.rounds.prediction import load_prediction
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases
+from nnunet_diffusion.rounds.state import Round, load_state
 from nnunet_diffusion.tables import Scores, deviation, figure, mean, mean_over_organs, organ_means, text_table
 
 TRAINERS = ("DiffusionPretrainedTrainer", "PseudoLabelTrainer")
@@ -76,7 +77,7 @@ def prepare(args: argparse.Namespace, base: Path, work: Path, number: int, seed:
     for trainer in TRAINERS:
         given = {"num_epochs": args.num_epochs, "num_iterations_per_epoch": args.num_iterations_per_epoch}
         given["num_val_iterations_per_epoch"] = VALIDATION_ITERATIONS
-        start = {"denoiser": str(Path(args.denoiser).resolve())} if args.denoiser else {"scratch": True}
+        start = {"start": str(Path(args.denoiser).resolve())} if args.denoiser else {"start": "scratch"}
         block[trainer] = {**block.get(trainer, {}), **given, **start, "seed": seed}
     for arm in ARMS:
         write_json(temporary / f"{arm}.json", {**plans, "plans_name": arm})
@@ -84,8 +85,8 @@ def prepare(args: argparse.Namespace, base: Path, work: Path, number: int, seed:
     return hidden
 
 
-def run_arm(args: argparse.Namespace, dataset: str, work: Path, arm: str) -> dict:
-    """Runs the rounds of one arm; returns its state."""
+def run_arm(args: argparse.Namespace, dataset: str, work: Path, arm: str) -> tuple[list[Round], dict[str, float]]:
+    """Runs the rounds of one arm; returns its rounds, and the seconds of its steps."""
     results = work / "results" / dataset
     arguments = ["rounds", "-d", dataset, "-c", args.c, "-f", "0", "-p", arm, "--rounds", str(args.rounds)]
     arguments += ["-device", args.device, "--tolerance", "1", "--start", "denoiser" if args.denoiser else "scratch"]
@@ -96,7 +97,8 @@ def run_arm(args: argparse.Namespace, dataset: str, work: Path, arm: str) -> dic
         arguments += ["--gate", *gate]
     if run_command(arguments) != 0:
         raise RuntimeError(f"{arm}: rounds failed in {work}")
-    return json.loads(next(work.glob(f"preprocessed/*/*_pseudo/{arm}__*/state.json")).read_text())
+    state = load_state(str(next(work.glob(f"preprocessed/*/*_pseudo/{arm}__*/state.json"))))
+    return state.rounds, {title: step["seconds"] for title, step in state.steps.items()}
 
 
 def dice(labels: np.ndarray, true: np.ndarray, values: list[int], is_counted: np.ndarray) -> list[float | None]:
@@ -199,20 +201,8 @@ def run(args: argparse.Namespace, base: Path, raw: Path, number: int, seed: int)
     result = {"annotated": number, "seed": seed, "pool": len(hidden), "protocol": protocol}
     result["machine"] = describe_machine(args.device)
     for arm in ARMS:
-        state = run_arm(args, base.name, work, arm)
-        result[arm] = [
-            {
-                "round": entry["round"],
-                "validation_dice": entry["agreement"],
-                "seconds": entry.get("seconds"),
-                **(
-                    {"pseudo_labels": score_pseudo_labels(base, work, arm, entry["round"], hidden)}
-                    if entry["round"]
-                    else {}
-                ),
-            }
-            for entry in state["rounds"]
-        ]
+        rounds, seconds = run_arm(args, base.name, work, arm)
+        result[arm] = [describe_round(base, work, arm, entry, seconds, hidden) for entry in rounds]
     if args.by_hand:
         ours = result["gated"][1]["seconds"]
         hand = by_hand(args, raw, work, hidden)
@@ -223,6 +213,20 @@ def run(args: argparse.Namespace, base: Path, raw: Path, number: int, seed: int)
         }
     write_json(work / "result.json", result)
     return result
+
+
+def describe_round(base: Path, work: Path, arm: str, entry: Round, seconds: dict, hidden: list[str]) -> dict:
+    """What a round cost, and how good its model and its pseudo labels are."""
+    title = f"round {entry.number}: "
+    kinds = {"predict": "predicting", "gate": "filtering", "train": "training"}
+    described = {
+        "round": entry.number,
+        "validation_dice": entry.validation_dice,
+        "seconds": {kind: seconds[title + step] for kind, step in kinds.items() if title + step in seconds},
+    }
+    if entry.number:
+        described["pseudo_labels"] = score_pseudo_labels(base, work, arm, entry.number, hidden)
+    return described
 
 
 def write_figure(results: list[dict], path: Path) -> None:

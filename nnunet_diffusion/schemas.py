@@ -1,11 +1,13 @@
-"""What JSON files must hold that people may edit and kills may cut; other keys are free.
+"""What files must hold that people may edit and kills may cut; other keys are free.
 
-One `TypedDict` a file, checked by pydantic in its strict mode: no text for a number, no NaN, no infinity.
+One `TypedDict` a file, checked by pydantic in its strict mode: no text for a number, no NaN, no infinity. So are the
+PyTorch files that people share.
 """
 
-from typing import Annotated, Any
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -149,6 +151,101 @@ class Measures(TypedDict):
     problem: NotRequired[str]
 
 
+@cache
+def adapter(schema: Any) -> TypeAdapter:
+    """The validator of a schema, which takes milliseconds to build."""
+    return TypeAdapter(schema)
+
+
+def _is_weight(value: Any) -> Any:
+    import torch  # heavy, and here for PyTorch's files alone
+
+    if not isinstance(value, torch.Tensor):
+        raise ValueError("must be a tensor")
+    if value.isnan().any():
+        raise ValueError("must not be NaN")
+    return value
+
+
+Weights = dict[str, Annotated[Any, AfterValidator(_is_weight)]]
+
+
+@with_config(STRICT)
+class PlanIdentity(TypedDict):
+    """The plan that a denoiser or a teacher was made for; see `denoiser_file.plan_identity`."""
+
+    dataset_name: str
+    plans_name: str
+    configuration: str
+    spacing: Spacing
+    patch_size: Size
+    transpose_forward: Annotated[list[Index], Field(min_length=3, max_length=3)]
+    normalization_schemes: list[str]
+    intensities: dict[str, dict[str, float]]
+    channel_names: Annotated[dict[str, str], Field(min_length=1)]
+    network_class: str
+    network_kwargs: dict[str, Any]
+    network_kwargs_requiring_import: list[str]
+
+
+@with_config(STRICT)
+class Process(TypedDict):
+    """A diffusion process; see `diffusion.Diffusion.description`."""
+
+    schedule: Literal["linear", "cosine", "sigmoid"]
+    timesteps: Count
+    prediction: Literal["epsilon", "v"]
+    prior: NotRequired[Annotated[list[list[float]], Field(min_length=2, max_length=2)]]
+
+
+@with_config(STRICT)
+class Training(TypedDict):
+    """What is said of a pre-training, as far as it is used."""
+
+    body_share: NotRequired[Annotated[float, Field(ge=0, le=1)]]
+    batch_size: NotRequired[Count]
+    health: NotRequired[str]
+
+
+@with_config(STRICT)
+class Denoiser(TypedDict):
+    """denoiser.pth."""
+
+    network_weights: Weights
+    timestep: Index
+    denoiser_weights: Weights
+    process: Process
+    plan: PlanIdentity
+    training: Training
+
+
+@with_config(STRICT)
+class Teacher(TypedDict):
+    """teacher.pth."""
+
+    teacher_weights: Weights
+    process: Process
+    plan: PlanIdentity
+    training: Training
+
+
+@with_config(STRICT)
+class InitArgs(TypedDict):
+    """What a trainer was built from."""
+
+    configuration: str
+    dataset_json: dict[str, Any]
+
+
+@with_config(STRICT)
+class Checkpoint(TypedDict):
+    """A checkpoint of nnU-Net, as far as it is used; weights that have become NaN are the training's own matter."""
+
+    network_weights: dict[str, Any]
+    trainer_name: str
+    init_args: InitArgs
+
+
 def first_problem(content: Any, schema: Any) -> str:
     """Says where content has not the shape of a schema, what is there, and what is expected; empty if it has.
 
@@ -157,7 +254,7 @@ def first_problem(content: Any, schema: Any) -> str:
         schema: A type of this module, or any that pydantic knows.
     """
     try:
-        TypeAdapter(schema).validate_python(content)
+        adapter(schema).validate_python(content)
     except ValidationError as error:
         first, *others = error.errors(include_url=False)
         key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in first["loc"]).lstrip(".")

@@ -283,7 +283,7 @@ def test_bad_pool_scans_are_skipped_and_listed(source, raw, capsys):
     error = capsys.readouterr().err
     assert "2 labeled and 1 unlabeled" in error and "skipped 3 unlabeled" in error
     assert all(
-        text in error for text in ("d_0000.nii.gz: is 4-D", "e_0000.nii.gz: is an empty", "f_0000.nii.gz: cannot")
+        text in error for text in ("d_0000.nii.gz: is 4-D", "e_0000.nii.gz: is an empty", "f_0000.nii.gz: is a link to")
     )
     assert list(as_nnunet_reads(raw / "Dataset005_Tiny")[2]) == ["c"]
 
@@ -443,7 +443,7 @@ def test_flare22_in_any_folders(tmp_path, raw, training, pools):
     assert list(labeled) == ["FLARE22_Tr_0001", "FLARE22_Tr_0050"]
     assert labeled["FLARE22_Tr_0050"]["label"].endswith("FLARE22_Tr_0050.nii.gz")
     assert list(unlabeled) == [f"Case_{number + 1:05d}" for number in range(len(pools))]
-    assert converted.notes == ["left 2 evaluation scan(s) where they are"]
+    assert converted.notes == ["left 2 scan(s) that are not for this training where they are"]
     assert len(content["labels"]) == 14
     assert (content["labels"]["right kidney"], content["labels"]["left kidney"]) == (2, 13)
 
@@ -465,7 +465,8 @@ def test_scans_of_different_orientation_are_turned_to_one(source, raw, capsys):
 def test_flare22_bad_input(tmp_path, raw, capsys):
     source = tmp_path / "FLARE22"
     scan(source / "a" / "Case_00001_0000.nii.gz")
-    assert "has no labeled case" in refused(capsys, raw, main(["convert", "flare22", str(source)]))
+    error = refused(capsys, raw, main(["convert", "flare22", str(source)]))
+    assert "has no case in or below it, an image such as CASE_0000.nii.gz with a label CASE.nii.gz" in error
     scan(source / "a" / "FLARE22_Tr_0001_0000.nii.gz")
     label(source / "FLARE22_Tr_0002.nii.gz")
     scan(source / "b" / "Case_00001_0000.nii.gz")
@@ -476,6 +477,6 @@ def test_flare22_bad_input(tmp_path, raw, capsys):
 
 def test_flare22_example(raw, shared_data, capsys):
     assert main(["convert", "flare22", str(shared_data / "flare_example"), "-d", "23", "-n", "Example", "--copy"]) == 0
-    assert "no training case: took its 3 labeled evaluation case(s)" in capsys.readouterr().out
+    assert "no training case: took its labeled evaluation cases instead" in capsys.readouterr().out
     _, labeled, _ = as_nnunet_reads(raw / "Dataset023_Example")
     assert list(labeled) == ["FLARE22_Ts_0001", "FLARE22_Ts_0002", "FLARE22_Ts_0003"]

@@ -3,17 +3,21 @@
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
 
 import numpy as np
 import pytest
+from full_disk import no_file_longer_than
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.cli.demo import arms_table, verdict
 from nnunet_diffusion.commands import Step, Steps, command_environment, link
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import NotWritten
+from nnunet_diffusion.marks import WORK
 
 APPEND = "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.write_text((p.read_text() if p.exists() else '') + 'x')"
 
@@ -44,6 +48,15 @@ def test_step_runs_again_when_its_output_is_gone_or_what_it_depends_on_changed(s
     (tmp_path / "a").unlink()
     steps_of().run(python("one", APPEND, tmp_path / "a", depends_on={"epochs": 2}))
     assert (tmp_path / "a").read_text() == "x"
+
+
+def test_log_on_a_full_disk_is_named(steps_of, tmp_path):
+    talks = python("talks", "import sys; print('x' * 9999); open(sys.argv[1], 'w')", tmp_path / "a")
+    message = rf"talks.txt was not written to {tmp_path}/run/logs, where \d+ MB are free: File too large; make room"
+    with no_file_longer_than(4096), pytest.raises(NotWritten, match=message):
+        steps_of().run(talks)
+    steps_of().run(talks)
+    assert (tmp_path / "run" / "logs" / "talks.txt").read_text() == "x" * 9999 + "\n"
 
 
 def test_what_follows_a_step_that_ran_runs_too(steps_of, tmp_path):
@@ -84,18 +97,76 @@ def test_failing_step_tells_the_end_of_its_log_and_is_continued(steps_of, tmp_pa
         steps_of().run(step)
     assert "no memory left" in (tmp_path / "run" / "logs" / "train_it.txt").read_text()
     steps_of().run(step)
-    assert os.listdir(model) == ["done"]
+    assert sorted(os.listdir(model)) == [WORK, "done"]
 
 
-def test_step_started_anew_does_not_continue_an_older_one(steps_of, tmp_path):
+def test_step_started_anew_does_not_continue_an_older_one_and_leaves_what_is_not_ours(steps_of, tmp_path):
     model = tmp_path / "model"
-    model.mkdir()
-    (model / "checkpoint of other settings").touch()
-    code = (
-        "import sys, pathlib; p = pathlib.Path(sys.argv[1]); p.parent.mkdir(); p.touch(); assert '--c' not in sys.argv"
+    code = "import sys, pathlib; pathlib.Path(sys.argv[1]).touch(); assert '--c' not in sys.argv"
+    for epochs in (1, 2):
+        options = {"resume_with": ["--c"], "replaces": str(model), "depends_on": {"epochs": epochs}}
+        steps_of().run(python("train", code, model / "done", **options))
+        assert sorted(os.listdir(model)) == [WORK, "done"]
+        (model / "checkpoint of these settings").touch()
+    shutil.rmtree(model)
+    (model / "mine").mkdir(parents=True)
+    options["depends_on"] = {"epochs": 3}
+    with pytest.raises(UserError, match="model: was not made by nnunet_diffusion, which does not touch it"):
+        steps_of().run(python("train", code, model / "done", **options))
+    assert os.listdir(model) == ["mine"]
+
+
+def test_steps_of_all_kinds_are_run_in_order_until_one_of_a_kind_had_something_to_do(steps_of, tmp_path):
+    done, ended = [], []
+
+    def steps(*titles):
+        for title in titles:
+            do, is_done = (lambda title=title: done.append(title)), (lambda title=title: title in done)
+            yield Step(title, do=do, is_done=is_done, kind="even" if title in "bd" else "odd")
+
+    def command():
+        yield python("one", APPEND, tmp_path / "a", then=lambda: ended.append("one"))
+
+    steps_of().run_all(steps("a", "b", "c"), "even")
+    assert done == ["a", "b"]
+    steps_of().run_all(steps("a", "b", "c", "d", "e"), "even")
+    assert done == ["a", "b", "c", "d"]
+    for _ in range(2):
+        steps_of().run_all(command())
+    assert (tmp_path / "a").read_text() == "x" and ended == ["one", "one"], "what is left to do may have been killed"
+
+
+def test_a_finished_step_that_is_kept_is_not_made_anew_but_names_what_has_changed(steps_of, tmp_path):
+    (tmp_path / "a").touch()
+    for size in ("1@1", "1@1"):
+        options = {"is_kept": True, "depends_on": {"lr": {"first": 1}}, "cases": {"pool": {"p": size, "q": size}}}
+        steps_of().run(python("one", APPEND, tmp_path / "a", **options))
+    assert (tmp_path / "a").read_text() == "", "made by hand, and taken as it is"
+    options |= {"depends_on": {"lr": {"first": 2}}, "cases": {"pool": {"p": "2@2", "r": "1@1"}}}
+    message = (
+        "a: was made from something else: undo that, or remove the folder .* to make it anew\n"
+        "  lr.first: was 1, now 2\n  pool cases: missing: q; new: r; changed: p"
     )
-    steps_of().run(python("train", code, model / "done", resume_with=["--c"], replaces=str(model)))
-    assert os.listdir(model) == ["done"]
+    with pytest.raises(UserError, match=message):
+        steps_of().run(python("one", APPEND, tmp_path / "a", **options))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"one": 5}', '{"one": {"seconds": 1.0}}', '{"one": {"made_from": 1}}'])
+def test_a_damaged_record_of_steps_is_named(steps_of, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "steps.json").write_text(content)
+    with pytest.raises(UserError, match="steps.json: .*remove it, and everything is done anew"):
+        steps_of()
+
+
+def test_a_full_disk_is_named_with_where_and_how_much_is_free(steps_of, tmp_path):
+    code = "raise OSError(28, 'No space left on device')"
+    says = rf"OSError: .Errno 28.*\nits disk is full: {tmp_path} has \d+ MB free: make room, then run the same"
+    with pytest.raises(UserError, match=says):
+        steps_of().run(python("one", code, tmp_path / "model" / "a"))
+    (tmp_path / "run" / "logs" / "two.txt").symlink_to("/dev/full")
+    with pytest.raises(NotWritten, match="^two.txt was not written to .*logs, where .* MB are free"):
+        steps_of().run(python("two", "print('x')", tmp_path / "a"))
 
 
 def test_where_a_step_runs_does_not_decide_whether_it_is_continued(steps_of, tmp_path):

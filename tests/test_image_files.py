@@ -1,13 +1,13 @@
 """Scans and figures on a disk that runs full: no half of a file under a final name, and the file is named."""
 
 import re
-import resource
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from full_disk import no_file_longer_than
 from matplotlib.figure import Figure
 
 from nnunet_diffusion.conversion.relabeling import relabel
@@ -17,15 +17,6 @@ from nnunet_diffusion.image_files import save_figure, write_scan
 
 VOXELS = np.random.default_rng(0).normal(0, 100, (9, 20, 30)).astype(np.float32)
 ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha")
-
-
-@pytest.fixture
-def full_disk():
-    """No file may get longer than 4 kB; unlike a full disk, this needs no other user and no mount."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
-    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def message(path: Path) -> str:
@@ -46,14 +37,13 @@ def test_what_is_written_is_what_is_read(tmp_path, ending, compress, kind):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_scan_on_a_full_disk(tmp_path, full_disk, ending):
+def test_scan_on_a_full_disk(tmp_path, ending):
     """SimpleITK says nothing of it; afterwards the same call goes on."""
     path, scan = tmp_path / f"a{ending}", sitk.GetImageFromArray(VOXELS)
     path.write_bytes(b"the earlier one")
-    with pytest.raises(NotWritten, match=message(path)):
+    with no_file_longer_than(4096), pytest.raises(NotWritten, match=message(path)):
         write_scan(scan, path)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the earlier one"]
-    full_disk()
     write_scan(scan, path)
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), VOXELS)
 
@@ -74,18 +64,15 @@ def test_zeros_for_the_end_of_a_scan_are_noticed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_label_map_on_a_full_disk(tmp_path, full_disk, ending):
+def test_label_map_on_a_full_disk(tmp_path, ending):
     image, target = tmp_path / f"image{ending}", tmp_path / "new" / f"a{ending}"
-    full_disk()
     labels = np.random.default_rng(0).integers(0, 200, (30, 40, 50)).astype(np.uint8)
     sitk.WriteImage(sitk.GetImageFromArray(labels), str(image))
     target.parent.mkdir()
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     values = {value: value + 1 for value in range(200)}
-    with pytest.raises(NotWritten, match=message(target)):
+    with no_file_longer_than(4096), pytest.raises(NotWritten, match=message(target)):
         relabel(str(image), str(image), values, str(target))
     assert list(target.parent.iterdir()) == []
-    full_disk()
     relabel(str(image), str(image), values, str(target))
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(target))), labels + 1)
 
@@ -102,13 +89,12 @@ def test_label_map_keeps_a_header_with_a_scale(tmp_path):
     assert np.array_equal(nibabel.load(paths[2]).get_fdata(), np.array([0, 2, 1])[labels])
 
 
-def test_figure_on_a_full_disk(tmp_path, full_disk):
+def test_figure_on_a_full_disk(tmp_path):
     figure, path = Figure(), tmp_path / "a.png"
     figure.subplots().imshow(VOXELS[0])
-    with pytest.raises(NotWritten, match=message(path)):
+    with no_file_longer_than(4096), pytest.raises(NotWritten, match=message(path)):
         save_figure(figure, path)
     assert list(tmp_path.iterdir()) == []
-    full_disk()
     save_figure(figure, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 

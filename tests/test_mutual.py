@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import tiny
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from running import run_command
+from running import PYTHON, killable, run_command
 
 from nnunet_diffusion import installation, model_folder
 from nnunet_diffusion.cli import main
@@ -26,8 +25,9 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.mutual import stages as mutual
 from nnunet_diffusion.mutual.completion import training_cases_of
 from nnunet_diffusion.mutual.groups import KEY
+from nnunet_diffusion.records import made_from
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label
-from nnunet_diffusion.rounds.state import load_state, save_state
+from nnunet_diffusion.rounds.state import load_state
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 from nnunet_diffusion.trainers.MutualDifferenceTrainer import MutualDifferenceTrainer
 from nnunet_diffusion.trainers.MutualSimilarityTrainer import MutualSimilarityTrainer
@@ -145,7 +145,7 @@ def test_all_members_start_from_the_denoiser_with_heads_of_their_own(world):
     pretraining = tiny.trainer(DenoisingDiffusionTrainer, fold="all")
     pretraining.run_training()
     denoiser = Path(pretraining.output_folder, "denoiser.pth")
-    settings = {"scratch": False, "denoiser": str(denoiser)}
+    settings = {"start": str(denoiser)}
     trainer = build(world, MutualDifferenceTrainer, plans="FromDenoiser", **settings)
     trainer.on_train_start()
     first, second = (member.state_dict() for member in trainer.network.members)
@@ -264,7 +264,7 @@ def faked(world, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     (folder / "denoiser.pth").write_bytes(b"denoiser")
-    block = {trainer: {"scratch": False, "denoiser": str(folder / "denoiser.pth")} for trainer in BLOCK}
+    block = {trainer: {"start": str(folder / "denoiser.pth")} for trainer in BLOCK}
     tiny.write_plans(json.loads((folder / f"{tiny.PLANS}.json").read_text()), **block)
 
     def execute(steps, step, command, log):
@@ -277,7 +277,8 @@ def faked(world, tmp_path, monkeypatch):
         Path(to).mkdir(parents=True, exist_ok=True)
         for case in cases:
             Path(to, f"{case}_seg.b2nd").write_bytes(b"completed")
-        Path(to, "completed.json").write_text(json.dumps({"teacher": teacher.identity, "gate": gate.as_dict()}))
+        origin = made_from({"teacher": teacher.identity, "gate": gate.as_dict()})
+        Path(to, "completed.json").write_text(json.dumps({"made_from": origin, "cases": {}}))
 
     monkeypatch.setattr(mutual.Steps, "_execute", execute)
     monkeypatch.setattr(mutual, "Teacher", lambda folder, folds, identity, device: SimpleNamespace(identity=identity))
@@ -295,25 +296,30 @@ def test_a_finished_run_names_what_has_changed(faked, capsys, monkeypatch):
         assert main(COMMAND) == 0 and len(commands) == 2
     plan, labeled = folder / f"{tiny.PLANS}.json", next(folder.glob("*_2d/tiny_000.b2nd")).parent
     for path, message in [
-        (labeled / "tiny_000_seg.b2nd", "training cases are not .*changed: tiny_000.*remove the folder .*Difference"),
-        (labeled / "tiny_001.b2nd", "training cases are not .*changed: tiny_001"),
-        (labeled / "tiny_003_seg.b2nd", "validation cases are not .*changed: tiny_003"),
-        (folder / "denoiser.pth", r"\n  denoiser: was .*denoiser.pth"),
-        (next(folder.glob("*_pseudo/*/tiny_001_seg.b2nd")), "completed cases are not .*changed: tiny_001.*Similarity"),
+        (labeled / "tiny_000_seg.b2nd", r"remove the folder .*Difference.*\n  training cases: changed: tiny_000"),
+        (labeled / "tiny_001.b2nd", "training cases: changed: tiny_001"),
+        (labeled / "tiny_003_seg.b2nd", "validation cases: changed: tiny_003"),
+        (folder / "denoiser.pth", r"\n  denoiser\..*denoiser.pth: was "),
+        (next(folder.glob("*_pseudo/*/tiny_001_seg.b2nd")), r"Similarity.*\n  completed cases: changed: tiny_001"),
         (results("MutualDifferenceTrainer") / "fold_0" / "checkpoint_final.pth", r"Similarity.*\n  teacher: was"),
     ]:
-        before = path.read_bytes()
+        before, stat = path.read_bytes(), path.stat()
         path.write_bytes(before + b" ")
         assert main(COMMAND) == 1
         assert re.search(message, capsys.readouterr().err)
         path.write_bytes(before)
-        assert main(COMMAND) == 0, "the content is what it was"
+        assert main(COMMAND) == (path.suffix != ".pth"), "scans are compared by time, weights by content"
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert main(COMMAND) == 0
     for path, change, message in [
         (plan, lambda p: p["configurations"]["2d"].update(spacing=[9, 2]), r"\n  spacing: was \[2.*, now \[9, 2\]"),
-        (plan, lambda p: p["configurations"]["2d"]["architecture"].update(arch_kwargs={}), r"\n  architecture: was"),
-        (folder / "dataset.json", lambda d: d["annotated_labels"].update(tiny_003=BOX), "validation.*changed: tiny_0"),
-        (folder / "splits_final.json", lambda s: s[0]["train"].append("tiny_003"), r"was \[3, 2\], now \[4, 2\]"),
-        (folder / "splits_final.json", lambda s: s[0]["train"].remove("tiny_000"), "training .*missing: tiny_000"),
+        (plan, lambda p: p["configurations"]["2d"]["architecture"].update(arch_kwargs={}), r"\n  architecture.arch_kw"),
+        (folder / "dataset.json", lambda d: d["annotated_labels"].update(tiny_003=BOX),
+         r"\n  validation cases: changed: tiny_003"),
+        (folder / "splits_final.json", lambda s: s[0]["train"].append("tiny_003"),
+         r"\n  training cases: new: tiny_003"),
+        (folder / "splits_final.json", lambda s: s[0]["train"].remove("tiny_000"),
+         r"\n  training cases: missing: tiny_000"),
     ]:  # fmt: skip
         with edited(path, change):
             assert main(COMMAND) == 1
@@ -335,8 +341,8 @@ def test_what_is_not_finished_is_made_anew_from_changed_labels(faked):
     models[1].unlink()
     state = next(folder.parent.parent.glob("results/*/mutual__*/fold_0/state.json"))
     content = load_state(str(state))
-    content["steps"]["train MutualSimilarityTrainer"]["seconds"] = None
-    save_state(str(state), content)
+    content.steps["train MutualSimilarityTrainer"]["seconds"] = None
+    content.save(str(state))
     assert main(COMMAND) == 0 and commands[2][-1] == "--c", "it was stopped"
     models[1].unlink()
     completed = next(folder.glob("*_pseudo/*/tiny_000_seg.b2nd"))
@@ -348,10 +354,8 @@ def test_what_is_not_finished_is_made_anew_from_changed_labels(faked):
     label.write_bytes(label.read_bytes() + b" ")
     assert main(COMMAND) == 0 and [command[6] for command in commands[4:]] == list(BLOCK)
     assert all("--c" not in command for command in commands[4:])
-    known = load_state(str(state))
-    assert set(known["versions"]) == set(BLOCK) and set(known["versions"]["MutualDifferenceTrainer"]) == {
-        "nnunetv2", "torch",
-    }  # fmt: skip
+    steps = load_state(str(state)).steps
+    assert len(steps) == 3 and all({"nnunetv2", "torch"} <= set(step["versions"]) for step in steps.values())
 
 
 # ---------------------------------------------------------------- both stages
@@ -363,11 +367,10 @@ def learned(world):
     with pytest.raises(UserError, match="no completed labels of 3 training case.*nnunet_diffusion mutual"):
         tiny.trainer(MutualSimilarityTrainer).run_training()
     command = [*COMMAND, "--gate", "is_open=true"]
-    program = [sys.executable, "-c", "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"]
     for trainer in BLOCK:
         logs = results(trainer) / "fold_0"
         before = set(logs.glob("training_log*"))
-        process = subprocess.Popen([*program, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(killable(*command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while set(logs.glob("training_log*")) == before:
             assert process.poll() is None
             time.sleep(0.05)
@@ -418,12 +421,13 @@ def test_the_same_command_does_nothing_twice(world, learned, capsys):
     assert out.count("done before") == 3 and "[2/3] complete the training cases" in out
     assert [file.stat().st_mtime_ns for file in files] == before
     assert main([*COMMAND, "--gate", "voxel_confidence=0.9"]) == 1, "or a finished model would be lost"
-    assert "gate: was {'is_open': True" in capsys.readouterr().err
+    assert "gate.is_open: was True, now False" in capsys.readouterr().err
     change = lambda plans: plans["nnunet_diffusion"]["MutualDifferenceTrainer"].update(supervised_share=0.5)  # noqa: E731
     with edited(world / f"{tiny.PLANS}.json", change):
         assert main([*COMMAND, "--gate", "is_open=true"]) == 1
     error = capsys.readouterr().err
-    assert f"remove the folder {files[0].parent} to start anew" in error and "settings: was {" in error
+    assert f"remove the folder {files[0].parent} to make it anew" in error
+    assert "settings.supervised_share: was " in error
     assert [file.stat().st_mtime_ns for file in files] == before
 
 
@@ -506,7 +510,7 @@ def test_two_processes_train_and_validate(learned, trainer):
     program.write_text(
         "from nnunet_diffusion.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
     arguments = ["train", str(tiny.ID), "2d", "0", "-tr", trainer, "-p", tiny.PLANS, "-device", "cpu"]
     done = run_command([*launcher, str(program), *arguments])
     assert done.returncode == 0, done.stderr[-3000:]

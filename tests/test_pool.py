@@ -22,7 +22,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-from running import run_command
+from running import PYTHON, run_command
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten, write_json
@@ -514,7 +514,7 @@ def test_killed_and_continued_is_as_if_never_killed(dataset):
     )
     script_file = raw / "make_pool.py"
     script_file.write_text(script)
-    command = [sys.executable, str(script_file), join(preprocessed, "Plans.json")]
+    command = [PYTHON, str(script_file), join(preprocessed, "Plans.json")]
     done = -1
     for _ in range(3):  # kills when the next file appears; what is there then stays
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)

@@ -21,6 +21,7 @@ from running import run_command
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.demo.phantom import LABELS, phantom
 from nnunet_diffusion.evaluation.folders import annotations_of
+from nnunet_diffusion.records import made_from
 from nnunet_diffusion.report import charts
 from nnunet_diffusion.report.charts import chart, draw_budgets, draw_lines, draw_strips
 from nnunet_diffusion.report.collect import Fold, Model, collect, evaluated_scores, model_scores, read_log
@@ -28,7 +29,7 @@ from nnunet_diffusion.report.outcome import best_median_worst
 from nnunet_diffusion.report.rounds import describe_run, find_rounds
 from nnunet_diffusion.report.slices import case_planes, organ_colors, slices_to_show
 from nnunet_diffusion.report.training import annotation_kind
-from nnunet_diffusion.rounds.state import save_state
+from nnunet_diffusion.rounds.state import Round, State
 from nnunet_diffusion.tables import mean_over_organs
 
 NAME = "Dataset995_Report"
@@ -366,14 +367,14 @@ def make_rounds(preprocessed, results):
         (folder / "report.json").write_text(json.dumps(report_json))
     state = preprocessed / "nnUNetPlans_2d_pseudo" / "nnUNetPlans__2d__fold_0" / "state.json"
     state.parent.mkdir(parents=True)
-    rounds = [{"round": i, "agreement": dice} for i, dice in enumerate([0.61, 0.66, None])]
-    save_state(str(state), {"format": 1, "rounds": rounds})
-    return folder, state, rounds
+    rounds = [Round(i, validation_dice=dice) for i, dice in enumerate([0.61, 0.66, None])]
+    State(made_from({}), rounds).save(str(state))
+    return folder, state
 
 
 def test_rounds_are_shown_and_are_no_model(root):
     _, preprocessed, results = make_results(root, files=0)
-    folder, state, rounds = make_rounds(preprocessed, results)
+    folder, state = make_rounds(preprocessed, results)
     found = collect(NAME, "", str(preprocessed), str(results), [])
     assert [model.trainer for model in found.models] == ["DiffusionPretrainedTrainer"]
     runs = find_rounds(found, str(results), str(preprocessed))
@@ -387,9 +388,9 @@ def test_rounds_are_shown_and_are_no_model(root):
     assert "kept 5, waiting 2, dropped 1" in report(root)[1]
     (folder / "report.json").write_text('{"title"')
     assert find_rounds(found, str(results), str(preprocessed))[name][2].organs == {} and len(found.problems) == 1
-    save_state(str(state), {"format": 2, "rounds": rounds})
+    state.write_text(state.read_text().replace('"format": 2', '"format": 3'))
     assert [entry.dice for entry in find_rounds(found, str(results), str(preprocessed))[name]] == [None, None]
-    assert f"{state}: has format 2, this version writes 1" in found.problems[1]
+    assert f"{state}" in found.problems[1] and "has format 3, this version writes 2" in found.problems[1]
 
 
 def test_what_was_trained_beside_the_labels_is_said_and_mutual_logs_are_no_model(root):

@@ -14,26 +14,38 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import blosc2
+import minimal
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import tiny
 import torch
-from running import run_command
+from running import killable, run_command
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.commands import command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.locks import locked
 from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.records import digest
 from nnunet_diffusion.rounds.constrained import most_probable
-from nnunet_diffusion.rounds.evidence import Anatomy, Evidence, anatomy, centre, disagreement, measure, pairwise_dice
-from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, doubts, judge
-from nnunet_diffusion.rounds.given_model import INTENSITIES, refuse_other_data
+from nnunet_diffusion.rounds.evidence import (
+    Evidence,
+    OrganPrior,
+    center,
+    disagreement,
+    measure,
+    organ_priors,
+    pairwise_dice,
+)
+from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, Verdict, filter_case, objections
+from nnunet_diffusion.rounds.given_model import INTENSITIES, check_model, refuse_other_data, refuse_unusable_start
+from nnunet_diffusion.rounds.outcome import publish
 from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case, read_preprocessed
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases, save_pseudo_label
-from nnunet_diffusion.rounds.run import remove_stale
-from nnunet_diffusion.rounds.state import load_state, record, refuse_changed_cases, save_state
+from nnunet_diffusion.rounds.stale import remove_stale
+from nnunet_diffusion.rounds.state import Round, State, cases_of_round, fallen, last_good, load_state, waited
+from nnunet_diffusion.rounds.training import write_plans
 
 KILLS = int(os.environ.get("NNUNET_DIFFUSION_KILLS", "2"))
 
@@ -61,11 +73,11 @@ def test_pairwise_dice_is_the_mean_over_pairs():
     assert pairwise_dice([c, c]) == 1 and pairwise_dice([a]) is None and pairwise_dice([]) is None
 
 
-def test_centre_equals_the_mean_of_coordinates():
+def test_center_equals_the_mean_of_coordinates():
     mask = np.random.default_rng(0).random((5, 6, 7)) > 0.7
     expected = (np.argwhere(mask).mean(0) + 0.5) / mask.shape
-    assert centre(mask) == pytest.approx(tuple(expected))
-    assert centre(np.zeros((2, 2, 2), bool)) is None
+    assert center(mask) == pytest.approx(tuple(expected))
+    assert center(np.zeros((2, 2, 2), bool)) is None
 
 
 def test_measure_by_hand():
@@ -79,17 +91,17 @@ def test_measure_by_hand():
     assert regions == {"body": Evidence(1.0, (0.5, 0.5, 0.25), None, None, None)}
 
 
-def test_anatomy_counts_absences():
+def test_priors_count_absences():
     there, absent = Evidence(2.0, (0.1, 0.2, 0.3), None, None, None), Evidence(0.0, None, None, None, None)
-    assert anatomy([{"liver": there}, {"liver": absent, "spleen": there}]) == {
-        "liver": Anatomy(2, (2.0,), ((0.1, 0.2, 0.3),)),
-        "spleen": Anatomy(1, (2.0,), ((0.1, 0.2, 0.3),)),
+    assert organ_priors([{"liver": there}, {"liver": absent, "spleen": there}]) == {
+        "liver": OrganPrior(2, (2.0,), ((0.1, 0.2, 0.3),)),
+        "spleen": OrganPrior(1, (2.0,), ((0.1, 0.2, 0.3),)),
     }
 
 
 # ---------------------------------------------------------------- gate
 
-SHOWN = Anatomy(3, (100.0, 120.0, 150.0), ((0.5, 0.5, 0.5), (0.55, 0.5, 0.5), (0.6, 0.5, 0.5)))
+PRIOR = OrganPrior(3, (100.0, 120.0, 150.0), ((0.5, 0.5, 0.5), (0.55, 0.5, 0.5), (0.6, 0.5, 0.5)))
 GOOD = Evidence(110.0, (0.5, 0.5, 0.5), 0.95, 0.9, 0.1)
 
 
@@ -109,36 +121,39 @@ GOOD = Evidence(110.0, (0.5, 0.5, 0.5), 0.95, 0.9, 0.1)
         ({"volume_ml": 0.0, "position": None, "confidence": None}, "nowhere, but in all 3 annotated cases"),
     ],
 )
-def test_every_doubt_is_named(change, reason):
-    found = doubts(GOOD._replace(**change), SHOWN, GateSettings())
+def test_every_objection_is_named(change, reason):
+    found = objections(GOOD._replace(**change), PRIOR, GateSettings())
     assert len(found) == (reason is not None) and all(reason in text for text in found)
 
 
-def test_what_no_annotated_case_shows_is_not_believed():
-    assert "no annotated case" in doubts(GOOD, None, GateSettings())[0]
-    assert "in none of the 3" in doubts(GOOD, Anatomy(3, (), ()), GateSettings())[0]
+def test_what_no_annotated_case_shows_is_not_accepted():
+    assert "no annotated case" in objections(GOOD, None, GateSettings())[0]
+    assert "in none of the 3" in objections(GOOD, OrganPrior(3, (), ()), GateSettings())[0]
     absent = GOOD._replace(volume_ml=0.0, position=None, confidence=None)
-    assert doubts(absent, Anatomy(3, (), ()), GateSettings()) == []
-    assert doubts(absent, Anatomy(3, (100.0,), ((0.5, 0.5, 0.5),)), GateSettings()) == [], "some patients lack it"
+    assert objections(absent, OrganPrior(3, (), ()), GateSettings()) == []
+    sometimes = OrganPrior(3, (100.0,), ((0.5, 0.5, 0.5),))
+    assert objections(absent, sometimes, GateSettings()) == [], "some patients lack it"
 
 
 def test_a_case_is_kept_waits_and_is_dropped():
-    shown, bad = dict.fromkeys("abc", SHOWN), GOOD._replace(confidence=0.1)
-    verdict = judge({"a": GOOD, "b": GOOD, "c": bad}, shown, GateSettings())
+    priors, bad = dict.fromkeys("abc", PRIOR), GOOD._replace(confidence=0.1)
+    verdict = filter_case({"a": GOOD, "b": GOOD, "c": bad}, priors, GateSettings())
     assert (verdict.decision, verdict.organs) == (KEEP, ["a", "b"]) and list(verdict.reasons) == ["c"]
     evidence = {"a": GOOD, "b": bad, "c": bad}
-    assert [judge(evidence, shown, GateSettings(), waited).decision for waited in (0, 1, 2)] == [WAIT, WAIT, DROP]
-    assert "only 1 of 3 organs" in judge(evidence, shown, GateSettings()).reasons["case"][0]
-    partly = judge(evidence, shown, GateSettings(), 5, is_partly_annotated=True)
+    decisions = [filter_case(evidence, priors, GateSettings(), rounds).decision for rounds in (0, 1, 2)]
+    assert decisions == [WAIT, WAIT, DROP]
+    assert "only 1 of 3 organs" in filter_case(evidence, priors, GateSettings()).reasons["case"][0]
+    partly = filter_case(evidence, priors, GateSettings(), 5, is_partly_annotated=True)
     assert (partly.decision, partly.organs) == (KEEP, ["a"])
-    assert judge({"a": bad}, shown, GateSettings(), 5, is_partly_annotated=True).decision == WAIT
-    assert judge(evidence, shown, GateSettings(is_open=True)).organs == ["a", "b", "c"]
+    assert filter_case({"a": bad}, priors, GateSettings(), 5, is_partly_annotated=True).decision == WAIT
+    assert filter_case(evidence, priors, GateSettings(is_open=True)).organs == ["a", "b", "c"]
 
 
 def test_gate_settings_are_read_and_mistakes_are_named():
     settings = GateSettings.from_pairs(["is_open=true", "patience=5", "organ_confidence=0.5"])
     assert (settings.is_open, settings.patience, settings.organ_confidence) == (True, 5, 0.5)
-    for pair, message in (("x=1", "known are"), ("patience=a", "type int"), ("is_open=1", "type bool")):
+    for pair, message in (("x=1", "known are"), ("patience=a", "type int"), ("is_open=1", "type bool"),
+                          ("min_organs=nan", "type float")):
         with pytest.raises(UserError, match=message):
             GateSettings.from_pairs([pair])
 
@@ -146,33 +161,69 @@ def test_gate_settings_are_read_and_mistakes_are_named():
 # ---------------------------------------------------------------- state
 
 
-def test_a_state_that_was_edited_cut_or_written_by_another_version_is_named(tmp_path):
+ORIGIN = {"values": {}, "cases": {}}
+
+
+def test_a_state_comes_back_and_one_that_was_edited_cut_or_of_another_version_is_named(tmp_path):
     path = str(tmp_path / "state.json")
     assert load_state(path) is None
-    save_state(path, {"format": 1, "rounds": [{"agreement": 0.5}]})
-    assert load_state(path) == {"format": 1, "rounds": [{"agreement": 0.5}]}
+    state = State(ORIGIN, [Round(0, checkpoints={"a": "b"}, validation_dice=0.5), Round(1, cases=3)])
+    state.save(path)
+    assert load_state(path) == state
     text = Path(path).read_text()
     for content, message in (
-        (text.replace("0.5", "0.9"), "was edited"),
-        (text[: len(text) // 2], "truncated"),
-        ("[]", "truncated"),
-        (text.replace('"format": 1', '"format": 2'), "has format 2, this version writes 1"),
+        (text.replace("0.5", "0.9"), "state.json: was edited, its digest does not fit: restore it, or remove"),
+        (text[: len(text) // 2], "state.json: is no JSON .*: restore it, or remove the folder .* to start anew"),
+        ("[]", "state.json: the whole file: "),
+        (text.replace('"format": 2', '"format": 3'), "has format 3, this version writes 2: finish with that version"),
+        (sealed(format=2, made_from=ORIGIN, rounds=5, steps={}, hashes={}), "state.json: rounds: .* not 5"),
+        (sealed(format=2, made_from=ORIGIN, rounds=[{}], steps={}, hashes={}), r"rounds\[0\].number: .*required"),
     ):
         Path(path).write_text(content)
         with pytest.raises(UserError, match=message):
             load_state(path)
 
 
-def test_changed_and_missing_cases_are_named_and_new_ones_are_welcome(tmp_path):
-    (tmp_path / "a").write_text("1")
-    known = {"a": {"": record(str(tmp_path / "a"))}, "b": {"": record(str(tmp_path / "a"))}}
-    os.utime(tmp_path / "a", (1, 1))
-    same = {"": record(str(tmp_path / "a"), known["a"][""])}
-    refuse_changed_cases("s", "pool", known, {"a": same, "b": same, "new": same})
-    (tmp_path / "a").write_text("2")
-    with pytest.raises(UserError, match="missing: b; changed: a"):
-        refuse_changed_cases("s", "pool", known, {"a": {"": record(str(tmp_path / "a"), same[""])}})
-    refuse_changed_cases("s", "pool", known, {"a": same}, moved={"b"})
+def sealed(**content):
+    return json.dumps({**content, "digest": digest(content)})
+
+
+def test_the_state_of_the_version_before_is_refused_by_name(tmp_path):
+    """As that version wrote it, after the first training and a round of a run on the data of these tests."""
+    shutil.copy(Path(__file__).with_name("rounds_state_of_format_1.json"), tmp_path / "state.json")
+    message = "state.json: has format 1, this version writes 2: finish with that version, or remove the folder"
+    with pytest.raises(UserError, match=f"{message} {tmp_path}"):
+        load_state(str(tmp_path / "state.json"))
+
+
+@pytest.mark.parametrize(
+    ("dices", "first_bad", "outcome"),
+    [
+        ([0.5, 0.6, 0.595, 0.58], 3, 2),
+        ([0.5, 0.6, 0.595, None], None, 3),
+        ([0.5, 0.4, 0.9], 1, 0),
+        ([0.5, None, 0.4], 2, 1),
+        ([None, None], None, 1),
+        ([0.5], None, 0),
+    ],
+)
+def test_the_rounds_stop_when_the_validation_dice_falls_and_the_model_before_is_the_outcome(dices, first_bad, outcome):
+    assert fallen(dices, 0.01) == first_bad and last_good(dices, 9, 0.01) == outcome
+    assert last_good(dices, 0, 0.01) == 0, "only the first training was asked for"
+
+
+def test_a_round_predicts_what_lacks_labels_and_was_not_dropped():
+    verdicts = {"a": Verdict(KEEP, [], {}), "b": Verdict(DROP, [], {}), "c": Verdict(WAIT, [], {})}
+    assert cases_of_round(["d", "c", "b", "a"], verdicts, ["x"]) == (["a", "c", "d"], ["b", "x"])
+    assert cases_of_round({"b", "a"}, {}, []) == (["a", "b"], [])
+
+
+def test_rounds_waited_are_counted_back_from_the_last():
+    kept, waits = {"a": Verdict(KEEP, [], {})}, {"a": Verdict(WAIT, [], {})}
+    assert [waited("a", before) for before in ([], [waits], [waits, waits], [waits, kept, waits], [waits, kept])] == [
+        0, 1, 2, 1, 0,
+    ]  # fmt: skip
+    assert waited("a", [waits, {}]) == 0, "it was not predicted in the last round"
 
 
 def test_a_second_command_on_the_same_run_is_refused(tmp_path):
@@ -199,6 +250,12 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
     assert {path.name for path in folder.iterdir()} == {*kept, "tiny_1.b2nd", ".tmp_fold_0"}
 
 
+OTHER = {
+    "labels": {"background": 0, "box": 1}, "channel_names": {"0": "MR"}, INTENSITIES: {"0": {"mean": 7.0}},
+    "spacing": [1.0, 3.0], "patch_size": [16, 16], "normalization_schemes": ["ZScoreNormalization"], "architecture": {},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("file", "keys"),
     [
@@ -211,15 +268,9 @@ def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_pa
 )  # fmt: skip
 def test_a_model_of_another_data_set_is_named_with_what_differs(tmp_path, file, keys):
     """Of a plan and a data set that differ in one value; what comes from elsewhere may differ."""
-    plans = {
-        INTENSITIES: {"0": {"mean": 100.0}},
-        "configurations": {
-            "2d": {"spacing": [1.0, 2.0], "patch_size": [16, 16], "normalization_schemes": ["CTNormalization"],
-                   "architecture": {"arch_kwargs": {"n_stages": 3}}},
-            "3d_fullres": {},
-        },
-    }  # fmt: skip
-    dataset_json = {"labels": {"background": 0, "box": 1}, "channel_names": {"0": "CT"}}
+    plans = minimal.plans("2d", "3d_fullres")
+    plans["configurations"]["2d"]["architecture"] = {"arch_kwargs": {"n_stages": 3}}
+    dataset_json = minimal.dataset_json()
     its = {"plans.json": json.loads(json.dumps(plans)) | {"plans_name": "other"}, "dataset.json": dict(dataset_json)}
     for name, content in its.items():
         (tmp_path / name).write_text(json.dumps(content))
@@ -227,7 +278,7 @@ def test_a_model_of_another_data_set_is_named_with_what_differs(tmp_path, file, 
     block = its[file]
     for key in keys[:-1]:
         block = block[key]
-    block[keys[-1]] = "other"
+    block[keys[-1]] = OTHER[keys[-1]]
     (tmp_path / file).write_text(json.dumps(its[file]))
     with pytest.raises(UserError, match=rf"is a model of another data set or plan, {keys[-1]} differ from this run's"):
         refuse_other_data(str(tmp_path), plans, "2d", dataset_json)
@@ -239,6 +290,9 @@ def test_a_model_of_another_data_set_is_named_with_what_differs(tmp_path, file, 
         (["--rounds", "0"], "--rounds 0"),
         (["--num_parts", "2"], "give both"),
         (["--num_parts", "2", "--part_id", "2"], "from 0 to 1"),
+        (["--tolerance", "nan"], "--tolerance nan"),
+        (["-p", "../R"], "-p: '../R' cannot be the name"),
+        (["-tr", "../T"], "-tr: '../T' cannot be the name"),
     ],
 )
 def test_usage_is_checked_before_anything_is_loaded(arguments, message, nnunet_folders, capsys):
@@ -284,7 +338,7 @@ def world(tmp_path_factory):
         folder = tiny.prepare()
         settings = {"seed": 1, "save_every": 1}
         plans = json.loads((folder / f"{tiny.PLANS}.json").read_text())
-        tiny.write_plans(plans, "R", DiffusionPretrainedTrainer={"scratch": True, **settings},
+        tiny.write_plans(plans, "R", DiffusionPretrainedTrainer={"start": "scratch", **settings},
                          PseudoLabelTrainer=settings)  # fmt: skip
         fresh = tmp_path_factory.mktemp("fresh") / folder.name
         shutil.copytree(folder, fresh)
@@ -302,9 +356,15 @@ def run_folder(folder):
     return folder / "nnUNetCompactPlans_2d_pseudo" / "R__2d__fold_0"
 
 
+def kept_in(run):
+    """The cases that round 1 of a run kept."""
+    lines = [json.loads(line) for line in (run / "round_1" / "verdicts.jsonl").read_text().splitlines()]
+    return sorted(case for case, verdict in dict(lines[1:]).items() if verdict[0] == KEEP)
+
+
 def the_run(**changes):
     from nnunet_diffusion.rounds.loop import Rounds
-    from nnunet_diffusion.rounds.run import Request
+    from nnunet_diffusion.rounds.places import Request
 
     gate = GateSettings.from_pairs(GATE)
     return Rounds(Request(tiny.NAME, "2d", "0", "R", start="scratch", gate=gate, tolerance=1, device="cpu", **changes))
@@ -313,11 +373,9 @@ def the_run(**changes):
 @pytest.mark.slow
 def test_one_command_trains_predicts_gates_and_trains_again(world, results):
     folder, _, _ = world
-    state = json.loads((run_folder(folder) / "state.json").read_text())
-    entry = state["rounds"][1]
-    kept = sorted(case for case, verdict in entry["verdicts"].items() if verdict[0] == KEEP)
+    kept = kept_in(run_folder(folder))
     assert kept and kept == pseudo_cases(run_folder(folder) / "round_1")
-    assert all(0 <= round_["agreement"] <= 1 for round_ in state["rounds"])
+    assert all(0 <= entry.validation_dice <= 1 for entry in load_state(str(run_folder(folder) / "state.json")).rounds)
     report = json.loads((results / "rounds__R__2d" / "fold_0" / "round_1" / "report.json").read_text())
     assert sorted(report["cases"]) == ["tiny_001", "tiny_100", "tiny_101", "tiny_102"]
     assert list((results / "rounds__R__2d" / "fold_0" / "round_1").glob("*.png"))
@@ -352,7 +410,8 @@ def test_validation_cases_are_neither_predicted_nor_trained_on_nor_looked_at(wor
     rounds = the_run()
     validation = {"tiny_003", "tiny_004"}
     assert set(rounds.cases.split()[1]) == validation and not validation & set(rounds.cases.to_predict())
-    assert rounds.cases.anatomy()["box"].annotated == 3 and rounds.cases.anatomy()["left ball"].annotated == 2
+    priors = rounds.cases.organ_priors()
+    assert priors["box"].annotated == 3 and priors["left ball"].annotated == 2
     trainer = tiny.trainer(PseudoLabelTrainer, plans="R_round1")
     trainer.initialize()
     train, held_out = trainer.get_tr_and_val_datasets()
@@ -361,7 +420,7 @@ def test_validation_cases_are_neither_predicted_nor_trained_on_nor_looked_at(wor
     planted = folder / "nnUNetCompactPlans_2d_pseudo" / "planted"
     known = Annotation(frozenset({"background", "box", "left ball", "right ball"}))
     save_pseudo_label(planted, "tiny_003", np.zeros((2, 2, 2)), known, trainer.label_manager, (2, 2), known)
-    trainer.pseudo_folder, trainer.taught = str(planted), {"tiny_003": known}
+    trainer.pseudo_folder, trainer.pseudo = str(planted), {"tiny_003": known}
     with pytest.raises(UserError, match="tiny_003.*which fold 0 is validated on"):
         trainer.get_tr_and_val_datasets()
 
@@ -383,18 +442,18 @@ def test_a_model_that_may_have_seen_the_validation_cases_is_refused(world, resul
         prepare(tmp_path / name)
         object.__setattr__(rounds.request, "model", str(tmp_path / name))
         with pytest.raises(UserError, match=message):
-            rounds.check_model()
+            check_model(rounds.places, rounds.cases, rounds.plans)
     object.__setattr__(rounds.request, "model", str(source))
-    rounds.check_model()
-    object.__setattr__(rounds.request, "model", rounds.final_model())
+    check_model(rounds.places, rounds.cases, rounds.plans)
+    object.__setattr__(rounds.request, "model", rounds.places.outcome())
     with pytest.raises(UserError, match="is where the outcome goes"):
-        rounds.refuse_unusable_start()
+        refuse_unusable_start(rounds.places, rounds.plans)
     (tmp_path / "unvalidated" / "fold_1").mkdir()
     (tmp_path / "unvalidated" / "fold_1" / "checkpoint_final.pth").touch()
     for name, value in (("model", str(tmp_path / "unvalidated")), ("fold", "all"), ("start", "previous")):
         object.__setattr__(rounds.request, name, value)
     with pytest.raises(UserError, match="an ensemble has no weights to go on from"):
-        rounds.refuse_unusable_start()
+        refuse_unusable_start(rounds.places, rounds.plans)
 
 
 @pytest.mark.slow
@@ -424,8 +483,7 @@ def test_an_ensemble_teaches_with_its_mean_and_its_disagreement(world, results, 
         if value:
             dice = pairwise_dice([first == value, second == value])
             assert prediction.evidence[name].agreement == (dice if dice is None else pytest.approx(dice))
-    verdicts = json.loads((run / "state.json").read_text())["rounds"][1]["verdicts"]
-    assert not [case for case, verdict in verdicts.items() if verdict[0] == KEEP]
+    assert not kept_in(run)
     shutil.rmtree(run)
 
 
@@ -437,18 +495,18 @@ def edit_json(path, **values):
 def test_a_round_starts_from_the_denoiser_of_the_plan_that_it_was_made_from(world, results):
     """Or says before any training that there is none."""
     from nnunet_diffusion.rounds.loop import Rounds
-    from nnunet_diffusion.rounds.run import Request
+    from nnunet_diffusion.rounds.places import Request
     from nnunet_diffusion.trainers.PseudoLabelTrainer import PseudoLabelTrainer
 
     tiny.write_plans(json.loads((world[0] / "R.json").read_text()), "D")
     rounds = Rounds(Request(tiny.NAME, "2d", "0", "D", device="cpu"))
     with pytest.raises(UserError, match="no denoiser to start from(.|\n)*2d all -tr DenoisingDiffusionTrainer -p D\n"):
-        rounds.train_first(rounds.steps(1))
+        rounds.first_training(1)
     denoiser = results / "DenoisingDiffusionTrainer__D__2d" / "fold_all" / "denoiser.pth"
     denoiser.parent.mkdir(parents=True)
     denoiser.touch()
-    rounds.refuse_unusable_start()
-    rounds.write_plans(1, "pseudo", 0)
+    refuse_unusable_start(rounds.places, rounds.plans)
+    write_plans(rounds.places, rounds.plans, 1, 0)
     assert tiny.trainer(PseudoLabelTrainer, plans="D_round1").find_denoiser() == str(denoiser)
 
 
@@ -460,7 +518,7 @@ def test_what_changed_is_named_and_not_mixed(world, results, tmp_path, capsys):
     denoiser.write_bytes(b"weights")
     transfer.write_text(json.dumps({"source": str(denoiser)}))  # as if the first training had started from it
     rounds = the_run()
-    rounds.finish(rounds.entry(0), 0)
+    rounds.finish(rounds.state.round(0), 0)
     assert main([*COMMAND, "--status"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["3", "-"]
     with pytest.raises(UserError, match="trainer: was 'DiffusionPretrainedTrainer', now 'PartialLabelTrainer'"):
@@ -472,11 +530,12 @@ def test_what_changed_is_named_and_not_mixed(world, results, tmp_path, capsys):
         denoiser: "denoiser.pth: is not the denoiser that round 0 started from",
     }
     for path, message in changes.items():
-        content = path.read_bytes()
+        content, stat = path.read_bytes(), path.stat()
         path.write_bytes(content + b"x")
         with pytest.raises(UserError, match=message):
             the_run()
         path.write_bytes(content)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     description = (folder / "dataset.json").read_text()
     edit_json(folder / "dataset.json", annotated_labels={"tiny_001": ["left ball"]})
     with pytest.raises(UserError, match="annotated cases .*changed: tiny_001"):
@@ -524,10 +583,10 @@ def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world
         shutil.copyfile(pool / f"tiny_100{ending}", pool / f"tiny_200{ending}")
     try:
         rounds = the_run()
-        assert rounds.new_cases == ["tiny_200"] and "tiny_200" not in rounds.entry(1)["cases"]
-        rounds.begin(2)
-        assert rounds.entry(2)["cases"] == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
-        arguments, predicted = [*COMMAND, "--num_parts", "2", "--part_id"], Path(rounds.predicted(2))
+        assert rounds.new_cases == ["tiny_200"] and "tiny_200" not in rounds.cases_of(rounds.state.round(1))
+        entry = rounds.begin(2)
+        assert rounds.cases_of(entry) == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
+        arguments, predicted = [*COMMAND, "--num_parts", "2", "--part_id"], Path(rounds.places.predicted(2))
         commands = [[sys.executable, "-c", PART, last, *arguments, part] for last, part in (("9", "0"), ("2", "1"))]
         with ThreadPool(2) as both:
             done = both.map(run_command, commands)
@@ -537,14 +596,15 @@ def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world
         assert main([*arguments, "1"]) == 0
         assert (predicted / "tiny_100.b2nd").stat().st_mtime_ns == kept and left.exists()
         os.utime(left, (time.time() - 4000,) * 2)
-        remove_stale(rounds.folder)
+        remove_stale(rounds.places.folder)
         by_parts = predictions(predicted)
         shutil.rmtree(predicted)
-        rounds.predict(2)
+        rounds.predict(entry)
         assert predictions(predicted) == by_parts and len(by_parts) == 5
-        rounds.gate(2)
-        u = json.loads(Path(rounds.reports, "round_2", "report.json").read_text())["cases"]["tiny_100"]["evidence"]
-        assert all(math.isfinite(entry["disagreement"]) for entry in u.values())
+        rounds.filter(entry)
+        report = json.loads(Path(rounds.places.reports, "round_2", "report.json").read_text())
+        evidence = report["cases"]["tiny_100"]["evidence"].values()
+        assert all(math.isfinite(entry["disagreement"]) for entry in evidence)
     finally:
         for path in pool.glob("tiny_200*"):
             path.unlink()
@@ -553,35 +613,25 @@ def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world
 
 
 @pytest.mark.slow
-def test_the_loop_stops_when_agreement_falls_and_keeps_the_best_model(world):
-    rounds = the_run()
-    rounds.state["rounds"] = [
-        {"round": n, "agreement": a, "checkpoints": {}} for n, a in enumerate([0.5, 0.6, 0.595, 0.58])
-    ]
-    object.__setattr__(rounds.request, "tolerance", 0.01)
-    assert rounds.fallen() == 3 and rounds.last_good(3) == 2
-    rounds.state["rounds"][3]["agreement"] = None
-    assert rounds.fallen() is None and rounds.last_good(3) == 3
-
-
-@pytest.mark.slow
-def test_a_fall_of_the_agreement_ends_the_run_with_the_model_before(world, results, capsys):
+def test_a_fall_of_the_validation_dice_ends_the_run_with_the_model_before(world, results, capsys):
     rounds, final = the_run(), results / "PseudoLabelTrainer__R__2d" / "fold_0" / "checkpoint_final.pth"
-    state, last = Path(rounds.state_file).read_text(), final.read_bytes()
-    for entry, agreement in zip(rounds.state["rounds"], (0.9, 0.1), strict=True):
-        entry["agreement"] = agreement
+    file, last = Path(rounds.places.state), final.read_bytes()
+    state = file.read_text()
+    for entry, dice in zip(rounds.state.rounds, (0.9, 0.1), strict=True):
+        entry.validation_dice = dice
     object.__setattr__(rounds.request, "tolerance", 0.01)
     stale = run_folder(world[0]) / "round_1" / ".tmp999999999_tiny_100_seg.b2nd"
     stale.touch()
     os.utime(stale, (time.time() - 4000,) * 2)
+    report = results / "rounds__R__2d" / "fold_0" / "round_1" / ".tmp999999999_report.json"
+    report.touch()
     rounds.run(3)
-    assert not stale.exists()
-    assert "round 1: agreement with the held-out annotations fell: stopped" in capsys.readouterr().out
+    assert not stale.exists() and not report.exists()
+    assert "round 1: the validation Dice fell: stopped" in capsys.readouterr().out
     first = results / "DiffusionPretrainedTrainer__R__2d" / "fold_0" / "checkpoint_final.pth"
-    assert final.read_bytes() == first.read_bytes() and len(rounds.state["rounds"]) == 2
-    Path(rounds.state_file).write_text(state)
-    rounds = the_run()
-    rounds.publish(1, rounds.steps(1))
+    assert final.read_bytes() == first.read_bytes() and len(rounds.state.rounds) == 2
+    file.write_text(state)
+    publish(rounds.places, 1)
     assert final.read_bytes() == last
 
 
@@ -601,11 +651,11 @@ def test_an_annotation_that_comes_later_takes_the_place_of_the_pseudo_label(worl
     try:
         rounds = the_run()
         assert rounds.new_cases == [case] and case in rounds.cases.split()[0]
-        assert case not in rounds.begin(2)["cases"]
+        assert case not in rounds.cases_of(rounds.begin(2))
         trainer = tiny.trainer(PseudoLabelTrainer, plans="R_round1")
         trainer.initialize()
         train, _ = trainer.get_tr_and_val_datasets()
-        assert case not in trainer.taught and case in train.identifiers
+        assert case not in trainer.pseudo and case in train.identifiers
     finally:
         for path in labelled.glob(f"{case}*"):
             path.unlink()
@@ -634,14 +684,14 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     world, results, tmp_path, monkeypatch, capsys
 ):
     """A run of its own on the same data: the second pseudo label finds no space, the same command goes on later."""
-    from nnunet_diffusion.rounds import loop
+    from nnunet_diffusion.rounds import filtering
 
     folder, _, _ = world
     shutil.copyfile(folder / "R.json", folder / "P.json")
     edit_json(folder / "P.json", plans_name="P")
     command = [*("P" if part == "R" else part for part in COMMAND), "--rounds", "1", "--finetune", "--disable_tta"]
     command[command.index("--start") + 1] = "previous"
-    saved, save = [], loop.save_pseudo_label
+    saved, save = [], filtering.save_pseudo_label
 
     def save_until_full(to, case, *args):
         if saved:
@@ -650,15 +700,16 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
         save(to, case, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "save_pseudo_label", save_until_full)
+        patch.setattr(filtering, "save_pseudo_label", save_until_full)
         assert main(command) == 1
     assert os.strerror(errno.ENOSPC) in capsys.readouterr().err
     run = folder / "nnUNetCompactPlans_2d_pseudo" / "P__2d__fold_0"
-    assert "verdicts" not in json.loads((run / "state.json").read_text())["rounds"][1]
+    assert not load_state(str(run / "state.json")).rounds[1].verdicts
+    begun = (run / "round_1" / "verdicts.jsonl").read_text()
+    assert saved[0] in begun, "it goes on with the next case"
     assert main(command) == 0
-    verdicts = json.loads((run / "state.json").read_text())["rounds"][1]["verdicts"]
-    assert len(pseudo_cases(run / "round_1")) > 1
-    assert pseudo_cases(run / "round_1") == sorted(case for case, verdict in verdicts.items() if verdict[0] == KEEP)
+    assert len(pseudo_cases(run / "round_1")) > 1 and pseudo_cases(run / "round_1") == kept_in(run)
+    assert (run / "round_1" / "verdicts.jsonl").read_text().startswith(begun)
 
     models = ("DiffusionPretrainedTrainer__P", "PseudoLabelTrainer__P_round1", "PseudoLabelTrainer__P_roundfinetune")
     first, second, last = (results / f"{model}__2d" / "fold_0" for model in models)
@@ -689,8 +740,7 @@ def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path
         "nnUNet_preprocessed": str(tmp_path / "preprocessed"),
         "nnUNet_results": str(tmp_path / "results"),
     }
-    command = [sys.executable, "-c", "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += [*COMMAND, "--rounds", "1"]
+    command = killable(*COMMAND, "--rounds", "1")
     rng, kills, is_new = random.Random(0), 0, True
     while kills < KILLS:
         if is_new:
@@ -708,10 +758,8 @@ def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path
             kills += 1
     run_command(command, env=environment).check_returncode()
     mine = run_folder(tmp_path / "preprocessed" / tiny.NAME)
-    verdicts = [
-        json.loads((run / "state.json").read_text())["rounds"][1]["verdicts"] for run in (mine, run_folder(folder))
-    ]
-    assert verdicts[0] == verdicts[1]
+    verdicts = [(run / "round_1" / "verdicts.jsonl").read_text().splitlines() for run in (mine, run_folder(folder))]
+    assert verdicts[0][1:] == verdicts[1][1:], "the first line says by which teacher"
     assert pseudo_cases(mine / "round_1") == pseudo_cases(run_folder(folder) / "round_1")
     for case in pseudo_cases(mine / "round_1"):
         maps = [open_pseudo_label(run / "round_1", case).segmentation[:] for run in (mine, run_folder(folder))]

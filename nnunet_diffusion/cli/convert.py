@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunet_diffusion import dataset_conversion
 from nnunet_diffusion.conversion.command_line import add_arguments as add_common_arguments
-from nnunet_diffusion.conversion.command_line import add_source, tell
+from nnunet_diffusion.conversion.command_line import tell
 from nnunet_diffusion.errors import UserError
 
 HELP = "Make an nnU-Net data set of labeled and unlabeled scans: published sets, folders of your own, several joined."
@@ -37,7 +37,6 @@ def _add_published(layouts: Any, name: str, script: Path) -> str:
     description = script.read_text(encoding="utf-8").split('"""')[1]  # importing it takes a second
     title, default_id = script.stem.partition("_")[2], int(script.stem[len("Dataset") :][:3])
     parser = _add_way(layouts, name, description)
-    add_source(parser)
     add_common_arguments(parser, default_id, title)
     if name == "kits":
         parser.add_argument("--year", type=int, choices=(19, 21, 23), help="where the files do not tell")

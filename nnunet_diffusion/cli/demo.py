@@ -188,7 +188,10 @@ class Demo:
             os.path.join(model, output),
             counts=r": Epoch \d+\s*$",
             total=epochs,
-            depends_on=[self.dataset_json, only_for(trainer, read_plans(self.preprocessed, plans))],
+            depends_on={
+                "dataset.json": self.dataset_json,
+                "plans": only_for(trainer, read_plans(self.preprocessed, plans)),
+            },
             resume_with=["--c"],
             replaces=model,
             # on a CPU augmentation in the training process itself is faster, and repeats exactly
@@ -208,7 +211,8 @@ class Demo:
             settings[trainer] = settings[trainer] | ({"num_epochs": epochs} if epochs else {})
         block = plans.setdefault("nnunet_diffusion", {})
         for arm, suffix in ARMS.items():
-            own = settings | {FINETUNER: settings[FINETUNER] | {"scratch": arm == "from scratch"}}
+            start = "scratch" if arm == "from scratch" else "denoiser"
+            own = settings | {FINETUNER: settings[FINETUNER] | {"start": start}}
             block |= {trainer: block.get(trainer, {}) | values for trainer, values in own.items()}
             plans["plans_name"] = self.plans_name + suffix
             write_json(os.path.join(self.preprocessed, self.plans_name + suffix + ".json"), plans)

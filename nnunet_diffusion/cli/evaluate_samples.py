@@ -81,8 +81,8 @@ def find_extractor(args: argparse.Namespace, description: dict, device):
     Raises:
         UserError: If what it needs is not there.
     """
-    from nnunet_diffusion.cli.sample import sha256
     from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
+    from nnunet_diffusion.records import sha256
     from nnunet_diffusion.samples.features import encoder_features, inception_features
 
     path = args.denoiser or description["denoiser"]

@@ -1,10 +1,12 @@
 """`nnunet_diffusion rounds`: pseudo-label rounds from few annotations to a model trained on every scan."""
 
 import argparse
+import math
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.names import safe_name
 
-HELP = "train on what is annotated, predict the pool, keep what can be believed, train on both, repeat"
+HELP = "train on what is annotated, predict the pool, filter the pseudo labels, train on both, repeat"
 NEEDS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 EPILOG = """\
 The data set must be preprocessed with its pool (nnunet_diffusion plan_and_preprocess). Killed at any moment, the same
@@ -73,17 +75,19 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.preprocessing.planning import find_dataset
     from nnunet_diffusion.rounds.gate import GateSettings
     from nnunet_diffusion.rounds.loop import Rounds
-    from nnunet_diffusion.rounds.run import Request
+    from nnunet_diffusion.rounds.overview import plan_of_work, status
+    from nnunet_diffusion.rounds.places import Request
+    from nnunet_diffusion.trainers import settings_of
 
     os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())
     request = Request(
         find_dataset(args.dataset), args.configuration, args.fold, args.plans, args.trainer, args.model, args.start,
         args.finetune, GateSettings.from_pairs(args.gate), args.tolerance, args.device, args.num_gpus,
-        mirroring=not args.disable_tta,
+        mirroring=not args.disable_tta, settings_of=settings_of,
     )  # fmt: skip
     if args.status or args.dry_run:
         rounds = Rounds(request, is_looking=args.status)
-        print(rounds.table(args.rounds) if args.status else rounds.plan_of_work(args.rounds))
+        print(status(rounds, args.rounds) if args.status else plan_of_work(rounds, args.rounds))
         return 0
     usable_device(args.device)
     if args.num_parts:
@@ -100,6 +104,10 @@ def check_usage(args: argparse.Namespace) -> None:
         raise UserError(f"--rounds {args.rounds}: at least 1")
     if not (args.fold == "all" or args.fold.isdigit()):
         raise UserError(f"-f {args.fold}: must be a number, or all")
+    if not math.isfinite(args.tolerance) or args.tolerance < 0:
+        raise UserError(f"--tolerance {args.tolerance}: must be a number from 0")
+    safe_name(args.plans, "-p", "give the name of a plan")
+    safe_name(args.trainer, "-tr", "give the name of a trainer")
     if (args.num_parts is None) != (args.part_id is None):
         raise UserError("--num_parts and --part_id: give both or none")
     if args.num_parts is not None and not 0 <= args.part_id < args.num_parts:

@@ -2,7 +2,6 @@
 
 import argparse
 import glob
-import hashlib
 import os
 from pathlib import Path
 
@@ -41,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
     from nnunet_diffusion.pretraining.diffusion import Diffusion
     from nnunet_diffusion.pretraining.draw import draw_images, number_of_steps
+    from nnunet_diffusion.records import sha256
     from nnunet_diffusion.samples import files as sample_files
 
     if args.number < 1 or args.seed < 0 or (args.batch_size is not None and args.batch_size < 1):
@@ -169,12 +169,3 @@ def real_batches(description: dict, number: int, batch_size: int, dataset: str |
     share = description["body_share"]
     for batch in fixed_batches(ImageDataset(images), number, batch_size, plan["patch_size"], labels, 0, share):
         yield batch.numpy()
-
-
-def sha256(path: str) -> str:
-    """Of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -13,27 +13,21 @@ def add_arguments(parser: argparse.ArgumentParser, dataset_id: int | None = None
 
     Args:
         parser: Of the conversion.
-        dataset_id: The default; None: it must be given, as the name.
+        dataset_id: The default of a published data set, which lies in one folder; None: it must be given, as the name.
         name: The default.
     """
-    default = f" (default: {dataset_id})", f" (default: {name})"
-    id_default, name_default = default if name else ("", "")
+    if name:
+        parser.add_argument("source", metavar="SOURCE", help="the folder that the data set was unpacked into")
+    told, is_due = (" (default: %(default)s)", False) if name else ("", True)
+    id_told, name_told = f"data set id, 1 to 999{told}", f"name of the data set{told}"
     parser.add_argument(
-        "-d", dest="dataset_id", type=int, default=dataset_id, required=not name, metavar="ID",
-        help="data set id, 1 to 999" + id_default,
-    )  # fmt: skip
-    parser.add_argument(
-        "-n", dest="name", default=name, required=not name, metavar="NAME", help="name of the data set" + name_default
+        "-d", dest="dataset_id", metavar="ID", type=int, default=dataset_id, required=is_due, help=id_told
     )
+    parser.add_argument("-n", dest="name", metavar="NAME", default=name, required=is_due, help=name_told)
     parser.add_argument("--copy", action="store_true", help="copy the files in, instead of referring to where they are")
     parser.add_argument(
         "-np", dest="num_threads", type=int, default=4, metavar="N", help="checks at a time (default: 4)"
     )
-
-
-def add_source(parser: argparse.ArgumentParser) -> None:
-    """Declares the folder of a published data set."""
-    parser.add_argument("source", metavar="SOURCE", help="the folder that the data set was unpacked into")
 
 
 def tell(converted: Any) -> int:
@@ -56,7 +50,6 @@ def command_line(convert_set: Callable[..., Any], description: str | None, **cho
 
     defaults = {key: parameter.default for key, parameter in inspect.signature(convert_set).parameters.items()}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_source(parser)
     add_arguments(parser, defaults["dataset_id"], defaults["name"])
     for option, values in choices.items():
         parser.add_argument(f"--{option}", type=int, choices=values, help="where the files do not tell")

@@ -121,7 +121,7 @@ def convert(
 
 
 def annotated_values(description: Mapping, cases: Collection[str]) -> dict[str, set[int]]:
-    """{case: label values that may occur} by the table `annotated_labels`; empty where there is none.
+    """Reads {case: label values that may occur} off the table `annotated_labels`; empty where there is none.
 
     Raises:
         UserError: If the table does not fit the labels, or these labeled cases.
@@ -140,7 +140,7 @@ def annotated_values(description: Mapping, cases: Collection[str]) -> dict[str, 
 
 
 def suitable_reader(images: Unlabeled, file_ending: str, num_threads: int) -> tuple[dict[str, str], list[str]]:
-    """nnU-Net's reader for these scans as dataset.json names it, if not its usual one, and what to tell of it.
+    """Chooses nnU-Net's reader for these scans, if not its usual one, as dataset.json names it; and what to tell of it.
 
     The usual reader takes voxels as they are stored: where scans are stored in different orientations, the network
     would see patients lying on every side, and left for right.
@@ -169,7 +169,7 @@ def _orientation(path: str) -> str | None:
 
 
 def dataset_folder(dataset_id: int, name: str) -> str:
-    """Where nnU-Net looks for the raw data set.
+    """Names the folder where nnU-Net looks for the raw data set.
 
     Raises:
         UserError: If nnUNet_raw is not set, id or name cannot be used, or the id has another name already.
@@ -188,7 +188,7 @@ def dataset_folder(dataset_id: int, name: str) -> str:
 
 
 def label_values(description: Mapping) -> set[int]:
-    """The values that may occur in a label file, of the `labels` of a dataset.json as nnU-Net defines them.
+    """Lists the values that may occur in a label file, of the `labels` of a dataset.json as nnU-Net defines them.
 
     Raises:
         UserError: If nnU-Net could not train with these labels.
@@ -349,7 +349,7 @@ def _copy(original: str, folder: str, name: str) -> str:
             if packed:
                 _pack(original, temporary)
             else:
-                shutil.copy2(original, temporary)  # with its time, by which filecmp recognises a copy
+                shutil.copy2(original, temporary)  # with its time, by which filecmp recognizes a copy
     elif not (_unpacks_to(target, original) if packed else filecmp.cmp(original, target)):
         raise UserError(f"{target} exists and is not a copy of {original}: remove it, or take another id and name")
     return name

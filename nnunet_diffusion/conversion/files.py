@@ -95,7 +95,7 @@ def files_below(source: str) -> list[str]:
 
 
 def is_image(name: str, endings: str | tuple[str, ...] = GEOMETRIC_ENDINGS) -> bool:
-    """Tells an image's file name, also from those that archives of macOS are littered with."""
+    """Tells an image's file name, also from those of hidden files, which archives of macOS are littered with."""
     return name.endswith(endings) and not name.startswith(".")
 
 

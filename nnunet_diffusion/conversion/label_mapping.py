@@ -28,7 +28,7 @@ class LabelMapping:
     excludes: frozenset[str] = frozenset()
 
     def groups(self) -> dict[Target, list[str]]:
-        """{target: the source's labels that become it}; nothing that is left out or ignored."""
+        """Groups the source's labels by what they become; nothing that is left out or ignored."""
         groups: dict[Target, list[str]] = {}
         for label, target in self.targets.items():
             if target and target != (IGNORE,):
@@ -36,7 +36,7 @@ class LabelMapping:
         return groups
 
     def annotated(self, labels: Collection[str] | None = None) -> list[Target]:
-        """What is annotated in the common table where the source's `labels` are; None means all of them.
+        """Lists what is annotated in the common table where the source's `labels` are; None means all of them.
 
         Raises:
             UserError: If of several labels that become one only some are annotated: nobody knows where that one ends.
@@ -156,7 +156,7 @@ def _target(where: str, label: str, value: object, common: Sequence[str]) -> Tar
 
 
 def _with_surroundings(where: str, label: str, targets: Mapping[str, Target], inside: Mapping[str, str]) -> Target:
-    """The target of a label, or if it is left out that of the next label around it that is not."""
+    """Finds the target of a label, or if it is left out that of the next label around it that is not."""
     path = [label]
     while not targets[path[-1]] and path[-1] in inside:
         path.append(inside[path[-1]])
@@ -166,7 +166,7 @@ def _with_surroundings(where: str, label: str, targets: Mapping[str, Target], in
 
 
 def _one_order(targets: dict[str, Target]) -> dict[str, Target]:
-    """Unions of the same names in the same order, that of the first one: its first name is their value."""
+    """Puts unions of the same names in the same order, that of the first one: its first name is their value."""
     first: dict[frozenset[str], Target] = {}
     return {label: first.setdefault(frozenset(target), target) for label, target in targets.items()}
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 
 from nnunet_diffusion.conversion.dataset import REORIENTING_READER, Converted, convert, refuse
-from nnunet_diffusion.conversion.files import files_below, is_image, the_ending
+from nnunet_diffusion.conversion.files import files_below, is_image, matched, the_ending
 from nnunet_diffusion.errors import UserError
 
 ENDING = r"\.nii(?:\.gz)?"
@@ -14,7 +14,7 @@ ENDING = r"\.nii(?:\.gz)?"
 class Layout:
     """Where a published CT data set keeps its files, and what its labels mean.
 
-    The three patterns are regular expressions for the end of a path, beginning with a whole folder's or file's name;
+    The patterns are regular expressions for the end of a path, beginning with a whole folder's or file's name;
     the group `case` names the case.
     """
 
@@ -24,6 +24,8 @@ class Layout:
     left_out: str  # images that are not trained on, if they have no label
     reference: str
     trust_voxels: bool = False  # headers of label maps are known to be wrong
+    unlabeled: str = r"(?!)"  # scans of the pool
+    reader: str | None = REORIENTING_READER  # they store scans in several orientations; None: as the scans need it
 
 
 def decathlon(prefix: str, labels: tuple[str, ...]) -> Layout:
@@ -51,30 +53,28 @@ def convert_layout(
     """
     files = [path for path in files_below(source) if is_image(path.rpartition("/")[2])]
     problems: list[str] = []
-    images, labels = _found(files, layout.image, problems), _found(files, layout.label, problems)
+    patterns = (layout.image, layout.label, layout.unlabeled)
+    images, labels, pool = (_found(files, pattern, problems) for pattern in patterns)
     evaluation = {path for path in files if matches(layout.left_out, path)}
-    for case in sorted(images.keys() - labels.keys()):
-        if images[case] not in evaluation:
-            problems.append(f"{case}: {images[case]} has no label: add it, or remove the image")
-    for case in sorted(labels.keys() - images.keys()):
-        problems.append(f"{case}: {labels[case]} has no image: add it, or remove the label")
+    wanted = {case: [path] for case, path in images.items() if case in labels or path not in evaluation}
+    labeled = matched(wanted, labels, problems)
     refuse(problems)
-    labeled = {case: ([path], labels[case]) for case, path in images.items() if case in labels}
     if not labeled:
         image, label = map(example, (layout.image, layout.label))
         raise UserError(f"{source}: has no case in or below it, an image such as {image} with a label {label}")
-    ending = the_ending([path for (image,), label in labeled.values() for path in (image, label)])
+    unlabeled = {case: [path] for case, path in pool.items()}
+    ending = the_ending([path for (image,), label in labeled.values() for path in (image, label)] + list(pool.values()))
     description = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, **{label: value for value, label in enumerate(layout.labels, start=1)}},
         "file_ending": ending,
-        "overwrite_image_reader_writer": REORIENTING_READER,  # they store scans in several orientations
         "reference": layout.reference,
+        **({"overwrite_image_reader_writer": layout.reader} if layout.reader else {}),
     }
     values = {value: value for value in description["labels"].values()}
     relabeling = dict.fromkeys(labeled, values) if layout.trust_voxels else None
     converted = convert(
-        dataset_id, name, labeled, {}, description, [source], copy, num_threads, relabeling, layout.trust_voxels
+        dataset_id, name, labeled, unlabeled, description, [source], copy, num_threads, relabeling, layout.trust_voxels
     )
     if left := len(evaluation - {image for (image,), _ in labeled.values()}):
         converted.notes.append(f"left {left} scan(s) that are not for this training where they are")

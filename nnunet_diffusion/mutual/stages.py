@@ -1,7 +1,7 @@
-"""The steps of mutual learning: partial-organ networks, completed cases, full-organ networks."""
+"""The stages of mutual learning: partial-organ networks, completed cases, full-organ networks."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -15,12 +15,12 @@ from nnunet_diffusion.commands import Step, Steps, command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
 from nnunet_diffusion.locks import locked
-from nnunet_diffusion.model_folder import own_results
 from nnunet_diffusion.mutual.completion import (
-    REPORT,
+    Report,
     complete_cases,
     completion_table,
     describe_cases,
+    read_report,
     training_cases_of,
 )
 from nnunet_diffusion.mutual.dataset import completed_folder
@@ -28,19 +28,15 @@ from nnunet_diffusion.mutual.groups import find_groups
 from nnunet_diffusion.partial.annotations import output_channels, read_annotations
 from nnunet_diffusion.plans import read_plans
 from nnunet_diffusion.preprocessing.cases import LABELED_FILES, fold_of
+from nnunet_diffusion.pretraining.start import SCRATCH, find_start
+from nnunet_diffusion.records import digest, made_from, refuse_other, size_and_time
+from nnunet_diffusion.rounds.cases import COPY
 from nnunet_diffusion.rounds.gate import GateSettings
-from nnunet_diffusion.rounds.prediction import Teacher
+from nnunet_diffusion.rounds.prediction import CHECKPOINT, Teacher
 from nnunet_diffusion.rounds.pseudo_labels import ENDING, pseudo_cases
-from nnunet_diffusion.rounds.state import (
-    FORMAT,
-    digest,
-    load_state,
-    record,
-    refuse_changed_cases,
-    refuse_changes,
-    save_state,
-)
-from nnunet_diffusion.settings import BLOCK
+from nnunet_diffusion.rounds.state import State, load_state
+from nnunet_diffusion.schemas import Dataset
+from nnunet_diffusion.settings import BLOCK, SettingsOf, given_settings
 
 STAGES = ("MutualDifferenceTrainer", "MutualSimilarityTrainer")
 
@@ -49,7 +45,7 @@ class MutualLearning:
     """Both stages on one fold, with logs and the state in a results folder of their own."""
 
     def __init__(self, dataset: str, configuration: str, fold: str, plans: str, device: str, gate: list[str],
-                 num_gpus: int = 1):  # fmt: skip
+                 num_gpus: int = 1, settings_of: SettingsOf = given_settings):  # fmt: skip
         """Checks what was asked for.
 
         Args:
@@ -60,6 +56,7 @@ class MutualLearning:
             device: cpu or cuda.
             gate: Settings of the gate, as KEY=VALUE.
             num_gpus: Of each training.
+            settings_of: Says what settings the plan gives a trainer.
 
         Raises:
             UserError: If there is no such data set, plan, configuration or fold, or mutual learning is not for it.
@@ -69,20 +66,19 @@ class MutualLearning:
         except (RuntimeError, ValueError) as error:
             raise UserError(f"-d {dataset}: {error}") from error
         self.configuration, self.fold, self.plans, self.device = configuration, fold, plans, device
-        self.num_gpus = num_gpus
+        self.num_gpus, self.settings_of = num_gpus, settings_of
         self.gate = GateSettings.from_pairs(gate)
         self.base = os.path.join(nnUNet_preprocessed, self.dataset)
         if not (fold.isdigit() or fold == "all"):
             raise UserError(f"-f {fold}: give the number of a fold, or all")
         self.content = read_plans(self.base, plans, configuration)
-        self.dataset_json = read_json(os.path.join(self.base, "dataset.json"))
+        self.dataset_json = read_json(os.path.join(self.base, "dataset.json"), Dataset, COPY)
         self.refuse_cascade_and_regions()
         identifier = PlansManager(self.content).get_configuration(configuration).data_identifier
         self.labeled = os.path.join(self.base, identifier)
         self.completed_folder = completed_folder(self.base, identifier, plans, configuration, fold)
         self.cases = training_cases_of(self.base, identifier, fold)
         self.folder = os.path.join(nnUNet_results, self.dataset, f"mutual__{plans}__{configuration}", f"fold_{fold}")
-        self.state_file = os.path.join(self.folder, "state.json")
 
     def refuse_cascade_and_regions(self) -> None:
         """Raises UserError for what both trainers refuse, before anything is trained."""
@@ -101,15 +97,22 @@ class MutualLearning:
         """Does what is not finished.
 
         Raises:
-            UserError: If the cases make no groups, a step fails, a finished step was made from something else, or
+            UserError: If the cases make no groups, a stage fails, a finished one was made from something else, or
                 another command works on this run.
         """
         self.read_annotations()
         with locked(os.path.join(self.folder, "lock"), f"the run in {self.folder}") as lock:
-            self.open_state(lock)
-            self.train(STAGES[0])
-            self.complete()
-            self.train(STAGES[1])
+            file = os.path.join(self.folder, "state.json")
+            self.state = load_state(file) or State(made_from({}))
+            environment = command_environment(None, self.device)
+            steps = Steps(self.folder, environment, 3, self.state.steps, lambda: self.state.save(file), (lock,))
+            steps.run_all(self.stages())
+
+    def stages(self) -> Iterator[Step]:
+        """All that is to be done, in order."""
+        yield self.training(STAGES[0])
+        yield Step("complete the training cases", do=self.complete, is_done=self.is_completed)
+        yield self.training(STAGES[1])
 
     def read_annotations(self) -> None:
         """Reads what was annotated in every preprocessed case; raises UserError if that makes no groups."""
@@ -123,67 +126,54 @@ class MutualLearning:
         groups = self.settings(STAGES[0]).get("groups", [])
         find_groups({case: self.annotations[case] for case in self.cases}, self.channels, groups)
 
-    # ---------------------------------------------------------------- state
+    # ---------------------------------------------------------------- trainings
 
-    def open_state(self, lock: int) -> None:
-        """Reads what is finished, and the files that were read before, of which only changed ones are read again."""
-        self.state = load_state(self.state_file) or {"format": FORMAT, "steps": {}, "versions": {}, "files": {}}
-        environment = command_environment(None, self.device)
-        self.steps = Steps(self.folder, environment, 3, self.state["steps"], self.save, (lock,))
+    def output_folder(self, trainer: str) -> str:
+        """The model folder of a trainer."""
+        return os.path.join(nnUNet_results, self.dataset, f"{trainer}__{self.plans}__{self.configuration}")
 
-    def save(self) -> None:
-        """Writes the state."""
-        save_state(self.state_file, self.state)
+    def final(self, trainer: str) -> str:
+        """The checkpoint that a trainer ends with."""
+        return os.path.join(self.output_folder(trainer), f"fold_{self.fold}", CHECKPOINT)
 
-    def sha256(self, path: str) -> str:
-        """What is in a file."""
-        files = self.state["files"]
-        files[path] = record(path, files.get(path))
-        return files[path]["sha256"]
-
-    def annotated(self, cases: Iterable[str]) -> dict[str, dict[str, dict]]:
-        """Preprocessed cases by content: {case: {file ending, or dataset.json for what it says of the case: hash}}."""
-        found = self.contents(self.labeled, cases, LABELED_FILES)
-        for case, files in found.items():
-            files["dataset.json"] = {"sha256": digest([sorted(self.annotations[case].labels)])}
-        return found
-
-    def contents(self, folder: str, cases: Iterable[str], endings: Sequence[str]) -> dict[str, dict[str, dict]]:
-        """The files of some cases by content: {case: {file ending: hash}}."""
-        return {
-            case: {ending: {"sha256": self.sha256(os.path.join(folder, case + ending))} for ending in endings}
-            for case in cases
-        }
-
-    def validation(self) -> list[str]:
-        """The preprocessed cases that the fold is validated on."""
-        if self.fold == "all":
-            return []
-        _, validation = fold_of(os.path.join(self.base, "splits_final.json"), self.fold)
-        return sorted(set(validation) & set(self.annotations))
-
-    def what_decides(self, trainer: str) -> dict[str, Any]:
-        """What the outcome of a training depends on: the inputs by value, as far as that helps, cases by content."""
-        settings, validation = self.settings(trainer), self.validation()
+    def training(self, trainer: str) -> Step:
+        """Trains one stage; a finished one is never trained anew."""
+        choice = [self.dataset, self.configuration, self.fold, "-tr", trainer, "-p", self.plans]
+        splits = os.path.join(self.base, "splits_final.json")
+        validation = [] if self.fold == "all" else fold_of(splits, self.fold)[1]
         completed = pseudo_cases(self.completed_folder) if trainer == STAGES[1] else []
-        inputs = {
-            "nnunet_diffusion": version("nnunet_diffusion"),
-            **self.plan(),
-            "labels": self.dataset_json["labels"],
-            "settings": settings,
-            "denoiser": self.denoiser(settings),
-            "numbers of training and validation cases": [len(self.cases), len(validation)],
-        }
+        return Step(
+            f"train {trainer}",
+            ["nnunet_diffusion", "train", *choice],
+            self.final(trainer),
+            where=["-device", self.device, "-num_gpus", str(self.num_gpus)],
+            counts=r"Epoch time: ",
+            depends_on={
+                "nnunet_diffusion": version("nnunet_diffusion"),
+                **self.plan(),
+                "labels": self.dataset_json["labels"],
+                "settings": self.settings(trainer),
+                "denoiser": self.denoiser(self.settings(trainer)),
+            },
+            cases={
+                "training": self.recorded(self.cases),
+                "validation": self.recorded(sorted(set(validation) & set(self.annotations))),
+                "completed": {case: size_and_time(self.completed_folder, case, [ENDING]) for case in completed},
+            },
+            resume_with=["--c"],
+            is_kept=True,
+        )
+
+    def recorded(self, cases: Sequence[str]) -> dict[str, str]:
+        """Preprocessed cases by the size and time of their files, and what dataset.json says of them."""
         return {
-            "inputs": inputs,
-            "training": self.annotated(self.cases),
-            "validation": self.annotated(validation),
-            "completed": self.contents(self.completed_folder, completed, [ENDING]),
+            case: f"{size_and_time(self.labeled, case, LABELED_FILES)} {digest(sorted(self.annotations[case].labels))}"
+            for case in cases
         }
 
     def settings(self, trainer: str) -> dict[str, Any]:
         """Those that the plan gives for a trainer."""
-        return self.content.get(BLOCK, {}).get(trainer, {})
+        return self.settings_of(self.content, trainer)
 
     def plan(self) -> dict[str, Any]:
         """The plan without other configurations and without settings."""
@@ -192,71 +182,37 @@ class MutualLearning:
 
     def denoiser(self, settings: dict[str, Any]) -> dict[str, str]:
         """The denoiser that a training starts from, by content; none from random weights, as by default."""
-        if settings.get("scratch", True):
+        if (start := settings.get("start", SCRATCH)) == SCRATCH:
             return {}
-        manager, pretraining = PlansManager(self.content), "DenoisingDiffusionTrainer"
-        own = own_results(manager, self.plans, self.configuration, self.fold, pretraining, "denoiser.pth")
-        candidates = [settings["denoiser"]] if settings.get("denoiser") else own
-        return {path: self.sha256(path) for path in list(filter(os.path.isfile, candidates))[:1]}
+        path = find_start(start, PlansManager(self.content), self.configuration, self.fold)
+        return {path: self.state.sha256(path)}
 
-    def refuse_other_inputs(self, step: Step) -> None:
-        """Raises UserError, naming what has changed, if a training was finished with something else."""
-        if step.title not in self.state["steps"] or not os.path.isfile(step.output):
-            return
-        (_, known), (_, now) = self.state["steps"][step.title]["identity"], step.identity
-        for kind, moved in (("training", ()), ("validation", now["training"]), ("completed", ())):
-            refuse_changed_cases(step.output, kind, known[kind], now[kind], moved)
-        refuse_changes(step.output, known["inputs"], now["inputs"])
+    # ---------------------------------------------------------------- completion
 
-    # ---------------------------------------------------------------- steps
+    def completed_from(self) -> dict[str, Any]:
+        """What the completed labels are made from."""
+        return made_from({"teacher": self.state.sha256(self.final(STAGES[0])), "gate": self.gate.as_dict()})
 
-    def output_folder(self, trainer: str) -> str:
-        """The model folder of a trainer."""
-        return os.path.join(nnUNet_results, self.dataset, f"{trainer}__{self.plans}__{self.configuration}")
-
-    def final(self, trainer: str) -> str:
-        """The checkpoint that a trainer ends with."""
-        return os.path.join(self.output_folder(trainer), f"fold_{self.fold}", "checkpoint_final.pth")
-
-    def train(self, trainer: str) -> None:
-        """Trains one stage unless it is finished."""
-        choice = [self.dataset, self.configuration, self.fold, "-tr", trainer, "-p", self.plans]
-        step = Step(
-            f"train {trainer}",
-            ["nnunet_diffusion", "train", *choice],
-            self.final(trainer),
-            where=["-device", self.device, "-num_gpus", str(self.num_gpus)],
-            counts=r"Epoch time: ",
-            depends_on=self.what_decides(trainer),
-            resume_with=["--c"],
-        )
-        self.refuse_other_inputs(step)
-        self.steps.keep_finished(step)
-        if not os.path.isfile(step.output):
-            self.state["versions"][trainer] = {name: version(name) for name in ("nnunetv2", "torch")}
-        self.save()
-        self.steps.run(step)
-
-    def complete(self) -> None:
-        """Completes the training cases with the networks of stage 1, unless they are.
+    def is_completed(self) -> bool:
+        """Says whether the training cases are completed.
 
         Raises:
             UserError: If stage 2 has been trained on labels that were completed otherwise.
         """
-        self.steps.number += 1
-        heading = f"[{self.steps.number}/{self.steps.total}] complete the training cases"
-        now = {"teacher": self.sha256(self.final(STAGES[0])), "gate": self.gate.as_dict()}
-        path = os.path.join(self.completed_folder, REPORT)
-        report = read_json(path) if os.path.isfile(path) else {}
-        known = {key: report[key] for key in now if key in report}
+        report: Report | None = read_report(self.completed_folder)
+        known, now = report and report["made_from"], self.completed_from()
         if known == now and set(self.cases) <= set(pseudo_cases(self.completed_folder)):
-            print(f"{heading}: done before", flush=True)
-            return
-        if os.path.isfile(self.final(STAGES[1])):
-            refuse_changes(self.final(STAGES[1]), known, now)
-        print(heading, flush=True)
-        device = torch.device(self.device)
-        teacher = Teacher(self.output_folder(STAGES[0]), [self.fold], now["teacher"], device)
+            return True
+        final = self.final(STAGES[1])
+        if os.path.isfile(final):
+            refuse_other(final, known or made_from({}), now, f"remove the folder {os.path.dirname(final)}")
+        return False
+
+    def complete(self) -> None:
+        """Completes the training cases with the networks of stage 1."""
+        origin = self.completed_from()
+        identity, device = origin["values"]["teacher"], torch.device(self.device)
+        teacher = Teacher(self.output_folder(STAGES[0]), [self.fold], identity, device)
         cases = describe_cases(self.base, teacher, self.cases)
         report = complete_cases(teacher, cases, self.completed_folder, self.gate)
         print(completion_table(report, cases, self.channels), flush=True)

@@ -268,9 +268,5 @@ def _some(values: list, limit: int = 10) -> str:
 
 def _require_readable_name(path: str) -> None:
     """Refuses a path that is no UTF-8 (SimpleITK ends the program) or has a null character, which no file can have."""
-    try:
-        is_readable = b"\0" not in path.encode()
-    except UnicodeEncodeError:
-        is_readable = False
-    if not is_readable:
+    if "\0" in path or path.encode(errors="replace").decode() != path:
         raise UserError(f"{path!r}: is no UTF-8, which image readers need: rename the file or its folder")

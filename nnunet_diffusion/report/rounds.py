@@ -85,5 +85,4 @@ def _read_run(results: Results, folder: str, states: list[str]) -> list[Round]:
 
 
 def _dice(path: str) -> list[float | None]:
-    values = [entry.get("agreement") for entry in load_state(path)["rounds"]]
-    return [None if value is None else float(value) for value in values]
+    return [entry.validation_dice for entry in load_state(path).rounds]

@@ -76,10 +76,10 @@ def fold_row(results: Results, kinds: Kinds, model: Model, fold: Fold) -> list[s
     """Describes a fold: name, what it was trained on, what it started from, epochs, state."""
     epochs = max((len(values) for values in fold.curves.values()), default=0)
     state = "finished" if fold.is_finished else "not finished"
-    start = model.settings.get("start_from") or "not recorded"
+    start = model.settings.get("start") or "not recorded"
     if fold.transfer:
         start = f"{short(fold.transfer['source'])}, folded at t* = {fold.transfer['timestep']}"
-    elif fold.denoiser is not None or model.settings.get("scratch"):
+    elif fold.denoiser is not None or start == "scratch" or model.settings.get("scratch"):
         start = "random weights"
     return [fold.name, trained_on(results, kinds, model, fold), str(start), str(epochs or "no log"), state]
 

@@ -1,1 +1,1 @@
-"""Rounds of pseudo labels: predict the pool, keep what can be believed, train on it, again."""
+"""Rounds of pseudo labels: predict the pool, filter, train on it, again."""

@@ -1,7 +1,6 @@
 """The scans of a run of rounds: what is trained on, what is validated on, what is to be predicted."""
 
 import os
-from typing import Any
 
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -17,9 +16,12 @@ from nnunet_diffusion.preprocessing.cases import (
     read_splits,
 )
 from nnunet_diffusion.preprocessing.preprocess import differing, preprocessing_identity
-from nnunet_diffusion.rounds.evidence import Anatomy, anatomy, measure
+from nnunet_diffusion.records import digest, size_and_time
+from nnunet_diffusion.rounds.evidence import OrganPrior, measure, organ_priors
 from nnunet_diffusion.rounds.prediction import Case, network_spacing, read_preprocessed
-from nnunet_diffusion.rounds.state import Record, digest, record
+from nnunet_diffusion.schemas import Dataset
+
+COPY = "run nnunet_diffusion plan_and_preprocess, which copies it from nnUNet_raw"
 
 
 class Cases:
@@ -41,7 +43,7 @@ class Cases:
         self.configuration = self.plans.get_configuration(configuration)
         if self.configuration.previous_stage_name is not None:
             raise UserError(f"-c {configuration}: a cascade's second stage has no rounds: take the first")
-        self.dataset_json = read_json(os.path.join(base, "dataset.json"))
+        self.dataset_json = read_json(os.path.join(base, "dataset.json"), Dataset, COPY)
         self.label_manager = self.plans.get_label_manager(self.dataset_json)
         self.channels = output_channels(self.label_manager)
         self.labeled = os.path.join(base, self.configuration.data_identifier)
@@ -67,7 +69,7 @@ class Cases:
             )
 
     def split(self) -> tuple[list[str], list[str]]:
-        """The annotated cases to train on, those that no split knows included, and those to validate on.
+        """Splits the annotated cases into those to train on, which no split may know, and those to validate on.
 
         Raises:
             UserError: If the data set is not split, or has no such fold.
@@ -82,53 +84,51 @@ class Cases:
         train = [*train, *sorted(set(self.annotations) - known)]
         return [case for case in train if case in self.annotations], validation
 
-    def to_predict(self) -> dict[str, Case]:
-        """The pool, and the annotated training cases of which labels are missing; none of those validated on."""
-        cases = {case: Case(self._image(self.unlabeled, case), self._spacing(self.unlabeled, case), None)
-                 for case in self.pool}  # fmt: skip
+    def held_out(self) -> list[str]:
+        """The cases that this fold is validated on, sorted; none as long as there are no splits."""
+        is_split = self.fold == "all" or os.path.isfile(os.path.join(self.base, "splits_final.json"))
+        return sorted(self.split()[1]) if is_split else []
+
+    def to_predict(self) -> dict[str, Annotation | None]:
+        """Finds what is predicted: the pool, and the annotated training cases that lack labels, with their annotation.
+
+        None of those validated on is among them.
+        """
+        cases: dict[str, Annotation | None] = dict.fromkeys(self.pool)
         if not self.label_manager.has_regions:
-            for case in self.split()[0]:
-                if self.lacking(self.annotations[case]):
-                    spacing = self._spacing(self.labeled, case)
-                    cases[case] = Case(self._image(self.labeled, case), spacing, self.annotations[case])
+            train = self.split()[0]
+            cases |= {case: self.annotations[case] for case in train if self.lacking(self.annotations[case])}
         return cases
+
+    def case(self, name: str) -> Case:
+        """Where a case that is to be predicted lies, its spacing, and what was annotated."""
+        annotation = self.annotations.get(name)
+        folder = self.unlabeled if annotation is None else self.labeled
+        return Case(os.path.join(folder, name + ".b2nd"), self._spacing(folder, name), annotation)
 
     def lacking(self, annotation: Annotation) -> list[str]:
         """The labels or regions that a case was not annotated for."""
         return [name for name in self.channels if name not in annotation.labels and name != "background"]
 
-    def anatomy(self) -> dict[str, Anatomy]:
-        """How the organs look in the annotated training cases; those validated on are not looked at."""
-        shown = []
+    def organ_priors(self) -> dict[str, OrganPrior]:
+        """Measures the organs of the annotated training cases; those validated on are not looked at."""
+        found = []
         for case in self.split()[0]:
-            labels = read_preprocessed(self._image(self.labeled, case).removesuffix(".b2nd") + "_seg.b2nd")[0]
+            labels = read_preprocessed(os.path.join(self.labeled, case + "_seg.b2nd"))[0]
             evidence = measure(labels, self.channels, self._spacing(self.labeled, case))
-            shown.append({name: e for name, e in evidence.items() if name in self.annotations[case].labels})
-        return anatomy(shown)
+            found.append({name: e for name, e in evidence.items() if name in self.annotations[case].labels})
+        return organ_priors(found)
 
-    def records(self, known: dict[str, dict[str, Any]]) -> dict[str, dict[str, dict[str, Record]]]:
-        """All files of all cases, and what dataset.json says of them: {"annotated", "pool": {case: {what: record}}}."""
-        kinds = {
-            "annotated": (self.labeled, list(self.annotations), LABELED_FILES),
-            "pool": (self.unlabeled, self.pool, UNLABELED_FILES),
+    def recorded(self) -> dict[str, dict[str, str]]:
+        """All cases by the size and time of their files, annotated ones by what dataset.json says of them, too."""
+        annotated = {
+            case: f"{size_and_time(self.labeled, case, LABELED_FILES)} {digest(sorted(known.labels))} {known.unions}"
+            for case, known in self.annotations.items()
         }
-        records = {
-            kind: {
-                case: {
-                    end: record(os.path.join(folder, case + end), known.get(kind, {}).get(case, {}).get(end))
-                    for end in endings
-                }
-                for case in cases
-            }
-            for kind, (folder, cases, endings) in kinds.items()
+        return {
+            "annotated": annotated,
+            "pool": {case: size_and_time(self.unlabeled, case, UNLABELED_FILES) for case in self.pool},
         }
-        for case, annotation in self.annotations.items():
-            says = [sorted(annotation.labels), annotation.unions]
-            records["annotated"][case]["dataset.json"] = {"sha256": digest(says)}
-        return records
-
-    def _image(self, folder: str, case: str) -> str:
-        return os.path.join(folder, case + ".b2nd")
 
     def _spacing(self, folder: str, case: str) -> tuple[float, ...]:
         return network_spacing(os.path.join(folder, case + ".pkl"), self.plans, self.configuration)

@@ -101,18 +101,18 @@ def ignore_uncertain(labels: Tensor, confidence: Tensor, least: float, ignore_la
 def keep_labels(
     labels: Tensor, kept: set[str], annotation: Annotation, channels: Channels
 ) -> tuple[Tensor, Annotation]:
-    """Takes back what a prediction said of labels that are not to be believed.
+    """Takes back what a prediction said of labels that are not accepted.
 
     Args:
         labels: (X, Y, Z) label values of `most_probable`.
-        kept: Names of the predicted labels that are believed. Those annotated are, anyway.
+        kept: Names of the predicted labels that are accepted. Those annotated are, anyway.
         annotation: What was annotated; `NOTHING_ANNOTATED` for a scan of the pool.
         channels: The `output_channels`.
 
     Returns:
-        The label map, where voxels of labels that are not believed have the value of the background, or of a union's
-        first member if not all of its members are believed; what it now says something about. Regions share voxels:
-        with them the label map stays, and only what it says something about tells which of them are believed.
+        The label map, where voxels of labels that are not accepted have the value of the background, or of a union's
+        first member if not all of its members are accepted; what it now says something about. Regions share voxels:
+        with them the label map stays, and only what it says something about tells which of them are accepted.
     """
     if any(len(values) > 1 for values in channels.values()):
         return labels, Annotation(annotation.labels & set(channels) | kept)

@@ -13,14 +13,14 @@ class Evidence(NamedTuple):
     """Of one organ in one case, or of all its foreground together; None where there is nothing to measure."""
 
     volume_ml: float
-    position: tuple[float, float, float] | None  # centre of mass, as a share of the image's extent along each axis
+    position: tuple[float, float, float] | None  # center of mass, as a share of the image's extent along each axis
     confidence: float | None  # mean probability of the organ's voxels
     agreement: float | None  # mean Dice of the single models of an ensemble
     disagreement: float | None  # u, with the round before
 
 
 def disagreement(before: np.ndarray, now: np.ndarray) -> float:
-    """Cross-round disagreement u of a label map, or of one organ's mask: changed voxels over foreground voxels.
+    """Computes the cross-round disagreement u of a label map or mask: changed voxels over foreground voxels.
 
     The winner of FLARE22 (team blackbean) filters by its mean over two pairs of rounds. Ours: an empty foreground
     counts as one voxel, so u is 0 where both rounds are empty, and the number of voxels that vanished where nothing is
@@ -38,7 +38,7 @@ def disagreement(before: np.ndarray, now: np.ndarray) -> float:
 
 
 def pairwise_dice(masks: Sequence[np.ndarray]) -> float | None:
-    """Mean Dice over all pairs of masks; 1 for a pair of empty ones; None if there are fewer than two."""
+    """Computes the mean Dice over all pairs of masks; 1 for a pair of empty ones; None if there are fewer than two."""
     sizes = [np.count_nonzero(mask) for mask in masks]
     dice = []
     for i, j in combinations(range(len(masks)), 2):
@@ -47,8 +47,8 @@ def pairwise_dice(masks: Sequence[np.ndarray]) -> float | None:
     return float(np.mean(dice)) if dice else None
 
 
-def centre(mask: np.ndarray) -> tuple[float, float, float] | None:
-    """The centre of mass as a share of the image's extent, from 0 to 1 along each axis; None of an empty mask."""
+def center(mask: np.ndarray) -> tuple[float, float, float] | None:
+    """Finds the center of mass as a share of the image's extent, from 0 to 1 along each axis; None of an empty mask."""
     size = np.count_nonzero(mask)
     if not size:
         return None
@@ -67,7 +67,7 @@ def measure(
     members: Sequence[np.ndarray] = (),
     before: np.ndarray | None = None,
 ) -> dict[str, Evidence]:
-    """Everything that the gate judges a prediction by.
+    """Measures everything that the filter goes by.
 
     Args:
         labels: (X, Y, Z) label values; negative ones are outside the body.
@@ -89,7 +89,7 @@ def measure(
         size = int(np.count_nonzero(mask))
         found[name] = Evidence(
             volume_ml=size * voxel_ml,
-            position=centre(mask),
+            position=center(mask),
             confidence=float(confidence[mask].mean(dtype=np.float64)) if size and confidence is not None else None,
             agreement=pairwise_dice([_mask(member, values) for member in members]),
             disagreement=None if before is None else disagreement(_mask(before, values), mask),
@@ -101,30 +101,30 @@ def _mask(labels: np.ndarray, values: frozenset[int]) -> np.ndarray:
     return labels == next(iter(values)) if len(values) == 1 else np.isin(labels, list(values))
 
 
-class Anatomy(NamedTuple):
-    """How one organ looks in the annotated cases."""
+class OrganPrior(NamedTuple):
+    """Volumes and positions of one organ in the annotated cases."""
 
     annotated: int  # cases that annotate it
     volumes_ml: tuple[float, ...]  # of the cases that have it
     positions: tuple[tuple[float, float, float], ...]
 
 
-def anatomy(cases: Sequence[Mapping[str, Evidence]]) -> dict[str, Anatomy]:
-    """How the organs look in annotated cases.
+def organ_priors(cases: Sequence[Mapping[str, Evidence]]) -> dict[str, OrganPrior]:
+    """Collects the volumes and positions of organs in annotated cases.
 
     Args:
         cases: The evidence of the label map of each case, only of the organs that it annotates.
 
     Returns:
-        {organ: anatomy} of the organs that any case annotates.
+        {organ: prior} of the organs that any case annotates.
     """
     names = dict.fromkeys(name for case in cases for name in case)
-    shown = {name: [case[name] for case in cases if name in case] for name in names}
+    found = {name: [case[name] for case in cases if name in case] for name in names}
     return {
-        name: Anatomy(
+        name: OrganPrior(
             len(entries),
             tuple(entry.volume_ml for entry in entries if entry.volume_ml > 0),
             tuple(entry.position for entry in entries if entry.position is not None),
         )
-        for name, entries in shown.items()
+        for name, entries in found.items()
     }

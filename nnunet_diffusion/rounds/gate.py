@@ -1,6 +1,6 @@
-"""The gate: which predictions may teach the next round. Pure functions of evidence and settings.
+"""The pseudo-label filter, called gate: which predictions are trained on. Pure functions of evidence and settings.
 
-An organ is believed, or dropped for this round. A case is kept with the organs that are believed, or waits for the next
+An organ is accepted, or left out of this round. A case is kept with the organs that are accepted, or waits for the next
 round, or is dropped for good when it has waited too often. To filter cases by cross-round disagreement is what the
 winner of FLARE22 (team blackbean) did; everything else here is ours.
 """
@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.rounds.evidence import Anatomy, Evidence
+from nnunet_diffusion.rounds.evidence import Evidence, OrganPrior
 
 KEEP, WAIT, DROP = "keep", "wait", "drop"
 
@@ -27,9 +27,9 @@ class GateSettings:
         min_agreement: The mean Dice of an ensemble's models must not be below it.
         volume_factor: An organ must not be smaller than the smallest annotated one by more than this factor, nor larger
             than the largest.
-        position_margin: An organ's centre must not be farther outside the annotated ones' range, as a share of the
+        position_margin: An organ's center must not be farther outside the annotated ones' range, as a share of the
             image's extent.
-        min_organs: A scan of the pool is kept if at least this share of its organs is believed.
+        min_organs: A scan of the pool is kept if at least this share of its organs is accepted.
         patience: A case that was not kept in so many rounds, one after the other, is dropped.
     """
 
@@ -58,6 +58,8 @@ class GateSettings:
                 raise UserError(f"--gate {pair}: known are {', '.join(kinds)}, as KEY=VALUE")
             try:
                 values[key] = {"true": True, "false": False}[text] if kinds[key] is bool else kinds[key](text)
+                if values[key] != values[key]:
+                    raise ValueError("not a number")
             except (ValueError, KeyError) as error:
                 raise UserError(f"--gate {pair}: the value must be of type {kinds[key].__name__}") from error
         return cls(**values)
@@ -71,16 +73,16 @@ class Verdict(NamedTuple):
     """What becomes of one case."""
 
     decision: str  # keep, wait or drop
-    organs: list[str]  # that are believed
-    reasons: dict[str, list[str]]  # organ -> why it is not believed; "case" -> why the case is not kept
+    organs: list[str]  # that are accepted
+    reasons: dict[str, list[str]]  # organ -> why it is not accepted; "case" -> why the case is not kept
 
 
-def doubts(evidence: Evidence, shown: Anatomy | None, settings: GateSettings) -> list[str]:
-    """Why an organ's prediction is not to be believed, in words with the numbers; nothing if it is.
+def objections(evidence: Evidence, prior: OrganPrior | None, settings: GateSettings) -> list[str]:
+    """Says why an organ's prediction is not accepted, in words with the numbers; nothing if it is.
 
     Args:
         evidence: Of the prediction.
-        shown: How annotated cases show the organ; None if no case annotates it.
+        prior: Of the organ; None if no case annotates it.
         settings: The limits.
     """
     found = []
@@ -90,56 +92,56 @@ def doubts(evidence: Evidence, shown: Anatomy | None, settings: GateSettings) ->
         found.append(f"the models agree by a Dice of {evidence.agreement:.2f} only, below {settings.min_agreement:g}")
     if evidence.disagreement is not None and evidence.disagreement > settings.max_disagreement:
         found.append(f"u with the round before is {evidence.disagreement:.2f}, above {settings.max_disagreement:g}")
-    if shown is None or not shown.annotated:
+    if prior is None or not prior.annotated:
         return [*found, "no annotated case shows what it looks like"]
-    return found + implausible(evidence, shown, settings)
+    return found + implausible(evidence, prior, settings)
 
 
-def implausible(evidence: Evidence, shown: Anatomy, settings: GateSettings) -> list[str]:
-    """What no annotated case shows: an absence, a size or a position."""
+def implausible(evidence: Evidence, prior: OrganPrior, settings: GateSettings) -> list[str]:
+    """Says what no annotated case shows: an absence, a size or a position."""
     if evidence.volume_ml == 0:
-        is_always_there = len(shown.volumes_ml) == shown.annotated
-        return [f"it is nowhere, but in all {shown.annotated} annotated cases"] if is_always_there else []
-    if not shown.volumes_ml:
-        return [f"it is in none of the {shown.annotated} annotated cases"]
+        is_always_there = len(prior.volumes_ml) == prior.annotated
+        return [f"it is nowhere, but in all {prior.annotated} annotated cases"] if is_always_there else []
+    if not prior.volumes_ml:
+        return [f"it is in none of the {prior.annotated} annotated cases"]
     found = []
-    least, most = min(shown.volumes_ml), max(shown.volumes_ml)
+    least, most = min(prior.volumes_ml), max(prior.volumes_ml)
     if not least / settings.volume_factor <= evidence.volume_ml <= most * settings.volume_factor:
         found.append(f"volume {evidence.volume_ml:.3g} ml, annotated ones have {least:.3g} to {most:.3g} ml")
     for axis, share in enumerate(evidence.position):
-        low, high = (pick(position[axis] for position in shown.positions) for pick in (min, max))
+        low, high = (pick(position[axis] for position in prior.positions) for pick in (min, max))
         if not low - settings.position_margin <= share <= high + settings.position_margin:
-            found.append(f"its centre is at {share:.0%} of axis {axis}, annotated ones are at {low:.0%} to {high:.0%}")
+            found.append(f"its center is at {share:.0%} of axis {axis}, annotated ones are at {low:.0%} to {high:.0%}")
     return found
 
 
-def judge(
+def filter_case(
     evidence: Mapping[str, Evidence],
-    shown: Mapping[str, Anatomy],
+    priors: Mapping[str, OrganPrior],
     settings: GateSettings,
     waited: int = 0,
     is_partly_annotated: bool = False,
 ) -> Verdict:
-    """Decides about one case.
+    """Decides whether a case is kept, waits or is dropped, and which of its organs are accepted.
 
     Args:
         evidence: {organ: evidence} of the predicted organs; of a partly annotated case, of those that it lacks.
-        shown: The `anatomy` of the annotated training cases.
+        priors: The `organ_priors` of the annotated training cases.
         settings: The limits.
         waited: In how many rounds before this one, one after the other, it was not kept.
-        is_partly_annotated: One believed organ is enough, and it is never dropped: its true labels teach anyway.
+        is_partly_annotated: One accepted organ is enough, and it is never dropped.
     """
     if settings.is_open:
         return Verdict(KEEP, list(evidence), {})
-    reasons = {organ: doubts(entry, shown.get(organ), settings) for organ, entry in evidence.items()}
+    reasons = {organ: objections(entry, priors.get(organ), settings) for organ, entry in evidence.items()}
     reasons = {organ: found for organ, found in reasons.items() if found}
     organs = [organ for organ in evidence if organ not in reasons]
     is_empty = not is_partly_annotated and not any(evidence[organ].volume_ml for organ in organs)
     if organs and not is_empty and (is_partly_annotated or len(organs) >= settings.min_organs * len(evidence)):
         return Verdict(KEEP, organs, reasons)
-    what = f"only {len(organs)} of {len(evidence)} organs can be believed" if organs else "no organ can be believed"
+    what = f"only {len(organs)} of {len(evidence)} organs are accepted" if organs else "no organ is accepted"
     if is_empty and organs:
-        what = "no organ that can be believed is there"
+        what = "no organ that is accepted is there"
     if waited + 1 >= settings.patience and not is_partly_annotated:
         return Verdict(DROP, [], reasons | {"case": [what, f"and so it was in {waited} round(s) before"]})
     return Verdict(WAIT, [], reasons | {"case": [what]})

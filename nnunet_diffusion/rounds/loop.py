@@ -1,284 +1,162 @@
-"""The loop: train on what is annotated, predict the pool, gate, train a fresh schedule on both, repeat."""
+"""The loop: train on what is annotated, predict the pool, filter, train a fresh schedule on both, repeat."""
 
-import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
-from time import time
-from typing import Any
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
 from nnunet_diffusion.commands import Step, Steps, command_environment
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic, write_json
-from nnunet_diffusion.model_folder import first_existing, own_results
-from nnunet_diffusion.rounds.constrained import NOTHING_ANNOTATED, ignore_uncertain, keep_labels
-from nnunet_diffusion.rounds.gate import DROP, KEEP, Verdict, judge
-from nnunet_diffusion.rounds.given_model import refuse_leak, refuse_missing, refuse_other_data
-from nnunet_diffusion.rounds.prediction import Teacher, is_predicted, load_prediction, predict_case, read_evidence
-from nnunet_diffusion.rounds.pseudo_labels import ENDING, ignoring, pseudo_cases, save_pseudo_label
-from nnunet_diffusion.rounds.report import draw, to_draw, write_report
-from nnunet_diffusion.rounds.run import CHECKPOINT, TRAINER, Run, remove_stale
-from nnunet_diffusion.rounds.state import digest, record
+from nnunet_diffusion.marks import mark, refuse_foreign
+from nnunet_diffusion.names import safe_name
+from nnunet_diffusion.plans import read_plans
+from nnunet_diffusion.records import digest, made_from, read_sealed, refuse_other, some, write_sealed
+from nnunet_diffusion.rounds.cases import Cases
+from nnunet_diffusion.rounds.filtering import filter_round, read_verdicts
+from nnunet_diffusion.rounds.given_model import check_model, refuse_unusable_start
+from nnunet_diffusion.rounds.outcome import publish, refuse_foreign_outcome
+from nnunet_diffusion.rounds.places import Places, Request
+from nnunet_diffusion.rounds.prediction import Teacher, is_predicted, predict_case
+from nnunet_diffusion.rounds.pseudo_labels import pseudo_cases
+from nnunet_diffusion.rounds.stale import remove_stale
+from nnunet_diffusion.rounds.state import FORMAT, Round, State, anew, cases_of_round, fallen, last_good, load_state
+from nnunet_diffusion.rounds.training import denoiser_of, training, validation_dice, write_plans
+from nnunet_diffusion.settings import BLOCK
+
+FIRST = "training on annotated cases"
 
 
-class Rounds(Run):
-    """A run, and what is done in it."""
+class Known(TypedDict):
+    """cases.json of a run: all cases that it has seen, as `Cases.recorded` has them."""
 
-    # ---------------------------------------------------------------- the first model
+    annotated: dict[str, str]
+    pool: dict[str, str]
 
-    def check_model(self) -> None:
-        """Raises UserError unless the first model, which this run did not train, may teach."""
-        folder, dataset_json = self.model(0), self.cases.dataset_json
-        refuse_other_data(folder, self.plans, self.request.configuration, dataset_json)
-        refuse_missing(self.checkpoints(0), folder)
-        refuse_leak(folder, self.request.fold, self.cases.split()[1], dataset_json["file_ending"])
 
-    def train_first(self, steps: Steps) -> bool:
-        """Trains on what is annotated, unless there is such a model; returns whether there was anything to do."""
-        entry = self.entry(0)
-        if "checkpoints" in entry:
-            return False
-        self.refuse_unusable_start()
-        if self.request.model or self.is_trained_elsewhere():
-            self.check_model()
-        else:
-            plans, trainer = self.request.plans, self.request.trainer
-            self.refuse_unfinished()
-            epochs = self.plans.get("nnunet_diffusion", {}).get(trainer, {}).get("num_epochs", 1000)
-            steps.run(self.training("training on annotated cases", 0, plans, trainer, epochs, [digest(self.plans)]))
-        self.finish(entry, 0)
-        return True
+class Predicted(TypedDict):
+    """cases.json of a round."""
 
-    def refuse_unusable_start(self) -> None:
-        """Raises UserError if the rounds cannot start as they are to, before anything is trained."""
-        if self.request.model and os.path.realpath(self.model(0)) == os.path.realpath(self.final_model()):
-            raise UserError(f"--from {self.model(0)}: is where the outcome goes: copy it to another place first")
-        if self.request.start == "previous" and self.folds(0) != [self.request.fold]:
-            raise UserError("--start previous: an ensemble has no weights to go on from: take denoiser or scratch")
-        settings = self.plans.get("nnunet_diffusion", {}).get(TRAINER, {})
-        if self.request.start != "denoiser" or settings.get("scratch") or settings.get("start_from"):
-            return
-        plans, configuration = PlansManager(self.plans), self.request.configuration
-        fold, pretraining = self.request.fold, "DenoisingDiffusionTrainer"
-        own = own_results(plans, self.request.plans, configuration, fold, pretraining, "denoiser.pth")
-        first_existing(
-            [settings["denoiser"]] if settings.get("denoiser") else own,
-            f"make one with\n  nnUNetv2_train {self.request.dataset} {configuration} all -tr {pretraining} "
-            f"-p {self.request.plans}\nor let the rounds start elsewhere with --start scratch or --start previous, "
-            "and the first model with -tr PartialLabelTrainer",
-        )
+    cases: list[str]
+    dropped: list[str]
 
-    def is_trained_elsewhere(self) -> bool:
-        """Whether the user has trained the first model already."""
-        begun = "training on annotated cases" in self.state["steps"]
-        return not begun and all(map(os.path.isfile, self.checkpoints(0)))
 
-    def refuse_unfinished(self) -> None:
-        """Raises UserError if there is a training in the place of the first one that this run did not begin."""
-        folder = os.path.join(self.model(0), f"fold_{self.request.fold}")
-        if "training on annotated cases" not in self.state["steps"] and os.path.isdir(folder):
-            raise UserError(f"{folder}: holds a training that is not finished: finish it (--c), or remove it")
+class Rounds:
+    """One run: a data set, plan, configuration and fold."""
 
-    def training(self, title: str, number: int | str, plans: str, trainer: str, epochs: int, depends_on: list) -> Step:
-        """The command that trains one model."""
-        request = self.request
-        command = ["nnunet_diffusion", "train", request.dataset, request.configuration, request.fold]
-        command += ["-tr", trainer, "-p", plans]
-        folder = os.path.join(self.model(number), f"fold_{request.fold}")
-        return Step(
-            title, command, os.path.join(folder, CHECKPOINT), counts=r": Epoch \d+\s*$", total=epochs,
-            depends_on=depends_on, resume_with=["--c"], replaces=folder,
-            where=["-device", request.device, "-num_gpus", str(request.num_gpus)],
-            environment={"nnUNet_n_proc_DA": "0"} if request.device == "cpu" else {},
-        )  # fmt: skip
+    def __init__(self, request: Request, lock: int | None = None, is_looking: bool = False):
+        """Finds the data, and what was done before.
 
-    def finish(self, entry: dict, number: int | str) -> None:
-        """Records the checkpoints of a training and how well the model does on what it was validated on."""
-        entry["checkpoints"] = {path: record(path) for path in self.checkpoints(number)}
-        entry["agreement"] = self.agreement(number)
-        report = os.path.join(self.model(number), f"fold_{self.request.fold}", "transfer_report.json")
-        source = load_json(report)["source"] if os.path.isfile(report) else ""
-        entry["denoiser"] = {source: record(source)} if os.path.isfile(source) else {}
-        entry["versions"] = {name: version(name) for name in ("nnunetv2", "torch")}
-        self.save()
-
-    def agreement(self, number: int | str) -> float | None:
-        """Mean validation Dice of a model; None where nothing is held out, or nothing was measured."""
-        path = os.path.join(self.model(number), f"fold_{self.request.fold}", "validation", "summary.json")
-        if self.request.fold == "all" or not os.path.isfile(path):
-            return None
-        dice = load_json(path)["foreground_mean"]["Dice"]
-        return dice if isinstance(dice, float) and math.isfinite(dice) else None
-
-    # ---------------------------------------------------------------- one round
-
-    def begin(self, number: int) -> dict[str, Any]:
-        """Fixes which cases a round predicts."""
-        entry = self.entry(number)
-        if "cases" not in entry:
-            dropped = {case for case, verdict in self.verdicts(number - 1).items() if verdict.decision == DROP}
-            entry["cases"] = sorted(set(self.cases.to_predict()) - dropped)
-            entry["dropped"] = sorted(dropped | set(self.entry(number - 1).get("dropped", [])))
-            entry["cases"] = [case for case in entry["cases"] if case not in entry["dropped"]]
-            self.save()
-        return entry
-
-    def teacher(self, number: int) -> str:
-        """A name for the weights that a round is predicted with."""
-        return digest(sorted(file["sha256"] for file in self.entry(number - 1)["checkpoints"].values()))
-
-    def predict(self, number: int, num_parts: int = 1, part_id: int = 0) -> bool:
-        """Predicts what is not predicted yet of a round's cases, or of a part of them; returns whether that is any."""
-        cases, identity, folder = self.cases.to_predict(), self.teacher(number), self.predicted(number)
-        mine = self.entry(number)["cases"][part_id::num_parts]
-        todo = [case for case in mine if case in cases and not is_predicted(folder, case, identity)]
-        if not todo:
-            return False
-        folds, device = self.folds(number - 1), torch.device(self.request.device)
-        teacher = Teacher(self.model(number - 1), folds, identity, device, self.request.mirroring)
-        for case in tqdm(todo, f"round {number}: predicting ({len(mine) - len(todo)} there)"):
-            predict_case(teacher, case, cases[case], folder, self.predicted(number - 1), self.cases.channels)
-        return True
-
-    def predict_part(self, rounds: int, num_parts: int, part_id: int) -> None:
-        """Predicts a part of the pool for the round that is due; writes nothing but predictions.
+        Args:
+            request: What is asked for.
+            lock: The open file of the run's lock, which trainings inherit.
+            is_looking: Only to say what is done, whatever has changed since.
 
         Raises:
-            UserError: If no round waits for predictions.
+            UserError: If the data, the plan, the settings or the state are not what the run can go on with.
         """
-        due = [entry["round"] for entry in self.state["rounds"] if "cases" in entry and "verdicts" not in entry]
-        if not due or due[0] > rounds:
-            raise UserError(f"{self.state_file}: no round waits for predictions: run it with --stop_after train first")
-        self.predict(due[0], num_parts, part_id)
+        self.request, self.lock = request, lock
+        self.plans = read_plans(request.base, request.plans, request.configuration)
+        self.cases = Cases(request.base, self.plans, request.configuration, request.fold)
+        self.places = Places(request, self.cases.configuration.data_identifier)
+        self.new_cases: list[str] = []
+        known = load_state(self.places.state)
+        if known and is_looking:
+            self.state = known
+            return
+        if known and not known.steps and not known.round(0).checkpoints:
+            known = None  # nothing was done with it
+        refuse_foreign(self.places.folder)
+        refuse_foreign_outcome(self.places)
+        self.state = self.compared(known)
 
-    def gate(self, number: int) -> bool:
-        """Judges the predictions of a round, saves what is kept, and reports, unless that is done; returns whether."""
-        entry, folder = self.entry(number), self.round_folder(number)
-        if "verdicts" in entry:
-            return False
-        cases, shown = self.cases.to_predict(), self.cases.anatomy()
-        present = [case for case in entry["cases"] if case in cases]  # others were annotated meanwhile
-        evidence, verdicts = {}, {}
-        for case in present:
-            annotation = cases[case].annotation
-            lacking = self.cases.lacking(annotation or NOTHING_ANNOTATED)
-            found = read_evidence(self.predicted(number), case)[0]
-            evidence[case] = {organ: found[organ] for organ in lacking}
-            waited = self.waited(case, number)
-            verdicts[case] = judge(evidence[case], shown, self.request.gate, waited, annotation is not None)
-        kept = [case for case, verdict in verdicts.items() if verdict.decision == KEEP]
-        for case in tqdm(kept, f"round {number}: keeping"):
-            self.keep(number, case, cases[case].annotation, verdicts[case])
-        for case in set(pseudo_cases(folder)) - set(kept):
-            os.remove(os.path.join(folder, case + ENDING))
-        report = os.path.join(self.reports, f"round_{number}")
-        write_report(report, f"{self.name}, round {number}", verdicts, evidence)
-        draw(report, cases, to_draw(verdicts, evidence), self.predicted(number), self.cases.plans,
-             self.cases.dataset_json["labels"])  # fmt: skip
-        entry["verdicts"] = {case: list(verdict) for case, verdict in verdicts.items()}
-        self.save()
-        return True
+    # ---------------------------------------------------------------- what is there
 
-    def keep(self, number: int, case: str, annotation, verdict: Verdict) -> None:
-        """Saves the pseudo label of one case."""
-        gate, manager = self.request.gate, ignoring(self.cases.label_manager)
-        prediction = load_prediction(self.predicted(number), case)
-        labels = torch.from_numpy(prediction.labels)
-        if not gate.is_open:
-            confidence = torch.from_numpy(prediction.confidence)
-            labels = ignore_uncertain(labels, confidence, gate.voxel_confidence, manager.ignore_label)
-        known = annotation or NOTHING_ANNOTATED
-        labels, says = keep_labels(labels, set(verdict.organs), known, self.cases.channels)
-        save_pseudo_label(
-            self.round_folder(number), case, labels.numpy(), says, manager, self.cases.configuration.patch_size,
-            annotation, {"round": number, "teacher": prediction.teacher},
-        )  # fmt: skip
+    def compared(self, known: State | None) -> State:
+        """The state to go on with; raises UserError if anything that the run was made from has changed."""
+        request, file = self.request, self.places.state
+        held_out = self.cases.held_out() or (known.made_from["values"]["validation"] if known else [])
+        now = made_from({
+            "nnunet_diffusion": version("nnunet_diffusion"),
+            "trainer": request.trainer,
+            "model": os.path.abspath(request.model) if request.model else "",
+            "start": request.start,
+            "finetune": request.finetune,
+            "mirroring": request.mirroring,
+            "gate": request.gate.as_dict(),
+            "plan": digest(self.plans),
+            "seeds": {name: block.get("seed") for name, block in self.plans.get(BLOCK, {}).items()},
+            "labels": self.cases.dataset_json["labels"],
+            "validation": held_out,
+        })  # fmt: skip
+        self.recorded = self.cases.recorded()
+        if known is None:
+            return State(now)
+        known.made_from["values"]["validation"] = known.made_from["values"]["validation"] or held_out
+        refuse_other(file, known.made_from, now, anew(file))
+        self.compare_cases()
+        for entry in known.rounds:
+            for kind in ("checkpoint", "denoiser"):
+                self.refuse_other_file(known, kind, entry)
+        return known
 
-    def waited(self, case: str, number: int) -> int:
-        """In how many rounds before, one after the other, a case was not kept."""
-        count = 0
-        for before in range(number - 1, 0, -1):
-            verdict = self.verdicts(before).get(case)
-            if verdict is None or verdict.decision == KEEP:
-                break
-            count += 1
-        return count
+    def compare_cases(self) -> None:
+        """Finds the new cases; raises UserError if one that was there has changed or is missing."""
+        file = self.places.cases
+        seen = read_sealed(file, Known, FORMAT, anew(file)) or {"annotated": {}, "pool": {}}
+        now = self.recorded
+        pool = {case: files for case, files in seen["pool"].items() if case not in now["annotated"]}
+        known = {"annotated": seen["annotated"], "pool": pool}
+        refuse_other(file, made_from({}, known), made_from({}, now), anew(file), growing=("annotated", "pool"))
+        self.new_cases = sorted(case for kind in now for case in now[kind].keys() - seen[kind].keys())
 
-    def train(self, number: int, steps: Steps) -> bool:
-        """Trains a fresh schedule on annotated cases and on what was kept, unless that is done; returns whether."""
-        entry = self.entry(number)
-        if "checkpoints" in entry:
-            return False
-        if not pseudo_cases(self.round_folder(number)):
-            raise UserError(
-                f"round {number}: the gate kept nothing, see {self.reports}/round_{number}/report.md: train the first "
-                "model better, or open the gate (--gate KEY=VALUE)"
-            )
-        pseudo = f"{self.name_for_plans()}/round_{number}"
-        plans, epochs, settings = self.write_plans(number, pseudo, number - 1)
-        annotated = {case: files["_seg.b2nd"]["sha256"] for case, files in self.state["cases"]["annotated"].items()}
-        depends_on = [settings, annotated, entry["verdicts"], self.teacher(number)]
-        title = f"round {number}: training"
-        steps.run(self.training(title, number, plans, TRAINER, epochs, [digest(depends_on)]))
-        self.finish(entry, number)
-        return True
+    def refuse_other_file(self, known: State, kind: str, entry: Round) -> None:
+        """Raises UserError if what a training ended with or started from is no longer what it was."""
+        for path, sha256 in (entry.checkpoints if kind == "checkpoint" else entry.denoiser).items():
+            is_there = os.path.isfile(path)
+            if (kind == "checkpoint" and not is_there) or (is_there and known.sha256(path) != sha256):
+                how = "ended with" if kind == "checkpoint" else "started from"
+                raise UserError(
+                    f"{path}: is not the {kind} that round {entry.number} {how}: restore it, or "
+                    f"{anew(self.places.state)}"
+                )
 
-    def name_for_plans(self) -> str:
-        """The run's name with a placeholder for the fold, since folds share their plans."""
-        return f"{self.request.plans}__{self.request.configuration}__fold_{{fold}}"
+    def save(self) -> None:
+        """Writes the state."""
+        self.state.save(self.places.state)
 
-    def write_plans(self, number: int | str, pseudo: str, teacher: int) -> tuple[str, int, dict]:
-        """Writes the plan with the settings of a round's training; returns its name, the epochs and the settings."""
-        block = dict(self.plans.get("nnunet_diffusion", {}))
-        settings = {**block.get(TRAINER, {}), "pseudo_labels": pseudo}
-        if self.request.start == "previous" or number == "finetune":
-            settings["start_from"] = os.path.join(self.model(teacher), "fold_{fold}", CHECKPOINT)
-            settings.pop("scratch", None)
-        if self.request.start == "scratch" and number != "finetune":
-            settings["scratch"] = True
-        settings["plans_of_denoiser"] = self.request.plans
-        name = self.round_plans(number)
-        content = {**self.plans, "plans_name": name, "nnunet_diffusion": block | {TRAINER: settings}}
-        write_json(os.path.join(self.base, name + ".json"), content)
-        return name, settings.get("num_epochs", 1000), settings
+    def cases_of(self, entry: Round) -> list[str]:
+        """The cases that a round predicts; none as long as that is not fixed."""
+        return self.read_cases(entry)["cases"]
 
-    # ---------------------------------------------------------------- all of it
+    def read_cases(self, entry: Round) -> Predicted:
+        """Reads cases.json of a round; raises UserError if it is not what the run wrote."""
+        if entry.cases is None:
+            return {"cases": [], "dropped": []}
+        file, remedy = self.places.cases_of(entry.number), anew(self.places.state)
+        content = read_sealed(file, Predicted, FORMAT, remedy)
+        if content is None:
+            raise UserError(f"{file}: is missing: restore it, or {remedy}")
+        for case in content["cases"]:
+            safe_name(case, f"{file}: cases", remedy)
+        return content
 
-    def stages(self, rounds: int) -> Iterator[tuple[int, str, Callable[[], bool]]]:
-        """(Round, what it is, what does it), in order, until the last round or until the agreement falls."""
-        steps = self.steps(rounds)
-        yield 0, "train", lambda: self.train_and_begin(0, rounds, steps)
-        for number in range(1, rounds + 1):
-            if (fallen := self.fallen()) is not None:
-                print(f"round {fallen}: agreement with the held-out annotations fell: stopped", flush=True)
-                break
-            self.begin(number)
-            yield number, "predict", lambda number=number: self.predict(number)
-            yield number, "gate", lambda number=number: self.gate(number)
-            yield number, "train", lambda number=number: self.train_and_begin(number, rounds, steps)
-        self.publish(rounds, steps)
+    def verdicts_before(self, number: int) -> list[dict]:
+        """The verdicts of the rounds before one, in their order."""
+        return [read_verdicts(self.places, self.state.round(n)) for n in range(1, number)]
 
-    def train_and_begin(self, number: int, rounds: int, steps: Steps) -> bool:
-        """Trains, and fixes what the next round predicts, so that other machines can begin with it."""
-        is_new = self.train(number, steps) if number else self.train_first(steps)
-        if number < rounds and self.fallen() is None:
-            self.begin(number + 1)
-        return is_new
+    def dices(self) -> list[float | None]:
+        """Validation Dice of the rounds that were trained."""
+        return [entry.validation_dice for entry in self.state.rounds if entry.checkpoints]
 
-    def steps(self, rounds: int) -> Steps:
-        """The runner of trainings, whose state is this run's."""
-        inherited = () if self.lock is None else (self.lock,)
-        environment = command_environment(None, self.request.device)
-        total = rounds + 1 + self.request.finetune
-        steps = Steps(self.reports, environment, total, self.state["steps"], self.save, inherited)
-        steps.number = sum("checkpoints" in entry for entry in self.state["rounds"])
-        return steps
+    def fallen(self) -> int | None:
+        """The first round whose model is worse than the best before; None so far."""
+        return fallen(self.dices(), self.request.tolerance)
+
+    # ---------------------------------------------------------------- what is done
 
     def run(self, rounds: int, stop_after: str = "") -> None:
         """Does all that is not done; ends after the first stage of a kind that had something to do, if asked to.
@@ -287,66 +165,137 @@ class Rounds(Run):
             UserError: If a stage fails.
         """
         if self.new_cases:
-            print(f"new cases, which join the next round: {', '.join(self.new_cases)}", flush=True)
+            print(f"{len(self.new_cases)} new cases, which join the next round: {some(self.new_cases)}", flush=True)
+        mark(self.places.folder, run=self.places.name)
+        write_sealed(self.places.cases, self.recorded, FORMAT)
         self.save()
-        remove_stale(self.folder)
-        for number, kind, do in self.stages(rounds):
-            start = time()
-            if do():
-                seconds = self.entry(number).setdefault("seconds", {})
-                seconds[kind] = round(seconds.get(kind, 0) + time() - start, 2)
-                self.save()
-                if kind == stop_after:
-                    return
+        remove_stale(self.places.folder)
+        remove_stale(self.places.reports, is_ours_alone=True)
+        environment = command_environment(None, self.request.device)
+        inherited = () if self.lock is None else (self.lock,)
+        total = 3 * rounds + 2 + self.request.finetune
+        steps = Steps(self.places.reports, environment, total, self.state.steps, self.save, inherited)
+        steps.run_all(self.stages(rounds), stop_after)
 
-    def fallen(self) -> int | None:
-        """The first round whose model agrees less with what is held out than the best one before; None so far."""
-        best = None
-        for entry in self.state["rounds"]:
-            agreement = entry.get("agreement")
-            if agreement is None:
-                continue
-            if best is not None and agreement < best - self.request.tolerance:
-                return entry["round"]
-            best = agreement if best is None else max(best, agreement)
-        return None
-
-    def last_good(self, rounds: int) -> int:
-        """The round whose model is the outcome."""
-        trained = [entry["round"] for entry in self.state["rounds"] if "checkpoints" in entry]
-        last = max(number for number in trained if number <= rounds)
-        fallen = self.fallen()
-        return last if fallen is None else min(last, fallen - 1)
-
-    def publish(self, rounds: int, steps: Steps) -> None:
-        """Puts the outcome where `nnUNetv2_predict` looks for it; the models of all rounds stay where they are."""
-        number: int | str = self.last_good(rounds)
-        source = self.entry(number)
+    def stages(self, rounds: int) -> Iterator[Step]:
+        """All that is to be done, in order, until the last round or until the validation Dice falls."""
+        yield self.first_training(rounds)
+        for number in range(1, rounds + 1):
+            if (worse := self.fallen()) is not None:
+                print(f"round {worse}: the validation Dice fell: stopped", flush=True)
+                break
+            entry = self.begin(number)
+            yield Step(f"round {number}: predicting", do=partial(self.predict, entry), kind="predict",
+                       is_done=lambda entry=entry: bool(entry.verdicts) or not self.to_predict(entry))  # fmt: skip
+            yield Step(f"round {number}: filtering", do=partial(self.filter, entry), kind="gate",
+                       is_done=lambda entry=entry: bool(entry.verdicts))  # fmt: skip
+            yield self.round_training(entry, rounds)
+        outcome: int | str = last_good(self.dices(), rounds, self.request.tolerance)
         if self.request.finetune:
-            plans, epochs, settings = self.write_plans("finetune", "", number)
-            depends_on = [digest([settings, self.state["cases"]["annotated"], source["checkpoints"]])]
-            steps.run(self.training("fine-tuning on annotated cases", "finetune", plans, TRAINER, epochs, depends_on))
-            number = "finetune"
-        for fold, checkpoint in zip(self.folds(number), self.checkpoints(number), strict=True):
-            target, content = os.path.join(self.final_model(), f"fold_{fold}", CHECKPOINT), record(checkpoint)["sha256"]
-            if not os.path.isfile(target) or record(target)["sha256"] != content:
-                copy_fold(os.path.dirname(checkpoint), self.final_model(), fold)
-        print(f"{self.final_model()}: the model of {'the fine-tuning' if number == 'finetune' else f'round {number}'}")
+            yield self.finetuning(outcome)
+            outcome = "finetune"
+        yield Step("outcome", do=lambda: publish(self.places, outcome))
+        what = "the fine-tuning" if outcome == "finetune" else f"round {outcome}"
+        print(f"{self.places.outcome()}: the model of {what}")
 
+    def first_training(self, rounds: int) -> Step:
+        """Trains on what is annotated, unless there is such a model, which is checked."""
+        entry, request = self.state.round(0), self.request
+        hooks = {"is_done": lambda: bool(entry.checkpoints), "then": lambda: self.finish(entry, rounds)}
+        if not entry.checkpoints:
+            refuse_unusable_start(self.places, self.plans)
+        is_begun = FIRST in self.state.steps
+        if request.model or (not is_begun and all(map(os.path.isfile, self.places.checkpoints(0)))):
+            check = partial(check_model, self.places, self.cases, self.plans)
+            return Step("checking the first model", do=check, kind="train", **hooks)
+        folder = os.path.join(self.places.model(0), f"fold_{request.fold}")
+        if not is_begun and os.path.isdir(folder):
+            raise UserError(f"{folder}: holds a training that is not finished: finish it (--c), or remove it")
+        settings = request.settings_of(self.plans, request.trainer)
+        return training(self.places, 0, FIRST, settings, {"plan": digest(self.plans)}, **hooks)
 
-def copy_fold(source: str, model: str, fold: str) -> None:
-    """Copies a trained fold into a model folder: it is there whole or not at all."""
-    os.makedirs(model, exist_ok=True)
-    for name in ("plans.json", "dataset.json", "dataset_fingerprint.json"):
-        file = os.path.join(os.path.dirname(source), name)
-        if os.path.isfile(file):
-            with atomic(os.path.join(model, name)) as temporary:
-                shutil.copyfile(file, temporary)
-    target, temporary, old = (os.path.join(model, f"{prefix}fold_{fold}") for prefix in ("", ".tmp_", ".old_"))
-    for folder in (temporary, old):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(source, temporary)
-    if os.path.isdir(target):
-        os.rename(target, old)
-    os.rename(temporary, target)
-    shutil.rmtree(old, ignore_errors=True)
+    def round_training(self, entry: Round, rounds: int) -> Step:
+        """Trains a fresh schedule on annotated cases and on what was kept."""
+        number, places = entry.number, self.places
+        if not entry.checkpoints and not pseudo_cases(places.round(number)):
+            raise UserError(
+                f"round {number}: the gate kept nothing, see {places.reports}/round_{number}/report.md: train the "
+                "first model better, or open the gate (--gate KEY=VALUE)"
+            )
+        settings = write_plans(places, self.plans, number, number - 1)
+        depends_on = {"settings": settings, "annotated": digest(self.recorded["annotated"])}
+        depends_on |= {"verdicts": entry.verdicts, "teacher": self.teacher(number)}
+        hooks = {"is_done": lambda: bool(entry.checkpoints), "then": lambda: self.finish(entry, rounds)}
+        return training(places, number, f"round {number}: training", settings, depends_on, **hooks)
+
+    def finetuning(self, outcome: int) -> Step:
+        """Trains on annotated cases alone, from the weights of the outcome."""
+        settings = write_plans(self.places, self.plans, "finetune", outcome)
+        depends_on = {"settings": settings, "annotated": digest(self.recorded["annotated"])}
+        depends_on["checkpoints"] = self.state.round(outcome).checkpoints
+        return training(self.places, "finetune", "fine-tuning on annotated cases", settings, depends_on)
+
+    def finish(self, entry: Round, rounds: int) -> None:
+        """Records a training, and fixes what the next round predicts, so that other machines can begin with it."""
+        model, fold = self.places.model(entry.number), self.request.fold
+        denoiser = denoiser_of(model, fold)
+        entry.validation_dice = validation_dice(model, fold)
+        entry.denoiser = {denoiser: self.state.sha256(denoiser)} if denoiser else {}
+        entry.checkpoints = {path: self.state.sha256(path) for path in self.places.checkpoints(entry.number)}
+        self.save()
+        if entry.number < rounds and self.fallen() is None:
+            self.begin(entry.number + 1)
+
+    def begin(self, number: int) -> Round:
+        """Fixes which cases a round predicts."""
+        entry = self.state.round(number)
+        if entry.cases is None:
+            before = self.verdicts_before(number)
+            dropped = self.read_cases(self.state.round(number - 1))["dropped"]
+            cases, dropped = cases_of_round(self.cases.to_predict(), before[-1] if before else {}, dropped)
+            os.makedirs(self.places.round(number), exist_ok=True)
+            write_sealed(self.places.cases_of(number), {"cases": cases, "dropped": dropped}, FORMAT)
+            entry.cases = len(cases)
+            self.save()
+        return entry
+
+    def teacher(self, number: int) -> str:
+        """A name for the weights that a round is predicted with."""
+        return digest(sorted(self.state.round(number - 1).checkpoints.values()))
+
+    def to_predict(self, entry: Round, num_parts: int = 1, part_id: int = 0) -> list[str]:
+        """The cases of a round, or of a part of it, that are not predicted yet."""
+        candidates, teacher = self.cases.to_predict(), self.teacher(entry.number)
+        folder = self.places.predicted(entry.number)
+        mine = self.cases_of(entry)[part_id::num_parts]
+        return [case for case in mine if case in candidates and not is_predicted(folder, case, teacher)]
+
+    def predict(self, entry: Round, num_parts: int = 1, part_id: int = 0) -> None:
+        """Predicts what is not predicted yet of a round's cases, or of a part of them."""
+        number, request = entry.number, self.request
+        if not (todo := self.to_predict(entry, num_parts, part_id)):
+            return
+        folds, device = self.places.folds(number - 1), torch.device(request.device)
+        teacher = Teacher(self.places.model(number - 1), folds, self.teacher(number), device, request.mirroring)
+        folder, before = self.places.predicted(number), self.places.predicted(number - 1)
+        for case in tqdm(todo, f"round {number}: predicting"):
+            predict_case(teacher, case, self.cases.case(case), folder, before, self.cases.channels)
+
+    def predict_part(self, rounds: int, num_parts: int, part_id: int) -> None:
+        """Predicts a part of the pool for the round that is due; writes nothing but predictions.
+
+        Raises:
+            UserError: If no round waits for predictions.
+        """
+        due = [entry for entry in self.state.rounds if entry.cases is not None and not entry.verdicts]
+        if not due or due[0].number > rounds:
+            file = self.places.state
+            raise UserError(f"{file}: no round waits for predictions: run it with --stop_after train first")
+        self.predict(due[0], num_parts, part_id)
+
+    def filter(self, entry: Round) -> None:
+        """Filters the predictions of a round."""
+        before = self.verdicts_before(entry.number)
+        filter_round(self.places, self.cases, entry, self.cases_of(entry), before)
+        self.save()
+

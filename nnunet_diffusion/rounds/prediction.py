@@ -9,24 +9,28 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import blosc2
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_pickle
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from pydantic import Field
+from typing_extensions import TypedDict
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.model_folder import find_folds, trainers_of
+from nnunet_diffusion.files import check_shape
+from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_nothing_but_plain_values, trainers_of
 from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.preprocessing.properties import REMEDY, load_properties
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure
 from nnunet_diffusion.rounds.pseudo_labels import open_array, write_array
 
+CHECKPOINT = "checkpoint_final.pth"
 LEVELS = 255  # of the stored confidence
+ANEW = "remove it and run the same command again"
 
 
 class Case(NamedTuple):
@@ -47,17 +51,41 @@ class Prediction(NamedTuple):
 
 
 def network_spacing(properties: str, plans: PlansManager, configuration: ConfigurationManager) -> tuple[float, ...]:
-    """The spacing of a preprocessed case in mm, in the plan's axis order; 2d keeps the distance between slices.
+    """Finds the spacing of a preprocessed case in mm, in the plan's axis order; 2d keeps the distance between slices.
 
     Args:
         properties: The case's .pkl.
         plans: Which know the axis order.
         configuration: Which the case was preprocessed for.
+
+    Raises:
+        UserError: If the case's properties are damaged.
     """
     spacing = [float(value) for value in configuration.spacing]
     if len(spacing) == 2:
-        spacing.insert(0, float(load_pickle(properties)["spacing"][plans.transpose_forward[0]]))
+        original = load_properties(properties).get("spacing")
+        try:
+            spacing.insert(0, float(original[plans.transpose_forward[0]]))
+        except (TypeError, IndexError, ValueError) as error:
+            raise UserError(f"{properties}: spacing: is {original!r}, not three numbers: {REMEDY}") from error
     return tuple(spacing)
+
+
+class EvidenceContent(TypedDict):
+    """`Evidence` as JSON has it."""
+
+    volume_ml: float
+    position: Annotated[list[float], Field(min_length=3, max_length=3)] | None
+    confidence: float | None
+    agreement: float | None
+    disagreement: float | None
+
+
+class PredictionContent(TypedDict):
+    """The metadata of a prediction."""
+
+    teacher: str
+    evidence: dict[str, EvidenceContent]
 
 
 class Teacher:
@@ -74,18 +102,21 @@ class Teacher:
             mirroring: Whether to average over mirrored images, along the axes that the model allows.
 
         Raises:
-            UserError: If a checkpoint is missing or its trainer cannot be found.
+            UserError: If a checkpoint is missing, holds more than plain values, or its trainer cannot be found.
         """
         from nnunet_diffusion.installation import ext_trainer_folders, with_our_trainers
 
         self.identity = identity
-        folds = find_folds(folder, folds, "checkpoint_final.pth")
+        folds = find_folds(folder, folds, CHECKPOINT)
+        for fold in folds:
+            load_checkpoint(os.path.join(folder, f"fold_{fold}", CHECKPOINT))  # says what is wrong with it
+        load_nothing_but_plain_values()  # nnU-Net's predictor would run what a checkpoint carries
         on_cuda = device.type == "cuda"
         with trainers_of(with_our_trainers(ext_trainer_folders())):
             self.predictor = nnUNetPredictor(
                 use_mirroring=mirroring, device=device, perform_everything_on_device=on_cuda, allow_tqdm=False
             )
-            self.predictor.initialize_from_trained_model_folder(folder, tuple(folds), "checkpoint_final.pth")
+            self.predictor.initialize_from_trained_model_folder(folder, tuple(folds), CHECKPOINT)
         self.label_manager = self.predictor.label_manager
 
     @torch.inference_mode()
@@ -164,28 +195,37 @@ def is_predicted(folder: str, name: str, teacher: str) -> bool:
 
 
 def read_evidence(folder: str, name: str) -> tuple[dict[str, Evidence], str]:
-    """The evidence for a prediction and its teacher, without the maps.
+    """Reads the evidence for a prediction and its teacher, without the maps.
 
     Raises:
         UserError: If the file is damaged.
     """
-    return _about(open_array(os.path.join(folder, name + ".b2nd"))[1])
+    path = os.path.join(folder, name + ".b2nd")
+    return _about(open_array(path)[1], path)
 
 
 def load_prediction(folder: str, name: str) -> Prediction:
-    """A prediction with its maps.
+    """Loads a prediction with its maps.
 
     Raises:
         UserError: If the file is damaged.
     """
-    maps, text = open_array(os.path.join(folder, name + ".b2nd"))
+    path = os.path.join(folder, name + ".b2nd")
+    maps, text = open_array(path)
+    if maps.ndim != 4 or len(maps) != 2:
+        raise UserError(f"{path}: is {maps.shape}, not a map of labels and one of confidence: {ANEW}")
     labels, confidence = maps[:]
-    return Prediction(labels, confidence.astype(np.float32) / LEVELS, *_about(text))
+    return Prediction(labels, confidence.astype(np.float32) / LEVELS, *_about(text, path))
 
 
-def _about(text: str) -> tuple[dict[str, Evidence], str]:
-    content: Mapping[str, Any] = json.loads(text)
-    return {name: Evidence(**entry) for name, entry in content["evidence"].items()}, content["teacher"]
+def _about(text: str, path: str) -> tuple[dict[str, Evidence], str]:
+    try:
+        content = json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: is no prediction ({error}): {ANEW}") from error
+    check_shape(content, PredictionContent, path, ANEW)
+    evidence = {n: Evidence(*(entry[key] for key in Evidence._fields)) for n, entry in content["evidence"].items()}
+    return evidence, content["teacher"]
 
 
 def read_preprocessed(path: str) -> np.ndarray:

@@ -17,7 +17,7 @@ loader would draw patches by locations that the annotated cases of such a data s
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import blosc2
@@ -25,14 +25,32 @@ import numpy as np
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from typing_extensions import TypedDict
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic, not_written
+from nnunet_diffusion.files import atomic, check_shape, not_written
 from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.partial.annotations import Annotation
 
 ENDING = "_seg.b2nd"
 METADATA = "nnunet_diffusion"
+REMEDY = "remove it and run the command that made it again, nnunet_diffusion rounds or mutual"
+
+
+class AnnotationContent(TypedDict):
+    """An `Annotation` as JSON has it."""
+
+    labels: list[str]
+    unions: list[list[str]]
+
+
+class PseudoLabelContent(TypedDict):
+    """The metadata of a pseudo label."""
+
+    annotation: AnnotationContent
+    completes: AnnotationContent | None
+    info: dict[str, Any]
+    classes: list[int | list[int]]
 
 
 class PseudoLabel(NamedTuple):
@@ -46,7 +64,7 @@ class PseudoLabel(NamedTuple):
 
 
 def pseudo_folder(preprocessed_dataset_folder_base: str, data_identifier: str, *names: str) -> str:
-    """The folder of all pseudo labels of one configuration, or one below it.
+    """Finds the folder of all pseudo labels of one configuration, or one below it.
 
     Raises:
         UserError: If a name would lead out of it.
@@ -121,7 +139,7 @@ def write_array(path: str, array: np.ndarray, patch_size, metadata: Any) -> None
 
 
 def open_array(path: str) -> tuple[blosc2.NDArray, Any]:
-    """An array of `write_array`, read when it is indexed, and its metadata.
+    """Opens an array of `write_array`, read when it is indexed, and its metadata.
 
     Raises:
         UserError: If the file is damaged or not one of ours.
@@ -133,25 +151,47 @@ def open_array(path: str) -> tuple[blosc2.NDArray, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:  # blosc2 raises many kinds for a damaged file
-        raise UserError(f"{path} is damaged, or no file of nnunet_diffusion: remove it ({error!r})") from error
+        raise UserError(f"{path} is damaged, or no file of nnunet_diffusion ({error!r}): {REMEDY}") from error
 
 
 def open_pseudo_label(folder: str, case: str) -> PseudoLabel:
-    """One case's pseudo label.
+    """Opens one case's pseudo label.
 
     Raises:
         UserError: If the file is damaged or not a pseudo label.
     """
-    segmentation, (text, *locations) = open_array(os.path.join(folder, case + ENDING))
-    about = json.loads(text)
+    path = os.path.join(folder, case + ENDING)
+    segmentation, metadata = open_array(path)
+    try:
+        text, *locations = metadata
+        about = json.loads(text)
+        values = [np.frombuffer(content, np.int32).reshape(-1, 4) for content in locations]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: is no pseudo label ({error}): {REMEDY}") from error
+    check_shape(about, PseudoLabelContent, path, REMEDY)
+    if len(about["classes"]) != len(values):
+        raise UserError(f"{path}: classes: has {len(about['classes'])} for {len(values)} lists of voxels: {REMEDY}")
     keys = [key if isinstance(key, int) else tuple(key) for key in about["classes"]]
-    values = [np.frombuffer(content, np.int32).reshape(-1, 4) for content in locations]
     annotation, completes = (about[key] and _from_json(about[key]) for key in ("annotation", "completes"))
     return PseudoLabel(segmentation, dict(zip(keys, values, strict=True)), annotation, completes, about["info"])
 
 
+def remove_pseudo_labels(folder: str, cases: Collection[str]) -> None:
+    """Removes pseudo labels that `nnunet_diffusion rounds` or `mutual` made: those say which teacher predicted them.
+
+    Raises:
+        UserError: If one was made by somebody else; nothing is removed then.
+    """
+    paths = [os.path.join(folder, case + ENDING) for case in cases]
+    for case, path in zip(cases, paths, strict=True):
+        if "teacher" not in open_pseudo_label(folder, case).info:
+            raise UserError(f"{path}: was not made by nnunet_diffusion, which does not remove it: move it away")
+    for path in paths:
+        os.remove(path)
+
+
 def usable_pseudo_labels(folder: str, annotations: Mapping[str, Annotation]) -> dict[str, Annotation]:
-    """What the pseudo labels of a folder teach; true labels always win.
+    """Finds what the pseudo labels of a folder say something about; true labels always win.
 
     A pseudo label is not usable once somebody annotated the case: unless it completes just those annotations.
 
@@ -162,8 +202,12 @@ def usable_pseudo_labels(folder: str, annotations: Mapping[str, Annotation]) -> 
     Returns:
         {case: what its pseudo label says something about}.
     """
-    labels = {case: open_pseudo_label(folder, case) for case in pseudo_cases(folder)}
-    return {case: label.annotation for case, label in labels.items() if label.completes == annotations.get(case)}
+    usable = {}
+    for case in pseudo_cases(folder):
+        label = open_pseudo_label(folder, case)  # and closed again: there may be more than files can be open
+        if label.completes == annotations.get(case):
+            usable[case] = label.annotation
+    return usable
 
 
 def with_annotated_share(cases: list[str], annotated: set[str], share: float) -> list[str]:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import SimpleITK as sitk
-from batchgenerators.utilities.file_and_folder_operations import load_pickle
 
 from nnunet_diffusion.evaluation.overlays import draw_overlay
 from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.preprocessing.properties import load_properties
 from nnunet_diffusion.rounds.evidence import Evidence
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, Verdict
 from nnunet_diffusion.rounds.prediction import Case, load_prediction, read_preprocessed
@@ -18,7 +18,7 @@ PICTURES = 2  # of the best, and of the worst
 
 
 def quality(evidence: Mapping[str, Evidence]) -> float:
-    """How good a prediction seems, to rank cases: the mean confidence of its organs, minus their mean u."""
+    """Ranks cases by how good a prediction seems: the mean confidence of its organs, minus their mean u."""
     confidence = [entry.confidence for entry in evidence.values() if entry.confidence is not None]
     u = [entry.disagreement for entry in evidence.values() if entry.disagreement is not None]
     return float(np.mean(confidence or [0])) - float(np.mean(u or [0]))
@@ -26,8 +26,8 @@ def quality(evidence: Mapping[str, Evidence]) -> float:
 
 def write_report(
     folder: str, title: str, verdicts: Mapping[str, Verdict], evidence: Mapping[str, Mapping[str, Evidence]]
-) -> None:
-    """Writes report.json and report.md, each whole or not at all.
+) -> dict[str, int]:
+    """Writes report.json and report.md, each whole or not at all; returns how many cases are kept, wait, are dropped.
 
     Args:
         folder: Is created if need be.
@@ -42,11 +42,12 @@ def write_report(
     }
     counts = Counter(verdict.decision for verdict in verdicts.values())
     organs = Counter(organ for verdict in verdicts.values() for organ in verdict.organs)
-    summary = {"decisions": {decision: counts[decision] for decision in (KEEP, WAIT, DROP)}, "organs": dict(organs)}
+    decisions = {decision: counts[decision] for decision in (KEEP, WAIT, DROP)}
+    summary = {"decisions": decisions, "organs": dict(organs)}
     write_json(os.path.join(folder, "report.json"), {"title": title, **summary, "cases": cases})
     lines = [f"# {title}", "", f"Kept {counts[KEEP]}, waiting {counts[WAIT]}, dropped {counts[DROP]}.", ""]
-    lines += ["| organ | believed in |", "|---|---|", *(f"| {name} | {n} |" for name, n in organs.most_common()), ""]
-    lines += ["| case | decision | seems | not believed, and why |", "|---|---|---|---|"]
+    lines += ["| organ | accepted in |", "|---|---|", *(f"| {name} | {n} |" for name, n in organs.most_common()), ""]
+    lines += ["| case | decision | quality | not accepted, and why |", "|---|---|---|---|"]
     for case in sorted(verdicts, key=lambda name: quality(evidence[name])):
         verdict = verdicts[case]
         why = "; ".join(f"{organ}: {', '.join(found)}" for organ, found in verdict.reasons.items())
@@ -54,6 +55,7 @@ def write_report(
     lines += ["", "Cases are listed from worst to best, by mean confidence minus mean u; u needs a round before."]
     with atomic(os.path.join(folder, "report.md")) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.write("\n".join(lines) + "\n")
+    return decisions
 
 
 def draw(
@@ -71,7 +73,7 @@ def draw(
     """
     os.makedirs(folder, exist_ok=True)
     for case, heading in chosen.items():
-        properties = load_pickle(cases[case].image.removesuffix(".b2nd") + ".pkl")
+        properties = load_properties(cases[case].image.removesuffix(".b2nd") + ".pkl")
         prediction, image = load_prediction(predicted, case), read_preprocessed(cases[case].image)[0]
         spacing = [cases[case].spacing_mm[axis] for axis in plans.transpose_backward]
         scans = []
@@ -85,7 +87,7 @@ def draw(
 
 
 def to_draw(verdicts: Mapping[str, Verdict], evidence: Mapping[str, Mapping[str, Evidence]]) -> dict[str, str]:
-    """The best of what was kept, and the worst of all, with what became of them."""
+    """Chooses the best of what was kept, and the worst of all, with what became of them."""
     order = sorted(verdicts, key=lambda case: quality(evidence[case]))
     best = [case for case in order if verdicts[case].decision == KEEP][-PICTURES:]
     return {case: verdicts[case].decision for case in [*order[:PICTURES], *best]}

@@ -1,105 +1,143 @@
-"""What a run of rounds has done so far: one JSON, written whole or not at all, that notices when it was edited.
+"""What a run has done so far: a typed record of each round, and pure functions of it.
 
-What the run depends on is recorded by content: when a scan, an annotation, the plan, a setting or a checkpoint is no
-longer what it was, the run stops and names it. New cases are no change: they join the next round.
+`state.json` is small, whatever the number of cases: which cases a round predicts and what the filter decided lie in
+files of the round's folder.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import write_json
+from typing_extensions import TypedDict
 
-FORMAT = 1
-START_ANEW = "or remove the folder {folder} to start anew"
+from nnunet_diffusion.commands import MadeFrom, StepRecord
+from nnunet_diffusion.records import Hashes, read_sealed, write_sealed
+from nnunet_diffusion.rounds.gate import DROP, KEEP, Verdict
 
-Record = dict[str, Any]  # of one file: bytes, mtime_ns, sha256
-
-
-def digest(content: Any) -> str:
-    """The SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+FORMAT = 2
 
 
-def record(path: str, known: Record | None = None) -> Record:
-    """Size, time and SHA-256 of a file; it is read only if it is not the one that is `known` by size and time."""
-    stat = os.stat(path)
-    if known and (known["bytes"], known["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
-        return known
-    with open(path, "rb") as f:
-        content = hashlib.file_digest(f, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read())
-    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": content.hexdigest()}
+@dataclass
+class Round:
+    """What is known of one round; round 0 is the first training."""
+
+    number: int
+    cases: int | None = None  # how many it predicts; None: that is not fixed yet
+    verdicts: str = ""  # SHA-256 of the file of verdicts; empty: not filtered yet
+    decisions: dict[str, int] = field(default_factory=dict)  # keep, wait, drop -> number of cases
+    checkpoints: dict[str, str] = field(default_factory=dict)  # path -> SHA-256; empty: not trained yet
+    denoiser: dict[str, str] = field(default_factory=dict)  # that the training started from, likewise
+    validation_dice: float | None = None  # mean over the labels; None where nothing is held out
 
 
-def load_state(path: str) -> dict[str, Any] | None:
-    """The state of a run; None if it has not begun.
+class StateContent(TypedDict):
+    """A state as JSON has it."""
+
+    made_from: MadeFrom
+    rounds: list[Round]
+    steps: dict[str, StepRecord]
+    hashes: dict[str, list[str]]
+
+
+@dataclass
+class State:
+    """All that a run of rounds, or of mutual learning, must remember."""
+
+    made_from: dict[str, Any]  # of `records.made_from`
+    rounds: list[Round] = field(default_factory=list)
+    steps: dict[str, StepRecord] = field(default_factory=dict)
+    hashes: dict[str, list[str]] = field(default_factory=dict)
+
+    def sha256(self, path: str) -> str:
+        """The SHA-256 of a checkpoint or denoiser, which is read only if it has changed."""
+        return Hashes(self.hashes).sha256(path)
+
+    def round(self, number: int) -> Round:
+        """The record of a round, a new one if need be."""
+        self.rounds += [Round(n) for n in range(len(self.rounds), number + 1)]
+        return self.rounds[number]
+
+    def save(self, path: str) -> None:
+        """Writes the state, whole or not at all."""
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_sealed(path, asdict(self), FORMAT)
+
+
+def load_state(path: str) -> State | None:
+    """Loads the state of a run; None if it has not begun.
 
     Raises:
-        UserError: If the file is truncated, edited or of another version.
+        UserError: If the file is cut, edited or of another version.
     """
-    if not os.path.exists(path):
+    content = read_sealed(path, StateContent, FORMAT, anew(path))
+    if content is None:
         return None
-    anew = START_ANEW.format(folder=os.path.dirname(path))
-    try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-        found = content["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is truncated or no state of rounds ({error!r}): restore it, {anew}") from error
-    if found != FORMAT:
-        raise UserError(f"{path}: has format {found}, this version writes {FORMAT}: finish with that version, {anew}")
-    if content.pop("digest", None) != digest(content):
-        raise UserError(f"{path}: was edited, its digest does not fit: restore it, {anew}")
-    return content
+    return State(**{**content, "rounds": [Round(**entry) for entry in content["rounds"]]})
 
 
-def save_state(path: str, content: Mapping[str, Any]) -> None:
-    """Writes the state, whole or not at all."""
-    write_json(path, {**content, "digest": digest(content)})
+def anew(path: str) -> str:
+    """What a user can do about a run that cannot go on."""
+    return f"remove the folder {os.path.dirname(path)} to start anew"
 
 
-def refuse_changes(path: str, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compares what a run was started with and what it is continued with.
+# ---------------------------------------------------------------- pure functions
+
+
+def fallen(dices: Sequence[float | None], tolerance: float) -> int | None:
+    """Finds the first round whose model is worse than the best one before.
 
     Args:
-        path: Of the state, for the message.
-        known: {name: value}, as recorded.
-        now: The same names.
+        dices: Validation Dice of each round's model; None where there is none.
+        tolerance: By how much it may be below the best so far.
 
-    Raises:
-        UserError: Naming what differs.
+    Returns:
+        Its number; None so far.
     """
-    changed = [f"{name}: was {known[name]!r}, now {now[name]!r}" for name in known if known[name] != now.get(name)]
-    if changed:
-        anew = START_ANEW.format(folder=os.path.dirname(path))
-        raise UserError("\n  ".join([f"{path}: this run was started with something else: undo it, {anew}", *changed]))
+    best = None
+    for number, dice in enumerate(dices):
+        if dice is None:
+            continue
+        if best is not None and dice < best - tolerance:
+            return number
+        best = dice if best is None else max(best, dice)
+    return None
 
 
-def refuse_changed_cases(path: str, what: str, known: Mapping[str, dict], now: Mapping[str, dict], moved=()) -> None:
-    """Compares the files of cases by content; new cases are welcome.
+def last_good(dices: Sequence[float | None], rounds: int, tolerance: float) -> int:
+    """Finds the round whose model is the outcome.
 
     Args:
-        path: Of the state, for the message.
-        what: The kind of case.
-        known: {case: {file ending: record}}.
-        now: The same.
-        moved: Cases that may be missing, as they are of another kind now.
-
-    Raises:
-        UserError: Naming the cases that changed or are missing.
+        dices: Validation Dice of the model of each round that was trained.
+        rounds: How many were asked for.
+        tolerance: As `fallen` has it.
     """
-    missing = sorted(set(known) - set(now) - set(moved))
-    changed = sorted(case for case in known.keys() & now.keys() if _contents(known[case]) != _contents(now[case]))
-    problems = [f"missing: {', '.join(missing)}"] * bool(missing) + [f"changed: {', '.join(changed)}"] * bool(changed)
-    if problems:
-        anew = START_ANEW.format(folder=os.path.dirname(path))
-        raise UserError(
-            f"{what} cases are not what this run was started with ({'; '.join(problems)}): restore them, {anew}"
-        )
+    last, first_bad = min(rounds, len(dices) - 1), fallen(dices, tolerance)
+    return last if first_bad is None else min(last, first_bad - 1)
 
 
-def _contents(files: Mapping[str, Record]) -> dict[str, str]:
-    return {ending: file["sha256"] for ending, file in files.items()}
+def cases_of_round(
+    candidates: Collection[str], verdicts: Mapping[str, Verdict], dropped: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """Fixes which cases a round predicts.
+
+    Args:
+        candidates: All cases that lack labels.
+        verdicts: Of the round before.
+        dropped: In the rounds before that one.
+
+    Returns:
+        The cases, and those dropped so far, sorted.
+    """
+    gone = {*dropped, *(case for case, verdict in verdicts.items() if verdict.decision == DROP)}
+    return sorted(set(candidates) - gone), sorted(gone)
+
+
+def waited(case: str, rounds_before: Sequence[Mapping[str, Verdict]]) -> int:
+    """Counts in how many rounds, one after the other up to the last, a case was predicted and not kept."""
+    count = 0
+    for verdicts in reversed(rounds_before):
+        if case not in verdicts or verdicts[case].decision == KEEP:
+            break
+        count += 1
+    return count

@@ -4,7 +4,6 @@ Sample 7 is `sample_00007_0000.nii.gz`, with a file for each channel. They lie a
 axes transposed back; the orientation is not in a plan and taken to be LPS. A 2-D sample is one slice, 1 mm thick.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.image_files import write_scan
 from nnunet_diffusion.names import safe_name
+from nnunet_diffusion.records import made_from, refuse_other
 from nnunet_diffusion.samples.intensities import plan_scales, to_intensities, to_normalised
 from nnunet_diffusion.schemas import Samples
 
@@ -37,11 +37,9 @@ def begin(folder: str, description: Mapping[str, Any]) -> None:
         UserError: If it holds other samples.
     """
     path = os.path.join(folder, DESCRIPTION)
-    wanted = json.loads(json.dumps(description))
+    wanted = made_from(description)["values"]
     if os.path.exists(path):
-        there = read_description(folder)
-        if changed := sorted(key for key in {*wanted, *there} if wanted.get(key) != there.get(key)):
-            raise UserError(f"{folder} holds samples that differ in {', '.join(changed)}: remove it or give another -o")
+        refuse_other(folder, made_from(read_description(folder)), made_from(wanted), "remove it or give another -o")
     os.makedirs(folder, exist_ok=True)
     write_json(path, wanted)
 

@@ -1,0 +1,105 @@
+"""What a run of rounds was asked for, and where everything of it lies."""
+
+import os
+from dataclasses import dataclass
+
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+
+from nnunet_diffusion.rounds.gate import GateSettings
+from nnunet_diffusion.rounds.prediction import CHECKPOINT
+from nnunet_diffusion.rounds.pseudo_labels import pseudo_folder
+from nnunet_diffusion.settings import SettingsOf, given_settings
+
+TRAINER = "PseudoLabelTrainer"
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for; see the command's help."""
+
+    dataset: str  # DatasetXXX_Name
+    configuration: str
+    fold: str
+    plans: str = "nnUNetPlans"
+    trainer: str = "DiffusionPretrainedTrainer"
+    model: str = ""  # a model folder in the place of a first training
+    start: str = "denoiser"
+    finetune: bool = False
+    gate: GateSettings = GateSettings()
+    tolerance: float = 0.01  # of the validation Dice: by how much it may be below the best so far
+    device: str = "cuda"
+    num_gpus: int = 1
+    mirroring: bool = True  # when the pool is predicted
+    settings_of: SettingsOf = given_settings
+
+    @property
+    def base(self) -> str:
+        """The data set's folder of preprocessed cases."""
+        return os.path.join(nnUNet_preprocessed, self.dataset)
+
+
+class Places:
+    """The folders and files of one run; a round is a number, or "finetune"."""
+
+    def __init__(self, request: Request, data_identifier: str):
+        """Names them; `data_identifier` is that of the configuration."""
+        self.request = request
+        self.base = request.base
+        self.results = os.path.join(nnUNet_results, request.dataset)
+        self.name = f"{request.plans}__{request.configuration}__fold_{request.fold}"
+        self.folder = pseudo_folder(self.base, data_identifier, self.name)
+        self.state = os.path.join(self.folder, "state.json")
+        self.cases = os.path.join(self.folder, "cases.json")
+        runs = f"rounds__{request.plans}__{request.configuration}"
+        self.reports = os.path.join(self.results, runs, f"fold_{request.fold}")
+
+    def round(self, number: int) -> str:
+        """The pseudo labels of a round."""
+        return os.path.join(self.folder, f"round_{number}")
+
+    def predicted(self, number: int) -> str:
+        """The predictions of a round."""
+        return os.path.join(self.round(number), "predicted")
+
+    def cases_of(self, number: int) -> str:
+        """Which cases a round predicts."""
+        return os.path.join(self.round(number), "cases.json")
+
+    def verdicts(self, number: int) -> str:
+        """What the filter decided about each case."""
+        return os.path.join(self.round(number), "verdicts.jsonl")
+
+    def plans(self, number: int | str) -> str:
+        """The name of the plans with a round's settings."""
+        return f"{self.request.plans}_round{number}"
+
+    def pseudo_labels(self, number: int) -> str:
+        """The trainer's setting; it has a placeholder for the fold, since folds share their plans."""
+        return f"{self.request.plans}__{self.request.configuration}__fold_{{fold}}/round_{number}"
+
+    def model(self, number: int | str) -> str:
+        """The model folder of a round."""
+        if number == 0 and self.request.model:
+            return os.path.abspath(self.request.model)
+        if number == 0:
+            return self._model(self.request.trainer, self.request.plans)
+        return self._model(TRAINER, self.plans(number))
+
+    def outcome(self) -> str:
+        """Where `nnUNetv2_predict -tr PseudoLabelTrainer -p PLANS` looks."""
+        return self._model(TRAINER, self.request.plans)
+
+    def _model(self, trainer: str, plans: str) -> str:
+        return os.path.join(self.results, f"{trainer}__{plans}__{self.request.configuration}")
+
+    def folds(self, number: int | str) -> list[str]:
+        """The folds that predict: of a given model all, if nothing is validated on; else this run's own."""
+        if number == 0 and self.request.model and self.request.fold == "all":
+            model = self.model(0)
+            names = sorted(name[5:] for name in os.listdir(model) if name.startswith("fold_"))
+            return [fold for fold in names if os.path.isfile(os.path.join(model, f"fold_{fold}", CHECKPOINT))]
+        return [self.request.fold]
+
+    def checkpoints(self, number: int | str) -> list[str]:
+        """The checkpoints of a round's model."""
+        return [os.path.join(self.model(number), f"fold_{fold}", CHECKPOINT) for fold in self.folds(number)]

@@ -1,0 +1,49 @@
+"""Properties of preprocessed cases are read as nnU-Net wrote them, and run no code."""
+
+import os
+import pickle
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.preprocessing.properties import load_properties
+
+
+class Touch:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("protocol", range(3, pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_scalars_and_plain_values_come_back(tmp_path, protocol):
+    path = tmp_path / "a.pkl"
+    voxels = np.arange(8, dtype=np.int64).reshape(2, 4)
+    written = {"spacing": [1.0, np.float64(2)], "class_locations": OrderedDict({(1, 2): voxels, 3: np.zeros((0, 4))})}
+    written["sitk_stuff"] = {"direction": (1.0, 0.0), "size": np.int32(3), "affine": np.asfortranarray(voxels)}
+    path.write_bytes(pickle.dumps(written, protocol))
+    read = load_properties(str(path))
+    assert read["spacing"] == [1, 2] and read["sitk_stuff"]["direction"] == (1, 0) and read["sitk_stuff"]["size"] == 3
+    assert list(read["class_locations"]) == [(1, 2), 3] and read["class_locations"][3].shape == (0, 4)
+    assert all(np.array_equal(a, voxels) for a in (read["class_locations"][1, 2], read["sitk_stuff"]["affine"]))
+
+
+def test_code_is_not_run_and_damage_is_named(tmp_path):
+    path = tmp_path / "a.pkl"
+    for content, message in (
+        (pickle.dumps({"spacing": Touch(tmp_path / "made")}), "a.pkl: .*posix.mkdir is no plain value"),
+        (pickle.dumps({"spacing": np.array([Touch(tmp_path / "made")])}), "posix.mkdir is no plain value"),
+        (pickle.dumps({"a": 1})[:-5], "a.pkl: is damaged"),
+        (b"", "a.pkl: is damaged"),
+        (pickle.dumps([1]), "a.pkl: holds a list, no properties of a case: remove .* plan_and_preprocess"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_properties(str(path))
+    assert not (tmp_path / "made").exists()
