@@ -10,7 +10,7 @@ import time
 import pytest
 from running import PYTHON, run_command
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="only on Linux")]
 GIVEN = """
 import json, os, sys
 print(json.dumps([sys.argv, os.getcwd(), os.environ["SAID"], sys.stdin.read(), __name__, os.getppid(), sys.path[0]]))
