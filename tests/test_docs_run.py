@@ -44,7 +44,7 @@ PLANNED = "nnUNetDiffusionPlans"
 
 NNUNET = '#!/bin/sh\nexec "$COMMANDS/{name}" "$@" -device cpu\n'
 OURS = """#!/bin/sh
-case "$1" in rounds|mutual) set -- "$@" -device cpu --gate is_open=true;; esac
+case "$1" in rounds|mutual) COMMANDS=$WARM; set -- "$@" -device cpu --gate is_open=true;; esac
 "$COMMANDS/{name}" "$@" || exit
 if [ "$1" = plan_and_preprocess ]; then exec "{python}" "{shorten}"; fi
 """
@@ -122,7 +122,7 @@ def run(home: Path, folder: Path, lines: list[str], python: str = "") -> None:
     place = Path(python or sys.executable).parent
     environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_") or "_n_" in key}
     environment |= {"HOME": str(home), "PATH": f"{home / 'bin'}:{place}:{Path(PYTHON).parent}:{os.environ['PATH']}"}
-    environment |= {"COMMANDS": str(place), "nnUNet_compile": "f"}
+    environment |= {"COMMANDS": str(place), "WARM": str(Path(sys.executable).parent), "nnUNet_compile": "f"}
     script = ["set -euxo pipefail", 'eval "$(nnunet_diffusion env --root ~/nnunet)"', *lines]
     result = run_command(["bash", "-c", "\n".join(script)], cwd=folder, env=environment)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
@@ -217,7 +217,7 @@ def test_readme(openkbp):
     (folder / "kits23").mkdir()
     kits(folder / "kits23" / "dataset", "segmentation", 3)
     run(openkbp, folder, ["nnunet_diffusion convert flare22 ~/FLARE22 -d 22"])
-    run_page(openkbp, "README.md", PYTHON)  # in processes of their own, as a user's
+    run_page(openkbp, "README.md", PYTHON)  # processes of their own, as a user's, but for rounds
     assert (folder / "masks" / "evaluation_nnunet.csv").exists()
     exported = model(openkbp, "nnUNetTrainer", "nnUNetCompactPlans", "2d", "Dataset501_OpenKBP")
     assert (exported / "fold_0" / "checkpoint_final.pth").exists()
