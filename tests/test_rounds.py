@@ -167,7 +167,7 @@ ORIGIN = {"values": {}, "cases": {}}
 def test_a_state_comes_back_and_one_that_was_edited_cut_or_of_another_version_is_named(tmp_path):
     path = str(tmp_path / "state.json")
     assert load_state(path) is None
-    state = State(ORIGIN, [Round(0, checkpoints={"a": "b"}, validation_dice=0.5), Round(1, cases=3)])
+    state = State(ORIGIN, [Round(0, checkpoints={"a": "b"}, validation_dice=0.5), Round(1, cases=["a"])])
     state.save(path)
     assert load_state(path) == state
     text = Path(path).read_text()
@@ -583,9 +583,9 @@ def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world
         shutil.copyfile(pool / f"tiny_100{ending}", pool / f"tiny_200{ending}")
     try:
         rounds = the_run()
-        assert rounds.new_cases == ["tiny_200"] and "tiny_200" not in rounds.cases_of(rounds.state.round(1))
+        assert rounds.new_cases == ["tiny_200"] and "tiny_200" not in rounds.state.round(1).cases
         entry = rounds.begin(2)
-        assert rounds.cases_of(entry) == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
+        assert entry.cases == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
         arguments, predicted = [*COMMAND, "--num_parts", "2", "--part_id"], Path(rounds.places.predicted(2))
         commands = [[sys.executable, "-c", PART, last, *arguments, part] for last, part in (("9", "0"), ("2", "1"))]
         with ThreadPool(2) as both:
@@ -651,7 +651,7 @@ def test_an_annotation_that_comes_later_takes_the_place_of_the_pseudo_label(worl
     try:
         rounds = the_run()
         assert rounds.new_cases == [case] and case in rounds.cases.split()[0]
-        assert case not in rounds.cases_of(rounds.begin(2))
+        assert case not in rounds.begin(2).cases
         trainer = tiny.trainer(PseudoLabelTrainer, plans="R_round1")
         trainer.initialize()
         train, _ = trainer.get_tr_and_val_datasets()
