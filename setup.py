@@ -45,6 +45,7 @@ if __name__ == "__main__":
             "batchgeneratorsv2",
             "blosc2",
             "dynamic-network-architectures",
+            "jinja2",
             "matplotlib",
             "nibabel",
             "numpy",

@@ -36,11 +36,12 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.plans import read_plans
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
-from nnunet_diffusion.settings import effective, our_trainer
+from nnunet_diffusion.settings import effective
+from nnunet_diffusion.trainers import our_trainer
 
 ARMS = {
     "stock": ("nnUNetTrainer", {}),
-    "scratch": ("DiffusionPretrainedTrainer", {"scratch": True}),
+    "scratch": ("DiffusionPretrainedTrainer", {"start": "scratch"}),
     "full": ("DiffusionPretrainedTrainer", {}),
     "decoder": ("DiffusionPretrainedDecoderTrainer", {}),
     "linear": ("DiffusionPretrainedLinearTrainer", {}),

@@ -75,7 +75,7 @@ def prepare(args: argparse.Namespace, base: Path, work: Path, number: int, seed:
     for trainer in TRAINERS:
         given = {"num_epochs": args.num_epochs, "num_iterations_per_epoch": args.num_iterations_per_epoch}
         given["num_val_iterations_per_epoch"] = VALIDATION_ITERATIONS
-        start = {"denoiser": str(Path(args.denoiser).resolve())} if args.denoiser else {"scratch": True}
+        start = {"start": str(Path(args.denoiser).resolve())} if args.denoiser else {"start": "scratch"}
         block[trainer] = {**block.get(trainer, {}), **given, **start, "seed": seed}
     for arm in ARMS:
         write_json(temporary / f"{arm}.json", {**plans, "plans_name": arm})

@@ -5,9 +5,10 @@ img0061 to img0080, are left.
 """
 
 import sys
+from functools import partial
 
-from nnunet_diffusion.conversion.dataset import Converted
-from nnunet_diffusion.conversion.layouts import ENDING, Layout, command_line, convert_layout
+from nnunet_diffusion.conversion.command_line import command_line
+from nnunet_diffusion.conversion.layouts import ENDING, Layout, convert_layout
 
 BTCV = Layout(
     labels=(
@@ -30,14 +31,7 @@ BTCV = Layout(
     left_out=r"img00(6[1-9]|7\d|80)" + ENDING,
     reference="https://www.synapse.org/Synapse:syn3193805",
 )
-
-
-def convert_btcv(
-    source: str, dataset_id: int = 17, name: str = "BTCV", copy: bool = False, num_threads: int = 1
-) -> Converted:
-    """Writes nnUNet_raw/DatasetXXX_BTCV; arguments and errors are those of `convert_layout`."""
-    return convert_layout(BTCV, source, dataset_id, name, copy, num_threads)
-
+convert_btcv = partial(convert_layout, BTCV, dataset_id=17, name="BTCV")
 
 if __name__ == "__main__":
     sys.exit(command_line(convert_btcv, __doc__))

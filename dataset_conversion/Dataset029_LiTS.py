@@ -1,4 +1,4 @@
-"""LiTS, 131 CTs with the liver and its tumours (https://competitions.codalab.org/competitions/17094).
+"""LiTS, 131 CTs with the liver and its tumors (https://competitions.codalab.org/competitions/17094).
 
 Read: volume-0.nii and segmentation-0.nii, in whichever folders ("Training Batch 1", "Training Batch 2"); test scans,
 test-volume-0.nii and so on, are left. Headers of some segmentations are not those of their volumes, though the voxels
@@ -6,9 +6,10 @@ are (https://github.com/MIC-DKFZ/nnUNet/issues/850): they are all written anew w
 """
 
 import sys
+from functools import partial
 
-from nnunet_diffusion.conversion.dataset import Converted
-from nnunet_diffusion.conversion.layouts import ENDING, Layout, command_line, convert_layout
+from nnunet_diffusion.conversion.command_line import command_line
+from nnunet_diffusion.conversion.layouts import ENDING, Layout, convert_layout
 
 LITS = Layout(
     labels=("liver", "tumor"),
@@ -18,14 +19,7 @@ LITS = Layout(
     reference="https://competitions.codalab.org/competitions/17094",
     trust_voxels=True,
 )
-
-
-def convert_lits(
-    source: str, dataset_id: int = 29, name: str = "LiTS", copy: bool = False, num_threads: int = 1
-) -> Converted:
-    """Writes nnUNet_raw/DatasetXXX_LiTS; arguments and errors are those of `convert_layout`."""
-    return convert_layout(LITS, source, dataset_id, name, copy, num_threads)
-
+convert_lits = partial(convert_layout, LITS, dataset_id=29, name="LiTS")
 
 if __name__ == "__main__":
     sys.exit(command_line(convert_lits, __doc__))

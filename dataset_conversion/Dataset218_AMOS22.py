@@ -5,9 +5,10 @@ to 600) and test scans (imagesTs) are left. Label names are those of its dataset
 """
 
 import sys
+from functools import partial
 
-from nnunet_diffusion.conversion.dataset import Converted
-from nnunet_diffusion.conversion.layouts import ENDING, Layout, command_line, convert_layout
+from nnunet_diffusion.conversion.command_line import command_line
+from nnunet_diffusion.conversion.layouts import ENDING, Layout, convert_layout
 
 CT, ANY = r"(?P<case>amos_0([0-4]\d\d|500))", r"amos_\d{4}"
 AMOS22 = Layout(
@@ -33,14 +34,7 @@ AMOS22 = Layout(
     left_out=rf"images(Ts/{ANY}|(Tr|Va)/amos_0(5(0[1-9]|[1-9]\d)|600)){ENDING}",
     reference="https://amos22.grand-challenge.org",
 )
-
-
-def convert_amos22(
-    source: str, dataset_id: int = 218, name: str = "AMOS22", copy: bool = False, num_threads: int = 1
-) -> Converted:
-    """Writes nnUNet_raw/DatasetXXX_AMOS22; arguments and errors are those of `convert_layout`."""
-    return convert_layout(AMOS22, source, dataset_id, name, copy, num_threads)
-
+convert_amos22 = partial(convert_layout, AMOS22, dataset_id=218, name="AMOS22")
 
 if __name__ == "__main__":
     sys.exit(command_line(convert_amos22, __doc__))

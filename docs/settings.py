@@ -10,7 +10,8 @@ import tokenize
 from pathlib import Path
 
 from nnunet_diffusion.installation import trainer_names
-from nnunet_diffusion.settings import declared, our_trainer
+from nnunet_diffusion.settings import declared
+from nnunet_diffusion.trainers import our_trainers
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
@@ -74,7 +75,7 @@ def section(cls: type) -> str:
 
 def write() -> str:
     """The whole page; a trainer comes after those that it derives from."""
-    classes = [our_trainer(name) for name in trainer_names()]
+    classes = our_trainers()
     classes.sort(key=lambda cls: (len(cls.__mro__), cls.__name__))
     return "\n".join([HEAD, *map(section, classes)]).rstrip() + "\n"
 

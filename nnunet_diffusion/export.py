@@ -5,7 +5,6 @@ import shutil
 from typing import Any
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -14,9 +13,12 @@ from tqdm import tqdm
 
 from nnunet_diffusion import installation
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import write_json
+from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_predictor, trainers_of
+from nnunet_diffusion.plans import check_plans
+from nnunet_diffusion.schemas import Dataset
 
+REMEDY = "take it from the model folder as it was trained"
 PARTIAL = "owned"  # among the weights of networks that know a part of the labels each
 DESCRIPTIONS = ("plans.json", "dataset.json", "dataset_fingerprint.json")
 CASE_TABLES = ("dataset", "unlabeled", "annotated_labels", "union_labels", "converted_from")  # of dataset.json
@@ -55,7 +57,7 @@ def export_stock(
             if os.path.exists(os.path.join(source, file)):
                 shutil.copyfile(os.path.join(source, file), os.path.join(temporary, file))
         dataset_json = os.path.join(temporary, "dataset.json")
-        write_json(dataset_json, without_cases(load_json(dataset_json)))
+        write_json(dataset_json, without_cases(read_json(dataset_json, Dataset, REMEDY)))
         prove_same(source, temporary, folds, checkpoint_name, member)
         os.rename(temporary, destination)
     finally:
@@ -128,8 +130,13 @@ def refuse_other_topology(folder: str, checkpoint: dict[str, Any], member: int |
 
 def build(folder: str, configuration: str, trainer: type[nnUNetTrainer]) -> torch.nn.Module:
     """Builds the network of a model folder as prediction does."""
-    plans = PlansManager(os.path.join(folder, "plans.json"))
-    dataset_json = load_json(os.path.join(folder, "dataset.json"))
+    path = os.path.join(folder, "plans.json")
+    content = read_json(path, remedy=REMEDY)
+    check_plans(content, path)
+    if configuration not in content["configurations"]:
+        raise UserError(f"{path}: has no configuration {configuration!r}, which its checkpoint was made for: {REMEDY}")
+    plans = PlansManager(content)
+    dataset_json = read_json(os.path.join(folder, "dataset.json"), Dataset, REMEDY)
     chosen = plans.get_configuration(configuration)
     channels = determine_num_input_channels(plans, chosen, dataset_json)
     heads = plans.get_label_manager(dataset_json).num_segmentation_heads
@@ -174,5 +181,3 @@ def predict(network: torch.nn.Module, weights: dict[str, torch.Tensor], patch: t
     """The network's float32 output; nnU-Net's own sliding window rounds it to half precision."""
     network.load_state_dict(weights)
     return network.eval()(patch)
-
-

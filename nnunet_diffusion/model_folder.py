@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,51 +19,61 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffusion import installation
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import check_shape
+from nnunet_diffusion.schemas import Checkpoint
 
 HEADS = "decoder.seg_layers."
 # The numbers in nnU-Net's training log are numpy scalars; otherwise its checkpoints hold tensors and plain values.
-PLAIN_NUMPY = [np.dtype, np.ndarray, np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]]
+PLAIN_NUMPY = [np.dtype, np.ndarray]
 PLAIN_NUMPY += [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]
+for makes in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]):  # numpy 1 and 2 call their module otherwise
+    PLAIN_NUMPY += [(makes, f"numpy.{core}.multiarray.{makes.__name__}") for core in ("core", "_core")]
+torch.serialization.add_safe_globals(PLAIN_NUMPY)  # for good: the end of a context would forget them altogether
 
 
 def load_nothing_but_plain_values() -> None:
     """Lets `torch.load` in this process and in those that it starts read tensors and plain values only.
 
-    Whoever calls it: nnU-Net reads checkpoints and `-pretrained_weights` with `weights_only=False`, where a file could
-    run any code; torch's environment variable overrules that.
+    nnU-Net reads checkpoints and `-pretrained_weights` with `weights_only=False`, where a file could run any code;
+    torch's environment variable overrules that.
     """
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
-    torch.serialization.add_safe_globals(PLAIN_NUMPY)
 
 
-def load_checkpoint(path: str) -> dict[str, Any]:
-    """Loads a checkpoint of nnU-Net without running any code that it may carry."""
+def load_plain(path: str, remedy: str) -> Any:
+    """Loads a PyTorch file of tensors and plain values without running any code that it may carry.
+
+    Args:
+        path: The file.
+        remedy: What the user can do if it is none.
+
+    Returns:
+        Its content, tensors on the CPU.
+
+    Raises:
+        OSError: If it cannot be read.
+        UserError: If it is damaged, or holds anything else; names that.
+    """
     try:
-        with torch.serialization.safe_globals(PLAIN_NUMPY):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch raises many kinds for a damaged file
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} is damaged, or holds more than tensors and plain values: {reason}") from error
-    lacks = {"network_weights", "trainer_name", "init_args"} - set(checkpoint if isinstance(checkpoint, dict) else ())
-    if lacks:
-        raise UserError(f"{path} is not a checkpoint of nnU-Net, it has no {sorted(lacks)}")
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} holds more than tensors and plain values: it asks for {code[1]}, and could run any code; "
+                f"nothing in it was run: {remedy}"
+            ) from None
+        raise UserError(f"{path} cannot be read, it is truncated or no PyTorch file: {remedy}") from error
+
+
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """Loads a checkpoint of nnU-Net without running any code that it may carry; for the errors see `load_plain`."""
+    checkpoint = load_plain(path, "give a checkpoint that nnU-Net wrote")
+    check_shape(checkpoint, Checkpoint, path, "give a checkpoint that nnU-Net wrote")
     return checkpoint
-
-
-def load_weights(network: nn.Module, path: str) -> None:
-    """Takes all weights of a checkpoint of nnU-Net's, changed in place.
-
-    Raises:
-        UserError: If the file is not there, no checkpoint, or of another network.
-    """
-    if not os.path.isfile(path):
-        raise UserError(f"{path}: no such checkpoint to start from")
-    try:
-        network.load_state_dict(load_checkpoint(path)["network_weights"])
-    except RuntimeError as error:
-        raise UserError(f"{path} does not fit the planned network: {error}") from error
 
 
 def unwrap(network: nn.Module) -> nn.Module:
@@ -124,6 +136,7 @@ def find_folds(folder: str, folds: list[str] | None, checkpoint_name: str) -> li
 
 def load_predictor(folder: str, folds: list[str], checkpoint_name: str) -> nnUNetPredictor:
     """Loads a model folder as `nnUNetv2_predict` does, on the CPU, where results do not depend on chosen kernels."""
+    load_nothing_but_plain_values()
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False)
     predictor.initialize_from_trained_model_folder(folder, tuple(folds), checkpoint_name)
     return predictor

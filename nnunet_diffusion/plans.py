@@ -17,7 +17,12 @@ NOT_FOR_CASES = ("gt_segmentations",)  # nnU-Net's own folder beside those of pr
 def plans_in(folder: str) -> list[str]:
     """The names of the plans in a data set's folder in nnUNet_preprocessed."""
     names = (os.path.basename(path)[:-5] for path in glob.glob(os.path.join(glob.escape(folder), "*Plans*.json")))
-    return sorted(name for name in names if not re.search(r"_round\w+$", name))  # those only add a round's settings
+    return sorted(name for name in names if without_round(name) == name)
+
+
+def without_round(name: str) -> str:
+    """Returns the name of the plans to which those of a round only add its settings; any other name as it is."""
+    return re.sub(r"_round\w+$", "", name)
 
 
 def read_plans(folder: str, name: str, configuration: str | None = None) -> dict:

@@ -1,12 +1,13 @@
-"""What JSON files must hold that people may edit and kills may cut; other keys are free.
+"""What files must hold that people may edit and kills may cut; other keys are free.
 
-One `TypedDict` a file, checked by pydantic in its strict mode: no text for a number, no NaN, no infinity.
+One `TypedDict` a file, checked by pydantic in its strict mode: no text for a number, no NaN, no infinity. So are the
+PyTorch files that people share.
 """
 
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -16,22 +17,23 @@ Count = Annotated[int, Field(ge=1)]
 Index = Annotated[int, Field(ge=0)]
 Spacing = Annotated[list[Positive], Field(min_length=2, max_length=3)]  # mm
 Size = Annotated[list[Count], Field(min_length=2, max_length=3)]  # voxels
-LabelValue = Index | list[Index]
+LabelValue = Index | Annotated[list[Index], Field(min_length=1)]
+FilePath = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # which no text with half a character passes, either
 
 
 @with_config(STRICT)
 class LabeledFiles(TypedDict):
     """A case of dataset.json's table `dataset`."""
 
-    images: Annotated[list[str], Field(min_length=1)]
-    label: str
+    images: Annotated[list[FilePath], Field(min_length=1)]
+    label: FilePath
 
 
 @with_config(STRICT)
 class UnlabeledFiles(TypedDict):
     """A case of dataset.json's table `unlabeled`."""
 
-    images: Annotated[list[str], Field(min_length=1)]
+    images: Annotated[list[FilePath], Field(min_length=1)]
 
 
 @with_config(STRICT)
@@ -155,6 +157,95 @@ def adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
+def _is_weight(value: Any) -> Any:
+    import torch  # heavy, and here for PyTorch's files alone
+
+    if not isinstance(value, torch.Tensor):
+        raise ValueError("must be a tensor")
+    if value.isnan().any():
+        raise ValueError("must not be NaN")
+    return value
+
+
+Weights = dict[str, Annotated[Any, AfterValidator(_is_weight)]]
+
+
+@with_config(STRICT)
+class PlanIdentity(TypedDict):
+    """The plan that a denoiser or a teacher was made for; see `denoiser_file.plan_identity`."""
+
+    dataset_name: str
+    plans_name: str
+    configuration: str
+    spacing: Spacing
+    patch_size: Size
+    transpose_forward: Annotated[list[Index], Field(min_length=3, max_length=3)]
+    normalization_schemes: list[str]
+    intensities: dict[str, dict[str, float]]
+    channel_names: Annotated[dict[str, str], Field(min_length=1)]
+    network_class: str
+    network_kwargs: dict[str, Any]
+    network_kwargs_requiring_import: list[str]
+
+
+@with_config(STRICT)
+class Process(TypedDict):
+    """A diffusion process; see `diffusion.Diffusion.description`."""
+
+    schedule: Literal["linear", "cosine", "sigmoid"]
+    timesteps: Count
+    prediction: Literal["epsilon", "v"]
+    prior: NotRequired[Annotated[list[list[float]], Field(min_length=2, max_length=2)]]
+
+
+@with_config(STRICT)
+class Training(TypedDict):
+    """What is said of a pre-training, as far as it is used."""
+
+    body_share: NotRequired[Annotated[float, Field(ge=0, le=1)]]
+    batch_size: NotRequired[Count]
+    health: NotRequired[str]
+
+
+@with_config(STRICT)
+class Denoiser(TypedDict):
+    """denoiser.pth."""
+
+    network_weights: Weights
+    timestep: Index
+    denoiser_weights: Weights
+    process: Process
+    plan: PlanIdentity
+    training: Training
+
+
+@with_config(STRICT)
+class Teacher(TypedDict):
+    """teacher.pth."""
+
+    teacher_weights: Weights
+    process: Process
+    plan: PlanIdentity
+    training: Training
+
+
+@with_config(STRICT)
+class InitArgs(TypedDict):
+    """What a trainer was built from."""
+
+    configuration: str
+    dataset_json: dict[str, Any]
+
+
+@with_config(STRICT)
+class Checkpoint(TypedDict):
+    """A checkpoint of nnU-Net, as far as it is used; weights that have become NaN are the training's own matter."""
+
+    network_weights: dict[str, Any]
+    trainer_name: str
+    init_args: InitArgs
+
+
 def first_problem(content: Any, schema: Any) -> str:
     """Says where content has not the shape of a schema, what is there, and what is expected; empty if it has.
 
@@ -175,3 +266,240 @@ def first_problem(content: Any, schema: Any) -> str:
 
 def _shortened(text: str, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# Of evaluations and the report.
+
+Score = Annotated[float, Field(ge=0, le=1)]  # DSC, NSD
+NnUNetScore = Annotated[float, Field(ge=0, le=1, allow_inf_nan=True)]  # nnU-Net writes NaN where it is not defined
+
+
+@with_config(STRICT)
+class EvaluatedDataset(TypedDict):
+    """dataset.json, as far as evaluation needs it."""
+
+    labels: Annotated[dict[str, LabelValue], Field(min_length=2)]
+    file_ending: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9.]+$")]
+    regions_class_order: NotRequired[list[int]]
+
+
+@with_config(STRICT)
+class CaseFigures(TypedDict):
+    """nnU-Net's figures of a label or region in a case."""
+
+    Dice: NotRequired[NnUNetScore | None]
+
+
+@with_config(STRICT)
+class CaseMetrics(TypedDict):
+    """A case of nnU-Net's summary.json."""
+
+    prediction_file: str
+    metrics: dict[str, CaseFigures]
+
+
+@with_config(STRICT)
+class Summary(TypedDict):
+    """nnU-Net's summary.json."""
+
+    metric_per_case: list[CaseMetrics]
+
+
+@with_config(STRICT)
+class EvaluatedPair(TypedDict):
+    """The scores of an organ in a case; null: not defined."""
+
+    dsc: Score | None
+    nsd: Score | None
+
+
+@with_config(STRICT)
+class UsedRules(TypedDict):
+    """The rules of an evaluation."""
+
+    name: str
+    description: str
+
+
+@with_config(STRICT)
+class EvaluationFile(TypedDict):
+    """evaluation_RULES.json."""
+
+    rules: UsedRules
+    cases: dict[str, dict[str, EvaluatedPair]]
+
+
+@with_config(STRICT)
+class Transfer(TypedDict):
+    """transfer_report.json."""
+
+    source: str
+    timestep: Index
+    matched: list[str]
+    adapted: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    warnings: list[str]
+
+
+@with_config(STRICT)
+class QualityFigures(TypedDict):
+    """The figures of drawn images."""
+
+    FID: float
+    sFID: float
+    precision: float
+    recall: float
+    F1: float
+
+
+@with_config(STRICT)
+class Quality(TypedDict):
+    """quality_FEATURES.json."""
+
+    values: QualityFigures
+    samples: Count
+    real: Count
+    k: Count
+    features: str
+    warnings: list[str]
+
+
+@with_config(STRICT)
+class BenchmarkGroup(TypedDict):
+    """An arm of a benchmark at one budget."""
+
+    arm: str
+    budget: str
+    mean: Score
+    sd: Annotated[float, Field(ge=0)] | None
+
+
+@with_config(STRICT)
+class BenchmarkRun(TypedDict):
+    """A run of a benchmark."""
+
+    arm: str
+    budget: str
+    dice: Score
+
+
+@with_config(STRICT)
+class Benchmark(TypedDict):
+    """label_efficiency.json and partial_labels.json."""
+
+    summary: Annotated[list[BenchmarkGroup], Field(min_length=1)]
+    runs: list[BenchmarkRun]
+    test_cases: list[str]
+
+
+@with_config(STRICT)
+class RoundDecisions(TypedDict):
+    """How many scans a round kept, left waiting and dropped."""
+
+    keep: Index
+    wait: Index
+    drop: Index
+
+
+@with_config(STRICT)
+class RoundCase(TypedDict):
+    """A scan of a round: organ -> why it was not believed."""
+
+    reasons: dict[str, list[str]]
+
+
+@with_config(STRICT)
+class RoundReport(TypedDict):
+    """report.json of a round."""
+
+    decisions: RoundDecisions
+    organs: dict[str, Index]
+    cases: dict[str, RoundCase]
+
+
+@with_config(STRICT)
+class ModelPlans(TypedDict):
+    """plans.json of a model folder, as far as its settings are concerned: trainer -> setting -> value."""
+
+    nnunet_diffusion: NotRequired[dict[str, dict[str, Any]]]
+
+
+@with_config(STRICT)
+class SampledPlan(TypedDict):
+    """The plan of the denoiser that drew samples."""
+
+    dataset_name: str
+    plans_name: str
+    configuration: str
+    spacing: Spacing
+    patch_size: Size
+    transpose_forward: Annotated[list[Index], Field(min_length=3, max_length=3)]
+    normalization_schemes: Annotated[list[str], Field(min_length=1)]
+    intensities: dict[str, dict[str, float]]
+    channel_names: Annotated[dict[str, str], Field(min_length=1)]
+
+
+@with_config(STRICT)
+class Samples(TypedDict):
+    """samples.json."""
+
+    denoiser: str
+    plan: SampledPlan
+    body_share: NotRequired[Score]
+
+
+# Of conversions.
+
+
+@with_config(STRICT)
+class ConvertedFrom(TypedDict):
+    """dataset.json of a conversion: the folders that its cases came from."""
+
+    converted_from: list[str]
+
+
+@with_config(STRICT)
+class SourceDataset(Dataset):
+    """dataset.json of a data set that is joined with others; `partial` says more about labels than a shape can."""
+
+    channel_names: Annotated[dict[Annotated[str, Field(pattern=r"^\d+$")], str], Field(min_length=1)]
+    labels: dict[str, Any]
+    annotated_labels: NotRequired[dict[str, list[str]]]
+
+
+@with_config(ConfigDict(**STRICT, extra="forbid"))
+class JoinedSource(TypedDict):
+    """A source of a mapping of `convert partial`; what its mapping means is checked where it is applied."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
+    about: NotRequired[Any]
+    dataset: NotRequired[FilePath]
+    images: NotRequired[FilePath]
+    labels: NotRequired[FilePath]
+    label_names: NotRequired[dict[str, Any]]
+    channel_names: NotRequired[Annotated[list[str], Field(min_length=1)]]
+    unlabeled: NotRequired[Annotated[list[FilePath], BeforeValidator(lambda n: [n] if isinstance(n, str) else n)]]
+    mapping: NotRequired[dict[str, Any]]
+    inside: NotRequired[dict[str, str]]
+    excludes: NotRequired[list[str]]
+
+
+@with_config(ConfigDict(**STRICT, extra="forbid"))
+class LabelMappingFile(TypedDict):
+    """The mapping of `convert partial`."""
+
+    labels: Annotated[list[str], Field(min_length=1)]
+    sources: Annotated[list[JoinedSource], Field(min_length=1)]
+    about: NotRequired[Any]
+
+
+AnnotatedLabels = dict[str, list[str]]  # of `convert folder --annotated`
+
+
+@with_config(STRICT)
+class LabelFile(TypedDict):
+    """The JSON file of `convert folder --labels` that has regions; `label_values` says more than a shape can."""
+
+    labels: dict[str, Any]
+    regions_class_order: NotRequired[list[int]]

@@ -6,13 +6,7 @@ from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner
 
 SHORT_TRAINING = {"num_epochs": 60, "num_iterations_per_epoch": 50, "num_val_iterations_per_epoch": 8}
 # In so few steps nnU-Net's SGD leaves small organs empty (docs/label_efficiency.md).
-FINE_TUNING = {
-    **SHORT_TRAINING,
-    "optimizer_name": "AdamW",
-    "initial_lr": 3e-3,
-    "head_lr_factor": 3.0,
-    "warmup_epochs": 1,
-}
+FINE_TUNING = {"optimizer_name": "AdamW", "initial_lr": 3e-3, "head_lr_factor": 3.0, "warmup_epochs": 1}
 
 
 class CompactPlanner(ExperimentPlanner):
@@ -24,19 +18,11 @@ class CompactPlanner(ExperimentPlanner):
 
     max_patch_size = {2: (96, 96), 3: (48, 64, 64)}  # voxels, in the plan's axis order: the coarsest axis comes first
     max_batch_size = {2: 8, 3: 2}
-    settings = {
+    settings = {  # of a class and of those that derive from it
         "ConfiguredTrainer": SHORT_TRAINING,
         "PartialLabelTrainer": FINE_TUNING,
-        "DenoisingDiffusionTrainer": {**SHORT_TRAINING, "initial_lr": 3e-3, "warmup_epochs": 2},
-        "DiffusionPretrainedTrainer": FINE_TUNING,
-        "DiffusionPretrainedDecoderTrainer": FINE_TUNING,
-        "DiffusionPretrainedLinearTrainer": FINE_TUNING,
-        "PseudoLabelTrainer": FINE_TUNING,
-        "DiffusionTeacherTrainer": {**SHORT_TRAINING, "initial_lr": 1e-3, "warmup_epochs": 2},
-        "DiffusionCoTrainingTrainer": FINE_TUNING,
-        "DiffusionCoTrainingTwinTrainer": FINE_TUNING,
-        "MutualDifferenceTrainer": FINE_TUNING,
-        "MutualSimilarityTrainer": FINE_TUNING,
+        "DenoisingDiffusionTrainer": {"num_val_iterations_per_epoch": 8, "initial_lr": 3e-3, "warmup_epochs": 2},
+        "DiffusionTeacherTrainer": {"initial_lr": 1e-3},
     }
 
     def __init__(

@@ -1,5 +1,7 @@
 """Plans residual-encoder networks for learning from every scan, labelled or not."""
 
+from copy import deepcopy
+
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     ResEncUNetPlanner,
@@ -22,20 +24,7 @@ class DiffusionPlanner(ResEncUNetPlanner):
     memory_target_gb = 8  # this and the two below: nnU-Net 2.8.1, nnUNetPlannerResEncM
     feature_voxels_2d = 135000000
     feature_voxels_3d = 680000000
-    settings = {
-        "ConfiguredTrainer": {},
-        "PartialLabelTrainer": {},
-        "DenoisingDiffusionTrainer": {},
-        "DiffusionPretrainedTrainer": {},
-        "DiffusionPretrainedDecoderTrainer": {},
-        "DiffusionPretrainedLinearTrainer": {},
-        "PseudoLabelTrainer": {},
-        "DiffusionTeacherTrainer": {},
-        "DiffusionCoTrainingTrainer": {},
-        "DiffusionCoTrainingTwinTrainer": {},
-        "MutualDifferenceTrainer": {},
-        "MutualSimilarityTrainer": {},
-    }
+    settings = {}  # of our trainers, for the plans: {trainer: {setting: value}}
 
     def __init__(
         self,
@@ -75,7 +64,7 @@ class DiffusionPlanner(ResEncUNetPlanner):
     def save_plans(self, plans):
         """Saves the plans with `2d_256` and the block of settings that our trainers read."""
         plans["configurations"]["2d_256"] = self._plan_2d_256(plans)
-        plans["nnunet_diffusion"] = {trainer: dict(settings) for trainer, settings in self.settings.items()}
+        plans["nnunet_diffusion"] = deepcopy(self.settings)
         super().save_plans(plans)
 
     def _plan_2d_256(self, plans) -> dict:

@@ -4,11 +4,14 @@ import multiprocessing
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import pytest
+from running import PYTHON
+from warm_server import warm_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -22,6 +25,19 @@ os.environ.update(nnUNet_n_proc_DA="0", nnUNet_def_n_proc="1", nnUNet_compile="f
 # nnU-Net looks its folders up at each use: a test that forgets to set them must fail, not touch the user's data.
 for variable in (*FOLDERS, "nnUNet_extTrainer"):
     os.environ.pop(variable, None)
+
+
+# What takes longest, as files or groups of tests: begun first, so that no process waits for another at the end.
+LONGEST = ("openkbp", "flare22", "test_benchmarks_run", "test_train", "test_rounds", "test_mutual", "test_end_to_end")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests of a file, or of a group of its own, together in one process."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    groups = {item: item.get_closest_marker("xdist_group").args[0] for item in items}
+    items.sort(key=lambda item: LONGEST.index(groups[item]) if groups[item] in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(autouse=True)
@@ -51,21 +67,26 @@ def without_forks() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Path]:
+    """A folder with `python`, nnU-Net's commands and ours, none of which imports torch and nnU-Net again."""
+    with tempfile.TemporaryDirectory(prefix="warm") as folder, warm_commands(Path(folder)):  # a socket's path is short
+        yield Path(folder)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def without_waiting(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Takes two waits out of the trainings that run in the tests' own process; those by command are as a user's.
+    """Takes two waits out of slow tests: processes that import torch and nnU-Net anew, and pictures of progress.
 
-    nnU-Net spawns its workers, each of which imports torch again: here a process that has imported it and does nothing
-    else forks them. Forked from the tests' own process, with its threads, they can wait for ever. nnU-Net draws
-    progress.png after every epoch: here once a folder.
+    What a test, nnU-Net or a command of ours starts with `sys.executable`, or from the folder that has it, is warm. In
+    the tests' own process, nnU-Net draws progress.png once a folder, not after every epoch.
     """
     if not any(item.get_closest_marker("slow") for item in request.session.items):
         yield
         return
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
 
-    get_context, draw = multiprocessing.get_context, LocalLogger.plot_progress_png
-    multiprocessing.set_forkserver_preload(["nnunetv2.training.nnUNetTrainer.nnUNetTrainer"])
+    draw, python = LocalLogger.plot_progress_png, str(request.getfixturevalue("warm") / "python")
 
     def draw_once(logger, folder: str) -> None:
         if not Path(folder, "progress.png").exists():
@@ -73,8 +94,10 @@ def without_waiting(request: pytest.FixtureRequest) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LocalLogger, "plot_progress_png", draw_once)
-        patch.setattr(multiprocessing, "get_context", lambda method=None: get_context(method and "forkserver"))
+        patch.setattr(sys, "executable", python)
+        multiprocessing.set_executable(python)
         yield
+    multiprocessing.set_executable(PYTHON)
 
 
 @pytest.fixture
@@ -103,6 +126,8 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def probe() -> dict:
     """What one fresh process found that imported torch, torchvision and, by nnU-Net's own search, all our trainers."""
-    from nnunet_diffusion import installation
+    from nnunet_diffusion import checkup
 
-    return installation.probe()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "executable", PYTHON)
+        return checkup.probe()

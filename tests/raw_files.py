@@ -45,7 +45,7 @@ def refused(capsys, raw: Path, code: int) -> str:
 
 
 def as_nnunet_reads(folder: Path) -> tuple[dict, dict, dict]:
-    """dataset.json, and the labelled and unlabelled files, all of which exist."""
+    """dataset.json, and the labeled and unlabeled files, all of which exist."""
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     content = json.loads((folder / "dataset.json").read_text())

@@ -3,9 +3,12 @@
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from contextlib import suppress
+
+PYTHON = sys.executable  # a process of its own from the start; slow tests set sys.executable to the warm one
 
 
 def run_command(command: list, timeout: float = 600, env: dict | None = None, **options) -> subprocess.CompletedProcess:
@@ -43,3 +46,9 @@ def run_command(command: list, timeout: float = 600, env: dict | None = None, **
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         return subprocess.CompletedProcess(command, code, *printed())
+
+
+def killable(*arguments: object) -> list[str]:
+    """Our command line in a process that a test can kill at once; the commands that it starts in turn are warm."""
+    code = "import sys; sys.executable = sys.argv.pop(1)\nfrom nnunet_diffusion.cli import main; sys.exit(main())"
+    return [PYTHON, "-c", code, sys.executable, *map(str, arguments)]

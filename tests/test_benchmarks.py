@@ -110,7 +110,7 @@ def test_settings_reach_the_arm():
     given = ["DiffusionPretrainedTrainer.initial_lr=0.01", "nnUNetTrainer.x=1"]
     trainer, settings = read_arm("full,timestep=150", given)
     assert (trainer, settings) == ("DiffusionPretrainedTrainer", {"initial_lr": 0.01, "timestep": 150})
-    assert read_arm("scratch", [])[1] == {"scratch": True}
+    assert read_arm("scratch", [])[1] == {"start": "scratch"}
     with pytest.raises(UserError, match="no arm 'ful'"):
         read_arm("ful", [])
     with pytest.raises(UserError, match="key=value"):

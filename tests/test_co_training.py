@@ -27,7 +27,7 @@ from nnunet_diffusion.trainers.DiffusionTeacherTrainer import DiffusionTeacherTr
 
 pytestmark = pytest.mark.slow  # each trains in nnU-Net's own loop, which takes seconds
 SHORT = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 2, "seed": 0}
-CO_TRAINING = {**SHORT, "scratch": True}
+CO_TRAINING = {**SHORT, "start": "scratch"}
 TWIN, STUDENT, TEACHER = "DiffusionCoTrainingTwinTrainer", "DiffusionCoTrainingTrainer", "DiffusionTeacherTrainer"
 
 
@@ -299,8 +299,8 @@ def dataset_json(world):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rounds": 0}, "setting rounds is 0: it must be at least 1"),
-        ({"method": "magic"}, "setting method is 'magic': it must be one of"),
+        ({"rounds": 0}, "DiffusionCoTrainingTrainer.rounds is 0: it must be at least 1"),
+        ({"method": "magic"}, "DiffusionCoTrainingTrainer.method is 'magic': it must be co_training or"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(plans, settings, message):
@@ -310,8 +310,8 @@ def test_settings_that_make_no_sense_are_refused(plans, settings, message):
 
 
 def test_twin_refuses_what_only_the_planned_student_can(plans):
-    with pytest.raises(UserError, match="a twin starts from no denoiser"):
-        tiny.trainer(DiffusionCoTrainingTwinTrainer, plans=plans("Twin", **{TWIN: {"scratch": False}}))
+    with pytest.raises(UserError, match="start is 'denoiser': it must be scratch, or the path"):
+        tiny.trainer(DiffusionCoTrainingTwinTrainer, plans=plans("Twin", **{TWIN: {"start": "denoiser"}}))
     with pytest.raises(UserError, match="setting timestep is 1000: it must be 0 to 999"):
         tiny.trainer(DiffusionCoTrainingTwinTrainer, plans=plans("Twin", **{TWIN: {"timestep": 1000}})).initialize()
 
@@ -426,10 +426,10 @@ def test_both_networks_of_cross_pseudo_supervision_start_from_the_denoiser(plans
     denoiser.num_epochs = 1
     denoiser.run_training()
     path = Path(denoiser.output_folder) / "denoiser.pth"
-    name = plans("FromDenoiser", **{STUDENT: {"method": "cross_pseudo", "scratch": False, "denoiser": str(path)}})
+    name = plans("FromDenoiser", **{STUDENT: {"method": "cross_pseudo", "start": str(path)}})
     trainer = tiny.trainer(DiffusionCoTrainingTrainer, plans=name)
     trainer.initialize()
-    trainer.transfer_denoiser()
+    trainer.take_first_weights()
     first, second = trainer.network.state_dict(), trainer.teacher.network.state_dict()
     differ = {key for key in first if not torch.equal(first[key], second[key])}
     assert differ and all("seg_layers" in key and key.endswith("weight") for key in differ)

@@ -10,9 +10,9 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunet_diffusion.co_training.losses import (
     agreement,
     consistency_loss,
-    labelled_loss,
+    labeled_loss,
     pseudo_label_loss,
-    unlabelled_loss,
+    unlabeled_loss,
 )
 from nnunet_diffusion.optimization import ramp_up
 
@@ -113,21 +113,21 @@ def test_the_gate_keeps_what_agrees_at_least_so_far():
     student, _ = random_case()
     teacher = student.clone()
     teacher[1] = teacher[1].roll(1, 0)  # other classes everywhere
-    loss, agreed = unlabelled_loss(student, [teacher], [], 0.5, True)
+    loss, agreed = unlabeled_loss(student, [teacher], [], 0.5, True)
     assert agreed[0] == agreed[2] == 1 and agreed[1] < 0.5
     hard_student, hard_teacher = student.argmax(1, True), teacher.argmax(1, True)
     is_kept = torch.tensor([True, False, True])
     expected = slow_pseudo_label_loss(student, hard_teacher, is_kept, True)
     expected = expected + slow_pseudo_label_loss(teacher, hard_student, is_kept, True)
     torch.testing.assert_close(loss, expected)
-    assert unlabelled_loss(student, [teacher], [], 0.0, True)[0] != loss
+    assert unlabeled_loss(student, [teacher], [], 0.0, True)[0] != loss
 
 
 def test_with_nothing_kept_only_the_errors_teach():
     student, _ = random_case()
     teacher = student.roll(1, 1).requires_grad_()
     error = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    loss, _ = unlabelled_loss(student.requires_grad_(), [teacher, teacher], [error], 1.1, False)
+    loss, _ = unlabeled_loss(student.requires_grad_(), [teacher, teacher], [error], 1.1, False)
     loss.backward()
     assert loss.item() == pytest.approx(0.7) and error.grad == 1
     assert student.grad.eq(0).all() and teacher.grad.eq(0).all()
@@ -136,10 +136,10 @@ def test_with_nothing_kept_only_the_errors_teach():
 # ---------------------------------------------------------------- the whole losses
 
 
-def test_unlabelled_loss_against_the_formula():
+def test_unlabeled_loss_against_the_formula():
     student, teacher, first, second = (random_case()[0] for _ in range(4))
     errors = [torch.tensor(0.3), torch.tensor(0.5)]
-    loss, _ = unlabelled_loss(student, [teacher, first, second], errors, 0.0, False)
+    loss, _ = unlabeled_loss(student, [teacher, first, second], errors, 0.0, False)
     hard_student, hard_teacher = student.argmax(1, True), teacher.argmax(1, True)
     d = [
         slow_pseudo_label_loss(logits, hard, ALL, False)
@@ -150,18 +150,18 @@ def test_unlabelled_loss_against_the_formula():
     torch.testing.assert_close(loss, d[0] + d[1] + (d[2] + d[3]) / 2 + 0.4)
 
 
-def test_labelled_loss_against_the_formula():
+def test_labeled_loss_against_the_formula():
     judge = {"p1": 1.0, "p2": 10.0, "q1": 100.0, "q2": 300.0}.__getitem__
     errors = [torch.tensor(1000.0), torch.tensor(3000.0)]
-    assert labelled_loss("p1", ["p2", "q1", "q2"], errors, judge) == 1 + 10 + 200 + 2000
-    assert labelled_loss("p1", ["p2"], [], judge) == 11
-    assert labelled_loss("p1", [], [], judge) == 1
+    assert labeled_loss("p1", ["p2", "q1", "q2"], errors, judge) == 1 + 10 + 200 + 2000
+    assert labeled_loss("p1", ["p2"], [], judge) == 11
+    assert labeled_loss("p1", [], [], judge) == 1
 
 
 def test_pseudo_labels_are_constants_and_both_learn():
     """The gradient of each mask's logits is that of its own terms alone."""
     student, teacher = (random_case()[0].requires_grad_() for _ in range(2))
-    unlabelled_loss(student, [teacher], [], 0.0, False)[0].backward()
+    unlabeled_loss(student, [teacher], [], 0.0, False)[0].backward()
     for logits, other in ((student, teacher), (teacher, student)):
         alone = logits.detach().clone().requires_grad_()
         pseudo_label_loss(alone, other.detach().argmax(1, True), ALL).backward()
@@ -183,6 +183,6 @@ def test_weight_of_the_pool_grows_linearly():
 
 def test_half_precision_stays_finite():
     student, teacher = (30 * random_case(dtype=torch.float32)[0].bfloat16() for _ in range(2))
-    loss, _ = unlabelled_loss(student.requires_grad_(), [teacher], [], 0.0, True)
+    loss, _ = unlabeled_loss(student.requires_grad_(), [teacher], [], 0.0, True)
     loss.backward()
     assert loss.isfinite() and student.grad.isfinite().all()

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,14 @@ from nnunet_diffusion.cli import main
 from nnunet_diffusion.conversion.dataset import label_values
 from nnunet_diffusion.dataset_conversion.Dataset022_FLARE22 import convert_flare22
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.locks import locked
 
 FLARE22_TRAINING = "Training/FLARE22_LabeledCase50"
 
 
 @pytest.fixture
 def source(tmp_path):
-    """Two labelled scans and one unlabelled one, in three folders."""
+    """Two labeled scans and one unlabeled one, in three folders."""
     folder = tmp_path / "source"
     for case in ("a", "b"):
         scan(folder / "images" / f"{case}_0000.nii.gz")
@@ -43,9 +45,9 @@ def convert(source: Path, *options: str, labels=("one", "two"), pools=("pool",))
 
 def test_folder_refers_to_the_files_where_they_are(source, raw, capsys):
     assert convert(source) == 0
-    assert "2 labelled and 1 unlabelled" in capsys.readouterr().out
+    assert "2 labeled and 1 unlabeled" in capsys.readouterr().out
     content, labeled, unlabeled = as_nnunet_reads(raw / "Dataset005_Tiny")
-    assert os.listdir(raw / "Dataset005_Tiny") == ["dataset.json"]
+    assert sorted(os.listdir(raw / "Dataset005_Tiny")) == [".nnunet_diffusion", "dataset.json"]
     assert content["labels"] == {"background": 0, "one": 1, "two": 2}
     assert content["channel_names"] == {"0": "CT"}
     assert (content["numTraining"], content["file_ending"]) == (2, ".nii.gz")
@@ -108,7 +110,7 @@ def test_interrupted_copy_is_continued(source, raw, monkeypatch, capsys):
     folder = raw / "Dataset005_Tiny"
     message = rf"b_0000.nii.gz was not written to {folder / 'imagesTr'}, where .*: No space left on device; make room"
     assert re.search(message, capsys.readouterr().err)
-    files = sorted(path.name for path in folder.rglob("*") if path.is_file())
+    files = sorted(path.name for path in folder.glob("*Tr/*"))
     assert files == ["a.nii.gz", "a_0000.nii.gz"]  # whole, no temporary file, no dataset.json
     monkeypatch.setattr(shutil, "copy2", lambda *args: copied.append(args[0]) or copy(*args))
     assert convert(source, "--copy") == 0
@@ -158,7 +160,9 @@ def test_what_was_annotated(source, raw, tmp_path, capsys):
         ({"z": ["one"]}, "'z'"),  # no such case
         ({"a": ["three"]}, "three"),  # no such label
         ({"b": ["one"]}, "b.nii.gz: label values [2]"),  # b's label file holds 2 as well
-        (["a"], "annotated.json: must hold an object"),
+        (["a"], "annotated.json: the whole file: Input should be a valid dictionary, not ['a']"),
+        ({"a": "one"}, "annotated.json: a: Input should be a valid list, not 'one'"),
+        ({"a": [["one"]]}, "annotated.json: a[0]: Input should be a valid string"),
     ):
         path.write_text(json.dumps(content))
         assert convert(source, "--annotated", str(path)) == 1
@@ -188,12 +192,19 @@ def test_labels_from_json(source, raw, tmp_path):
         ({"background": 0, "one": "1"}, "whole numbers"),
         ({"background": 0, "one": 1, "same": 1}, "same value"),
         ({"background": 0, "ignore": 1, "two": 2}, "'ignore' must have the highest value, 2"),
-        ({"background": 0, "both": [1, 2], "two": 2}, "'regions_class_order', 2 values"),
+        ({"background": 0, "both": [1, 2], "two": 2}, r"'regions_class_order', 2 values of \[1, 2\], .* not None"),
     ],
 )
 def test_labels_that_nnunet_could_not_train_with(labels, message):
     with pytest.raises(UserError, match=message):
         label_values({"labels": labels})
+
+
+@pytest.mark.parametrize("order", [3, ["a", "b"], [1], [1, 5], [0, 1], [[1], 2]])
+def test_order_of_regions_that_makes_no_sense(order):
+    labels = {"background": 0, "both": [1, 2], "two": 2}
+    with pytest.raises(UserError, match=r"'regions_class_order', 2 values of \[1, 2\]"):
+        label_values({"labels": labels, "regions_class_order": order})
 
 
 def test_label_values_by_hand():
@@ -216,7 +227,7 @@ def test_label_values_by_hand():
         (lambda s: label(s / "labels" / "a.nii.gz", values=(0, 3, 9)), r"label values \[3, 9\] are not among"),
         (lambda s: (s / "images" / "a_0000.nii.gz").unlink(), "labels/a.nii.gz has no image"),
         (lambda s: (s / "labels" / "a.nii.gz").unlink(), "a_0000.nii.gz has no label"),
-        (lambda s: scan(s / "pool" / "a_0000.nii.gz"), "a: is both labelled and unlabelled"),
+        (lambda s: scan(s / "pool" / "a_0000.nii.gz"), "a: is both labeled and unlabeled"),
         (lambda s: scan(s / "images" / "a.nii.gz"), "a: is there twice"),
         (lambda s: scan(s / "images" / "a.nii"), "several types.*--file_ending"),
         (
@@ -225,7 +236,7 @@ def test_label_values_by_hand():
         ),
     ],
 )
-def test_bad_labelled_input_is_refused(source, raw, capsys, spoil, message):
+def test_bad_labeled_input_is_refused(source, raw, capsys, spoil, message):
     spoil(source)
     error = refused(capsys, raw, convert(source))
     assert re.search(message, error), error
@@ -270,9 +281,9 @@ def test_bad_pool_scans_are_skipped_and_listed(source, raw, capsys):
     (source / "pool" / "f_0000.nii.gz").symlink_to(source / "gone.nii.gz")
     assert convert(source) == 1
     error = capsys.readouterr().err
-    assert "2 labelled and 1 unlabelled" in error and "skipped 3 unlabelled" in error
+    assert "2 labeled and 1 unlabeled" in error and "skipped 3 unlabeled" in error
     assert all(
-        text in error for text in ("d_0000.nii.gz: is 4-D", "e_0000.nii.gz: is an empty", "f_0000.nii.gz: cannot")
+        text in error for text in ("d_0000.nii.gz: is 4-D", "e_0000.nii.gz: is an empty", "f_0000.nii.gz: is a link to")
     )
     assert list(as_nnunet_reads(raw / "Dataset005_Tiny")[2]) == ["c"]
 
@@ -282,7 +293,9 @@ def test_folders_that_cannot_be_read(source, raw, capsys):
     assert "nowhere: cannot be listed (No such file or directory)" in error
     (source / "empty").mkdir()
     assert "empty: has no .nii.gz" in refused(capsys, raw, convert(source, pools=("empty",)))
-    assert "is not a folder" in refused(capsys, raw, main(["convert", "flare22", str(source / "nowhere")]))
+    assert "nowhere: cannot be listed (No such file or directory)" in refused(
+        capsys, raw, main(["convert", "flare22", str(source / "nowhere")])
+    )
 
 
 @pytest.mark.parametrize("layout", ["folder", "flare22"])
@@ -321,8 +334,14 @@ def test_label_names(source, raw, tmp_path, capsys):
     assert "background is always 0" in refused(capsys, raw, convert(source, labels=("background", "one")))
     (tmp_path / "labels.json").write_text("{")
     assert "labels.json: is no JSON" in refused(capsys, raw, convert(source, labels=[str(tmp_path / "labels.json")]))
-    (tmp_path / "labels.json").write_text("[1]")
-    assert "must hold an object" in refused(capsys, raw, convert(source, labels=[str(tmp_path / "labels.json")]))
+    for content, message in (
+        ("[1]", "labels.json: the whole file: Input should be a valid dictionary, not [1]"),
+        ('{"labels": 3}', "labels.json: labels: Input should be a valid dictionary, not 3"),
+        ('{"one": "1"}', "labels.json: labels must be whole numbers"),
+        ('{"labels": {"one": 1}, "regions_class_order": "x"}', "labels.json: regions_class_order: Input should be a"),
+    ):
+        (tmp_path / "labels.json").write_text(content)
+        assert message in refused(capsys, raw, convert(source, labels=[str(tmp_path / "labels.json")]))
 
 
 def test_same_source_again_updates_another_is_refused(source, raw, capsys):
@@ -338,10 +357,60 @@ def test_same_source_again_updates_another_is_refused(source, raw, capsys):
     source.rename(source.parent / "other")
     assert convert(source.parent / "other") == 1
     assert "dataset.json exists and was converted from" in capsys.readouterr().err
-    written.write_text("{}")
-    assert convert(source.parent / "other") == 1
-    assert "dataset.json exists and was not written by this command" in capsys.readouterr().err
-    assert written.read_text() == "{}"
+    for content in ("{}", "[]", '{"converted_from": 3}', '{"converted_'):
+        written.write_text(content)
+        assert convert(source.parent / "other") == 1
+        assert "dataset.json exists and was not written by this command" in capsys.readouterr().err
+        assert written.read_text() == content
+
+
+def test_two_at_once_take_turns(source, raw, monkeypatch, capsys):
+    """Another command writes the same data set: it is waited for; then it is one that was converted from elsewhere."""
+    from nnunet_diffusion.conversion import dataset
+
+    folder = raw / "Dataset005_Tiny"
+    with locked(str(folder / ".nnunet_diffusion" / "lock"), "the data set"):
+        monkeypatch.setattr(dataset, "locked", partial(locked, patience_s=0.2))
+        assert convert(source) == 1
+        message = rf"lock: another command works on the data set {folder} \(process {os.getpid()} on .*: wait for it"
+        assert re.search(message, capsys.readouterr().err)
+    check, checked = dataset.refuse_unusable, []
+
+    def check_while_another_command_writes(*arguments):
+        check(*arguments)
+        checked.append((folder / "dataset.json").write_text(json.dumps({"converted_from": ["elsewhere"]})))
+
+    monkeypatch.setattr(dataset, "refuse_unusable", check_while_another_command_writes)
+    assert convert(source) == 1 and checked
+    assert "dataset.json exists and was converted from ['elsewhere']" in capsys.readouterr().err
+    assert sorted(os.listdir(folder)) == [".nnunet_diffusion", "dataset.json"]
+
+
+def test_names_that_cannot_be_files(source, raw, capfd):
+    """In the pool they are skipped, otherwise refused: no UTF-8, which would end the program, a line feed."""
+    odd = [source / "pool" / "d\udcff_0000.nii.gz", source / "pool" / "e\nf_0000.nii.gz"]
+    for path in odd:
+        scan(source / "pool" / "x.nii.gz").rename(path)
+    assert convert(source) == 1
+    error = capfd.readouterr().err
+    assert "2 labeled and 1 unlabeled cases" in error and "skipped 2 unlabeled case(s)" in error
+    assert r"pool/d\udcff_0000.nii.gz': 'd\udcff' cannot be the name of a file or folder, it is no UTF-8" in error
+    assert r"pool/e\nf_0000.nii.gz': 'e\nf' cannot be the name of a file or folder, it has a control char" in error
+    assert list(as_nnunet_reads(raw / "Dataset005_Tiny")[2]) == ["c"]
+    before = (raw / "Dataset005_Tiny" / "dataset.json").read_bytes()
+    odd[1].rename(source / "images" / "e\nf_0000.nii.gz")
+    label(source / "labels" / "e.nii.gz").rename(source / "labels" / "e\nf.nii.gz")
+    assert convert(source) == 1
+    assert r"labels/e\nf.nii.gz': 'e\nf' cannot be the name" in capfd.readouterr().err
+    assert (raw / "Dataset005_Tiny" / "dataset.json").read_bytes() == before
+
+
+def test_folder_that_is_no_utf8(source, raw, capfd):
+    source.rename(source.parent / "so\udcffurce")
+    assert convert(source.parent / "so\udcffurce", pools=()) == 1
+    error = capfd.readouterr().err
+    assert r"so\udcffurce/images/a_0000.nii.gz': is no UTF-8, which image readers need: rename" in error
+    assert list(raw.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -374,7 +443,7 @@ def test_flare22_in_any_folders(tmp_path, raw, training, pools):
     assert list(labeled) == ["FLARE22_Tr_0001", "FLARE22_Tr_0050"]
     assert labeled["FLARE22_Tr_0050"]["label"].endswith("FLARE22_Tr_0050.nii.gz")
     assert list(unlabeled) == [f"Case_{number + 1:05d}" for number in range(len(pools))]
-    assert converted.notes == ["left 2 evaluation scan(s) where they are"]
+    assert converted.notes == ["left 2 scan(s) that are not for this training where they are"]
     assert len(content["labels"]) == 14
     assert (content["labels"]["right kidney"], content["labels"]["left kidney"]) == (2, 13)
 
@@ -396,7 +465,8 @@ def test_scans_of_different_orientation_are_turned_to_one(source, raw, capsys):
 def test_flare22_bad_input(tmp_path, raw, capsys):
     source = tmp_path / "FLARE22"
     scan(source / "a" / "Case_00001_0000.nii.gz")
-    assert "has no labelled case" in refused(capsys, raw, main(["convert", "flare22", str(source)]))
+    error = refused(capsys, raw, main(["convert", "flare22", str(source)]))
+    assert "has no case in or below it, an image such as CASE_0000.nii.gz with a label CASE.nii.gz" in error
     scan(source / "a" / "FLARE22_Tr_0001_0000.nii.gz")
     label(source / "FLARE22_Tr_0002.nii.gz")
     scan(source / "b" / "Case_00001_0000.nii.gz")
@@ -407,6 +477,6 @@ def test_flare22_bad_input(tmp_path, raw, capsys):
 
 def test_flare22_example(raw, shared_data, capsys):
     assert main(["convert", "flare22", str(shared_data / "flare_example"), "-d", "23", "-n", "Example", "--copy"]) == 0
-    assert "no training case: took its 3 labelled evaluation case(s)" in capsys.readouterr().out
+    assert "no training case: took its labeled evaluation cases instead" in capsys.readouterr().out
     _, labeled, _ = as_nnunet_reads(raw / "Dataset023_Example")
     assert list(labeled) == ["FLARE22_Ts_0001", "FLARE22_Ts_0002", "FLARE22_Ts_0003"]

@@ -41,7 +41,7 @@ def raw_set(folder: Path, labels: dict, cases=("a", "b"), seed=0, ending=".nii.g
 
 @pytest.fixture
 def sets(tmp_path):
-    """FLARE: liver, kidneys by side. KiTS, in folders: kidneys of either side with tumours, an unlabelled scan."""
+    """FLARE: liver, kidneys by side. KiTS, in folders: kidneys of either side with tumors, an unlabeled scan."""
     folder = tmp_path / "sets"
     raw_set(folder / "FLARE", ["liver", "right kidney", "left kidney"])
     for case in ("a", "c"):  # an `a` is in both
@@ -77,7 +77,8 @@ def join(sets: Path, sources: list[dict], *options: str, labels=COMMON) -> int:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "mapping.json"}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in ("mapping.json", "lock"))
+    return {path: path.read_bytes() for path in files}
 
 
 def test_two_sets_become_one(sets, raw, capsys):
@@ -98,8 +99,8 @@ def test_two_sets_become_one(sets, raw, capsys):
     }
     assert content["union_labels"] == {"KiTS_a": [KIDNEYS], "KiTS_c": [KIDNEYS]}
     assert content["channel_names"] == {"0": "CT"} and content["file_ending"] == ".nii.gz"
-    assert {path.name for path in (raw / "Dataset007_Both").iterdir()} == {"dataset.json", "labelsTr"}
-    assert "FLARE: 2 labelled, 0 unlabelled\n  annotated  liver, right kidney, left kidney" in out.out
+    assert {path.name for path in (raw / "Dataset007_Both").glob("[!.]*")} == {"dataset.json", "labelsTr"}
+    assert "FLARE: 2 labeled, 0 unlabeled\n  annotated  liver, right kidney, left kidney" in out.out
     assert "union      left kidney or right kidney" in out.out
     assert "WARNING" not in out.err
 
@@ -108,7 +109,7 @@ def test_values_by_hand_and_geometry(sets, raw):
     assert join(sets, list(entries().values())) == 0
     for case, original, values in (
         ("FLARE_a", sets / "FLARE" / "labelsTr" / "a.nii.gz", [0, 1, 3, 2]),  # right kidney 2 -> 3, left kidney 3 -> 2
-        ("KiTS_a", sets / "kits" / "labels" / "a.nii.gz", [0, 2, 4]),  # union: the value of its first; tumour 2 -> 4
+        ("KiTS_a", sets / "kits" / "labels" / "a.nii.gz", [0, 2, 4]),  # union: the value of its first; tumor 2 -> 4
     ):
         new = sitk.ReadImage(str(raw / "Dataset007_Both" / "labelsTr" / f"{case}.nii.gz"))
         old = sitk.ReadImage(str(original))
@@ -150,6 +151,9 @@ def test_again_changes_nothing_and_another_mapping_is_refused(sets, raw, capsys)
     assert join(sets, sources[:1]) == 1
     assert "was converted from" in capsys.readouterr().err
     assert contents(raw) == before
+    cut(raw / "Dataset007_Both" / "labelsTr" / "KiTS_a.nii.gz")
+    assert join(sets, sources) == 1
+    assert re.search(r"KiTS_a.nii.gz exists and is not what .*a.nii.gz becomes: remove", capsys.readouterr().err)
 
 
 def test_interrupted_run_is_continued(sets, raw, monkeypatch, capsys):
@@ -199,7 +203,7 @@ def test_orientations_are_turned_to_one(sets, raw, capsys):
 
 
 def test_source_that_annotates_in_part(sets, raw):
-    """B annotates the liver alone; c nothing of the common table: it joins the unlabelled."""
+    """B annotates the liver alone; c nothing of the common table: it joins the unlabeled."""
     labels = ["liver", "right kidney", "left kidney", "spine"]
     annotated = {"b": ["liver"], "c": ["spine"]}
     folder = raw_set(sets / "Part", labels, ("a", "b", "c"), annotated_labels=annotated)
@@ -265,7 +269,7 @@ def test_mappings_that_contradict_themselves(mapping, message):
         map_labels("S", ["a", "b"], ["x", "y", "z", "ignore"], mapping)
 
 
-def test_an_organ_with_and_without_its_tumour():
+def test_an_organ_with_and_without_its_tumor():
     common = ["liver", "liver tumor"]
     apart, inside = {"liver": "liver", "tumor": "liver tumor"}, {"tumor": "liver"}
     split = map_labels("LiTS", ["liver", "tumor"], common, apart, inside)
@@ -305,9 +309,9 @@ def entry(**changes) -> dict:
     ("change", "message"),
     [
         ({"name": "FLARE"}, r"two sources are called \['FLARE'\]"),
-        ({"name": "a/b"}, "needs a 'name' of letters"),
-        ({"maping": {}}, r"sources\[1\]: has \['maping'\], which mean nothing"),
-        ({"mapping": []}, r"sources\[1\]: 'mapping' must be an object"),
+        ({"name": "a/b"}, r"sources\[1\].name: String should match pattern"),
+        ({"maping": {}}, r"sources\[1\].maping: Extra inputs are not permitted"),
+        ({"mapping": []}, r"sources\[1\].mapping: Input should be a valid dictionary"),
         ({"dataset": "FLARE"}, "give either 'dataset', or"),
         ({"label_names": {"kidney": 1, "tumor": 1}}, "'label_names' must be different whole numbers"),
         ({"label_names": {"kidney": [1, 2], "tumor": 2}}, r"has regions \['kidney'\]"),
@@ -316,8 +320,11 @@ def entry(**changes) -> dict:
         ({"mapping": {}, "inside": {}}, "none of its labels"),
         ({"channel_names": ["MR"]}, r"different channels: FLARE \['CT'\], KiTS \['MR'\]"),
         ({"channel_names": ["CT", "PET"]}, "must end with one of 2 channels"),
-        ({"inside": {"tumor": ["kidney"]}}, r"'inside' names \[\['kidney'\]\], not among"),
-        ({"unlabeled": 3}, "'unlabeled' must be a folder or a list of them, not 3"),
+        ({"inside": {"tumor": ["kidney"]}}, r"sources\[1\].inside.tumor: Input should be a valid string"),
+        ({"inside": {"tumor": "liver"}}, r"'inside' names \['liver'\], not among"),
+        ({"unlabeled": 3}, r"sources\[1\].unlabeled: Input should be a valid list, not 3"),
+        ({"channel_names": []}, r"sources\[1\].channel_names: List should have at least 1 item"),
+        ({"images": "a\0b"}, r"sources\[1\].images: String should match pattern"),
         ({"images": "nowhere"}, "nowhere: cannot be listed"),
         ({"images": "FLARE/imagesTr", "labels": "FLARE/labelsTr"}, "is both FLARE_a and KiTS_a"),
         ({"unlabeled": ["kits/more", "other"]}, "source 'KiTS': d: is there twice, as .*more/d.nii.gz and .*other/d"),
@@ -333,11 +340,12 @@ def test_bad_source_is_refused(sets, raw, capsys, change, message):
     ("content", "message"),
     [
         ("{", "is no JSON"),
-        ("[]", "must be {"),
-        ('{"labels": ["a"]}', "must be {"),
+        ("[]", r"mapping.json: the whole file: Input should be a valid dictionary, not \[\]"),
+        ('{"labels": ["a"]}', "mapping.json: sources: Field required, not nothing: .* --help` shows how"),
+        ('{"labels": ["a"], "sources": [3]}', r"mapping.json: sources\[0\]: Input should be a valid dictionary, not 3"),
         ('{"labels": ["a", "a"], "sources": [{"name": "S"}]}', "'labels' must be a list of different names"),
         ('{"labels": ["ignore", "a"], "sources": [{"name": "S"}]}', "'ignore' last"),
-        ('{"labels": ["a"], "sources": []}', "'sources' must be a list"),
+        ('{"labels": ["a"], "sources": []}', "sources: List should have at least 1 item"),
         ('{"labels": ["a"], "sources": [{"name": "S"}]}', "lacks .*'images'|give either"),
         ('{"labels": ["a"], "sources": [{"name": "S", "dataset": "Nothing"}]}', "there is no dataset.json in .*--only"),
     ],
@@ -365,13 +373,28 @@ def test_nrrd_sets_join(sets, raw):
     assert np.unique(sitk.GetArrayViewFromImage(new)).tolist() == [0, 2] and new.GetSpacing() == SPACING
 
 
+FILES = {"images": ["imagesTr/a_0000.nii.gz"], "label": "labelsTr/a.nii.gz"}
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"union_labels": {"a": [["liver", "left kidney"]]}}, "has 'union_labels', it was joined already"),
         ({"annotated_labels": {"z": ["liver"]}}, "names case 'z', which is not there"),
-        ({"annotated_labels": {"a": None}}, "of 'a' must be a list of labels, not None"),
-        ({"dataset": {"a": {"images": []}}}, r"dataset.json: case 'a' must be \{.*with 1 channel\(s\)"),
+        ({"annotated_labels": {"a": None}}, "annotated_labels.a: Input should be a valid list, not None"),
+        ({"annotated_labels": {"a": [["x"]]}}, r"annotated_labels.a\[0\]: Input should be a valid string"),
+        (
+            {"dataset": []},
+            r"dataset.json: dataset: Input should be a valid dictionary, not \[\]: convert that data set",
+        ),
+        ({"dataset": {"a": {"images": []}}}, "dataset.json: dataset.a.images: List should have at least 1 item"),
+        ({"dataset": {"a": {"images": ["x", "y"], "label": "z"}}}, "dataset.a.images: must be 1 file"),
+        ({"dataset": {"../../../evil": FILES}}, r"dataset.json: dataset: '../../../evil' cannot be the name of a file"),
+        ({"dataset": {"a": {"images": ["a\0b"], "label": "z"}}}, r"dataset.a.images\[0\]: String should match"),
+        ({"dataset": {"a": {"images": ["a\ud800"], "label": "z"}}}, r"dataset.a.images\[0\]: Input should be a valid"),
+        ({"channel_names": {"x": "CT"}}, "channel_names.x"),
+        ({"overwrite_image_reader_writer": {}}, "overwrite_image_reader_writer: Input should be a valid string"),
+        ({"unlabeled": {"../evil": {"images": FILES["images"]}}}, "'../evil' cannot be "),
         ({"annotated_labels": {"a": ["x"]}}, r"of 'a' names \['x'\], not among"),
         ({"labels": {"background": 0, "all": [1, 2], "liver": 1}}, r"has regions \['all'\]"),
         ({"file_ending": ".png"}, ".png files cannot be joined"),
@@ -382,6 +405,20 @@ def test_raw_data_sets_that_cannot_be_joined(sets, raw, capsys, more, message):
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
     error = refused(capsys, raw, join(sets, list(entries().values())))
     assert re.search(message, error), error
+
+
+@pytest.mark.parametrize("content", ["[]", '{"labels": ', "null"])
+def test_source_of_another_shape(sets, raw, capsys, content):
+    (sets / "FLARE" / "dataset.json").write_text(content)
+    error = refused(capsys, raw, join(sets, list(entries().values()), "--copy"))
+    assert re.search("FLARE/dataset.json: .*: convert that data set again", error)
+
+
+def test_source_that_cannot_be_read_is_not_missing(sets, raw, capsys):
+    path = sets / "FLARE" / "dataset.json"
+    path.unlink()
+    path.symlink_to(path)
+    assert "Too many levels of symbolic links" in refused(capsys, raw, join(sets, list(entries().values())))
 
 
 def test_sources_whose_cases_would_be_called_the_same(sets, raw, capsys):

@@ -1,5 +1,8 @@
-"""The scripts of `dataset_conversion` on folders laid out and named as the sets are published; then all joined."""
+"""Published sets by name, on folders laid out and named as they are published; then all joined."""
 
+import importlib
+import inspect
+import runpy
 import sys
 from pathlib import Path
 
@@ -8,9 +11,8 @@ import numpy as np
 import pytest
 from raw_files import as_nnunet_reads
 
-from nnunet_diffusion.cli import main
-from nnunet_diffusion.conversion.layouts import command_line
-from nnunet_diffusion.dataset_conversion.Dataset003_Liver import convert_liver
+from nnunet_diffusion.cli import build_parser, main
+from nnunet_diffusion.cli.convert import SCRIPTS
 from nnunet_diffusion.dataset_conversion.Dataset007_Pancreas import convert_pancreas
 from nnunet_diffusion.dataset_conversion.Dataset009_Spleen import convert_spleen
 from nnunet_diffusion.dataset_conversion.Dataset017_BTCV import convert_btcv
@@ -101,11 +103,11 @@ def raw(nnunet_folders):
 
 
 @pytest.mark.parametrize(
-    ("make", "convert", "folder", "cases", "labels", "ending", "left"),
+    ("make", "name", "folder", "cases", "labels", "ending", "left"),
     [
         (
             lambda f: decathlon(f / "Task03_Liver", "liver", ("0", "130"), 2),
-            convert_liver,
+            "liver",
             "Dataset003_Liver",
             ["liver_0", "liver_130"],
             {"liver": 1, "cancer": 2},
@@ -114,7 +116,7 @@ def raw(nnunet_folders):
         ),
         (
             lambda f: decathlon(f / "Task07_Pancreas", "pancreas", ("001", "421"), 2),
-            convert_pancreas,
+            "pancreas",
             "Dataset007_Pancreas",
             ["pancreas_001", "pancreas_421"],
             {"pancreas": 1, "cancer": 2},
@@ -123,17 +125,17 @@ def raw(nnunet_folders):
         ),
         (
             lambda f: decathlon(f / "Task09_Spleen", "spleen", ("2", "63"), 1),
-            convert_spleen,
+            "spleen",
             "Dataset009_Spleen",
             ["spleen_2", "spleen_63"],
             {"spleen": 1},
             ".nii.gz",
             1,
         ),
-        (lits, convert_lits, "Dataset029_LiTS", ["0", "130"], {"liver": 1, "tumor": 2}, ".nii", 1),
+        (lits, "lits", "Dataset029_LiTS", ["0", "130"], {"liver": 1, "tumor": 2}, ".nii", 1),
         (
             btcv,
-            convert_btcv,
+            "btcv",
             "Dataset017_BTCV",
             ["0001", "0040"],
             {"aorta": 8, "left adrenal gland": 13},
@@ -142,7 +144,7 @@ def raw(nnunet_folders):
         ),
         (
             amos22,
-            convert_amos22,
+            "amos22",
             "Dataset218_AMOS22",
             ["amos_0001", "amos_0008"],
             {"spleen": 1, "prostate/uterus": 15},
@@ -152,30 +154,36 @@ def raw(nnunet_folders):
     ],
     ids=["Liver", "Pancreas", "Spleen", "LiTS", "BTCV", "AMOS22"],
 )
-def test_published_layout(tmp_path, raw, make, convert, folder, cases, labels, ending, left):
+def test_published_layout(tmp_path, raw, capsys, make, name, folder, cases, labels, ending, left):
     source = make(tmp_path / "source")
     before = {path: path.read_bytes() for path in source.rglob("*.nii*")}
-    converted = convert(str(source))
+    assert main(["convert", name, str(source)]) == 0
     content, labeled, unlabeled = as_nnunet_reads(raw / folder)
     assert sorted(labeled) == cases and unlabeled == {}
     assert labels.items() <= content["labels"].items() and max(content["labels"].values()) == max(labels.values())
     assert content["file_ending"] == ending and content["channel_names"] == {"0": "CT"}
-    assert converted.notes == [f"left {left} scan(s) that are not for this training where they are"]
+    assert capsys.readouterr().out.endswith(f"\nleft {left} scan(s) that are not for this training where they are\n")
     assert {path: path.read_bytes() for path in source.rglob("*.nii*")} == before
 
 
 @pytest.mark.parametrize(
     ("year", "label_name", "highest"), [(19, "segmentation", 2), (21, "aggregated_MAJ_seg", 3), (23, "segmentation", 3)]
 )
-def test_kits_of_three_years(tmp_path, raw, year, label_name, highest):
-    source = kits(tmp_path / "data", label_name, highest)
-    if year == 19:
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_kits_of_three_years(tmp_path, raw, capsys, year, label_name, highest, is_whole):
+    """The files of a whole set tell its year."""
+    cases = ["case_00000", "case_00209", *["case_00588"] * (is_whole and year == 23)]
+    source = kits(tmp_path / "data", label_name, highest, cases)
+    if is_whole and year == 19:
         scan(source / "case_00210" / "imaging.nii.gz")  # a test scan
-    converted = convert_kits(str(tmp_path), year)
-    content, labeled, _ = as_nnunet_reads(raw / "Dataset040_KiTS")
-    assert list(labeled) == ["case_00000", "case_00209"]
+    if not is_whole and year != 21:
+        assert main(["convert", "kits", str(tmp_path), "-d", "41"]) == 1
+        assert f"{tmp_path}: its files do not tell which KiTS they are of: give --year 19" in capsys.readouterr().err
+    assert main(["convert", "kits", str(tmp_path), "-d", "41", *([] if is_whole else ["--year", str(year)])]) == 0
+    content, labeled, _ = as_nnunet_reads(raw / "Dataset041_KiTS")
+    assert list(labeled) == cases
     assert list(content["labels"]) == ["background", "kidney", "tumor", "cyst"][: highest + 1]
-    assert len(converted.notes) == (year == 19)
+    assert ("left 1 scan(s)" in capsys.readouterr().out) == (is_whole and year == 19)
 
 
 def test_lits_labels_get_their_volumes_headers(tmp_path, raw):
@@ -200,7 +208,7 @@ def test_what_is_not_whole_is_refused(tmp_path, raw):
         convert_btcv(str(source))
     with pytest.raises(UserError, match="has no case in or below it, an image such as imagesTr/CASE.nii.gz with"):
         convert_spleen(str(source))
-    with pytest.raises(UserError, match="nowhere: is not a folder"):
+    with pytest.raises(UserError, match="nowhere: cannot be listed"):
         convert_spleen(str(source / "nowhere"))
     with pytest.raises(UserError, match=r"year 20: KiTS was published in \[19, 21, 23\]"):
         convert_kits(str(source), 20)
@@ -216,16 +224,40 @@ def test_wrong_year_or_values_are_refused(tmp_path, raw):
     assert list(raw.iterdir()) == []
 
 
+def run_script(monkeypatch, name: str, *arguments: str) -> int:
+    """Runs it as `python -m nnunet_diffusion.dataset_conversion.NAME` does; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    monkeypatch.delitem(sys.modules, f"nnunet_diffusion.dataset_conversion.{name}", raising=False)  # else it warns
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"nnunet_diffusion.dataset_conversion.{name}", run_name="__main__")
+    return ended.value.code
+
+
 def test_scripts_have_a_command_line(tmp_path, raw, monkeypatch, capsys):
     source = kits(tmp_path, "segmentation", 2)
-    monkeypatch.setattr(sys, "argv", ["script", str(source), "--year", "19", "-d", "64", "--copy"])
-    assert command_line(convert_kits, "KiTS", year=(19, 21, 23)) == 0
-    assert "Dataset064_KiTS: 2 labelled" in capsys.readouterr().out
+    assert run_script(monkeypatch, "Dataset040_KiTS", str(source), "--year", "19", "-d", "64", "--copy") == 0
+    assert "Dataset064_KiTS: 2 labeled" in capsys.readouterr().out
     assert (raw / "Dataset064_KiTS" / "imagesTr" / "case_00000_0000.nii.gz").is_file()
-    monkeypatch.setattr(sys, "argv", ["script", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match="1"):
-        command_line(convert_btcv, "BTCV")
-    assert "nowhere: is not a folder" in capsys.readouterr().err
+    assert run_script(monkeypatch, "Dataset017_BTCV", str(tmp_path / "nowhere")) == 1
+    assert "error: " in (error := capsys.readouterr().err) and "nowhere: cannot be listed" in error
+
+
+def test_scripts_and_names_have_the_same_defaults():
+    assert len(SCRIPTS) == 8
+    for name, path in SCRIPTS.items():
+        script = importlib.import_module(f"nnunet_diffusion.dataset_conversion.{path.stem}")
+        defaults = inspect.signature(getattr(script, f"convert_{name}")).parameters
+        by_name = build_parser().parse_args(["convert", name, "folder"])
+        assert by_name.dataset_id == defaults["dataset_id"].default
+        assert by_name.name == defaults["name"].default
+        assert f"Dataset{by_name.dataset_id:03d}_{by_name.name}" == path.stem
+
+
+def test_help_lists_every_way_with_an_example(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["convert", "--help"])
+    examples = capsys.readouterr().out.split("examples:")[1]
+    assert all(f"nnunet_diffusion convert {way} " in examples for way in (*SCRIPTS, "folder", "partial"))
 
 
 def test_abdomen_joins_them_all(tmp_path, raw, capsys):

@@ -1,6 +1,7 @@
 """Steps are run once, continued and reported; the demo goes all the way on the real nnU-Net."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,9 +10,10 @@ import time
 
 import numpy as np
 import pytest
+from full_disk import no_file_longer_than
 
 from nnunet_diffusion.cli import main
-from nnunet_diffusion.cli.demo import verdict
+from nnunet_diffusion.cli.demo import arms_table, verdict
 from nnunet_diffusion.commands import Step, Steps, command_environment, link
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten
@@ -46,6 +48,15 @@ def test_step_runs_again_when_its_output_is_gone_or_what_it_depends_on_changed(s
     (tmp_path / "a").unlink()
     steps_of().run(python("one", APPEND, tmp_path / "a", depends_on={"epochs": 2}))
     assert (tmp_path / "a").read_text() == "x"
+
+
+def test_log_on_a_full_disk_is_named(steps_of, tmp_path):
+    talks = python("talks", "import sys; print('x' * 9999); open(sys.argv[1], 'w')", tmp_path / "a")
+    message = rf"talks.txt was not written to {tmp_path}/run/logs, where \d+ MB are free: File too large; make room"
+    with no_file_longer_than(4096), pytest.raises(NotWritten, match=message):
+        steps_of().run(talks)
+    steps_of().run(talks)
+    assert (tmp_path / "run" / "logs" / "talks.txt").read_text() == "x" * 9999 + "\n"
 
 
 def test_what_follows_a_step_that_ran_runs_too(steps_of, tmp_path):
@@ -223,6 +234,17 @@ def test_link_replaces_an_older_one(tmp_path):
     assert (tmp_path / "link").read_text() == "b" and (tmp_path / "a").read_text() == "a"
 
 
+def test_table_shows_arms_beside_each_other_and_their_difference():
+    scratch = {"a": {"liver": 0.5, "spleen": math.nan}}
+    ours = {"a": {"liver": 0.75, "spleen": math.nan}}
+    lines = arms_table({"from scratch": scratch, "pre-trained": ours}).splitlines()
+    assert lines[0].split() == ["Dice", "from", "scratch", "pre-trained", "difference"]
+    assert lines[2].split() == ["liver", "0.500", "0.750", "+0.250"]
+    assert lines[3].split() == ["spleen", "-", "-", "-"]
+    assert lines[-1].split() == ["mean", "0.500", "0.750", "+0.250"]
+    assert len({len(line) for line in lines}) == 1
+
+
 def test_verdict_says_who_is_ahead():
     low, high = {"a": {"liver": 0.5}, "b": {"liver": 0.7}}, {"a": {"liver": 0.8}, "b": {"liver": 0.6}}
     assert "Pre-trained is ahead of its from-scratch control by 0.100 Dice, and better in 1 of 2" in verdict(low, high)
@@ -244,16 +266,19 @@ def test_synthetic_data_needs_something_to_test_on(capsys):
 @pytest.mark.slow
 def test_demo_end_to_end_and_again(tmp_path, capsys):
     """Every step on the real nnU-Net with tiny budgets; the second call finds all of it done."""
-    small = "--labelled 2 --unlabelled 2 --test 2 --epochs 1 --pretraining_epochs 1".split()
+    small = "--labeled 2 --unlabeled 2 --test 2 --epochs 1 --pretraining_epochs 1".split()
     assert main(["demo", "-o", str(tmp_path), *small]) == 0
     out = capsys.readouterr().out
-    assert "from scratch  pre-trained  difference" in out and "[7/7]" in out
+    assert "from scratch  pre-trained  difference" in out and "[8/8] report" in out
+    assert out.splitlines()[-1] == f"Report: {tmp_path / 'report.html'}"
+    page = (tmp_path / "report.html").read_text()
+    assert "predictions/pre-trained/evaluation_nnunet.json" in page and "Cases of DiffusionPretrainedTrainer" in page
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["arms"]) == {"from scratch", "pre-trained"} and len(results["seconds"]) == 7
     assert all(len(arm["cases"]) == 2 and 0 <= arm["mean"] <= 1 for arm in results["arms"].values())
     assert len(list((tmp_path / "overlays").glob("*.png"))) == 2
     assert main(["demo", "-o", str(tmp_path), *small]) == 0
-    assert capsys.readouterr().out.count("done before") == 7
+    assert capsys.readouterr().out.count("done before") == 7  # the report is made each time
 
 
 @pytest.mark.slow
@@ -270,7 +295,7 @@ def test_demo_on_a_users_data_set_holds_fold_0_out(tmp_path, monkeypatch, capsys
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     held_out = json.loads((tmp_path / "preprocessed" / "Dataset007_Mine" / "splits_final.json").read_text())[0]["val"]
     assert set(results["arms"]["pre-trained"]["cases"]) == set(held_out) and len(held_out) == 1
-    assert np.isfinite(results["arms"]["pre-trained"]["mean"])
+    assert np.isfinite(results["arms"]["pre-trained"]["mean"]) and (tmp_path / "out" / "report.html").is_file()
     plan = json.loads((tmp_path / "preprocessed" / "Dataset007_Mine" / "nnUNetCompactPlans.json").read_text())
     assert plan["plans_name"] == "nnUNetCompactPlans"  # the user's own plan is as it was planned
     assert "scratch" not in json.dumps(plan)

@@ -145,7 +145,7 @@ def test_what_is_known_of_images_by_hand():
     diffusion, network = Diffusion(), torch.nn.Module()
     network.input_scale, network.image_range = torch.ones(1), torch.zeros(2)
     patches = [torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 2, 2), 6.0)]
-    diffusion.know_images([network], ImageStatistics(np.array([0.5]), -1.0, 9.0), patches, 4)
+    diffusion.calibrate([network], ImageStatistics(np.array([0.5]), -1.0, 9.0), patches, 4)
     assert network.input_scale.tolist() == [2] and network.image_range.tolist() == [-1, 9]
     assert diffusion.description["prior"] == [[2.0], [1.0]]
     again = Diffusion(**diffusion.description)

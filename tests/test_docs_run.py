@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from running import run_command
+from running import PYTHON, run_command
 from skimage.io import imsave
 from test_convert_public_sets import kits
 from test_docs import ROOT, commands
@@ -22,7 +22,6 @@ from test_docs import ROOT, commands
 from nnunet_diffusion.dataset_conversion.Dataset022_FLARE22 import ORGANS
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
 NOT_HERE = {
     "make ": "sets up an environment of its own",
     "pip install": "the tests run in what it installs",
@@ -42,10 +41,10 @@ SMALLER = {
 }
 PLANNED = "nnUNetDiffusionPlans"
 
-NNUNET = '#!/bin/sh\nexec "{real}" "$@" -device cpu\n'
+NNUNET = '#!/bin/sh\nexec "$COMMANDS/{name}" "$@" -device cpu\n'
 OURS = """#!/bin/sh
 case "$1" in rounds|mutual) set -- "$@" -device cpu --gate is_open=true;; esac
-"{real}" "$@" || exit
+"$COMMANDS/{name}" "$@" || exit
 if [ "$1" = plan_and_preprocess ]; then exec "{python}" "{shorten}"; fi
 """
 SHORTEN = """
@@ -88,13 +87,24 @@ def save(array: np.ndarray, path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A home folder with FLARE22 in it, and commands that are short and stay on the CPU."""
-    root = tmp_path_factory.mktemp("home")
+def flare22(tmp_path_factory):
+    """A home folder with FLARE22 in it."""
+    root = make_home(tmp_path_factory.mktemp("home"))
     training = root / "FLARE22" / "Training"
     labelled = training / "FLARE22_LabeledCase50"
     write_scans(labelled / "images", "FLARE22_Tr", range(1, 7), 13, labelled / "labels")
     write_scans(training / "FLARE22_UnlabeledCase1-1000", "Case", range(1, 4), 13)
+    return root
+
+
+@pytest.fixture(scope="module")
+def openkbp(tmp_path_factory):
+    """A home folder for OpenKBP and what is like it."""
+    return make_home(tmp_path_factory.mktemp("home"))
+
+
+def make_home(root: Path) -> Path:
+    """Gives a home folder commands that are short and stay on the CPU; returns it."""
     bin_folder, shorten = root / "bin", root / "shorten.py"
     bin_folder.mkdir()
     trainers = [p.stem for p in (ROOT / "trainers").glob("*Trainer.py")]
@@ -102,21 +112,23 @@ def home(tmp_path_factory):
     for name in ("nnUNetv2_train", "nnUNetv2_predict", "nnunet_diffusion"):
         text = OURS if name == "nnunet_diffusion" else NNUNET
         script = bin_folder / name
-        script.write_text(text.format(real=BIN / name, python=sys.executable, shorten=shorten))
+        script.write_text(text.format(name=name, python=PYTHON, shorten=shorten))
         script.chmod(0o755)
     return root
 
 
-def run(home: Path, folder: Path, lines: list[str]) -> None:
-    """Runs lines in one shell; the test fails with the line that failed and what it said."""
+def run(home: Path, folder: Path, lines: list[str], python: str = "") -> None:
+    """Runs lines in one shell, by default warm; the test fails with the line that failed and what it said."""
+    place = Path(python or sys.executable).parent
     environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_") or "_n_" in key}
-    environment |= {"HOME": str(home), "PATH": f"{home / 'bin'}:{BIN}:{os.environ['PATH']}", "nnUNet_compile": "f"}
+    environment |= {"HOME": str(home), "PATH": f"{home / 'bin'}:{place}:{Path(PYTHON).parent}:{os.environ['PATH']}"}
+    environment |= {"COMMANDS": str(place), "nnUNet_compile": "f"}
     script = ["set -euxo pipefail", 'eval "$(nnunet_diffusion env --root ~/nnunet)"', *lines]
     result = run_command(["bash", "-c", "\n".join(script)], cwd=folder, env=environment)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
 
 
-def run_page(home: Path, name: str) -> Path:
+def run_page(home: Path, name: str, python: str = "") -> Path:
     """Runs the page's commands in a folder of its own, which may have been prepared; returns the folder."""
     folder = home / Path(name).stem
     folder.mkdir(exist_ok=True)
@@ -125,7 +137,7 @@ def run_page(home: Path, name: str) -> Path:
     assert lines
     for large, small in SMALLER.items():
         lines = [line.replace(large, small) for line in lines]
-    run(home, folder, lines)
+    run(home, folder, lines, python)
     return folder
 
 
@@ -133,89 +145,98 @@ def model(home: Path, trainer: str, plans: str = PLANNED, configuration: str = "
     return home / "nnunet" / "nnUNet_results" / (data or "Dataset022_FLARE22") / f"{trainer}__{plans}__{configuration}"
 
 
-def test_tutorial(home):
-    folder = home / "tutorial"
+@pytest.mark.xdist_group("flare22")
+def test_tutorial(flare22):
+    folder = flare22 / "tutorial"
     write_scans(folder / "scans", "FLARE22_Ts", range(1, 3), 13, folder / "labelsTs")
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
-    run_page(home, "docs/tutorial.md")
+    run_page(flare22, "docs/tutorial.md")
     comparison = (folder / "flare22" / "flare22.md").read_text()
     assert "| ours, full |" in comparison and "0.518" in comparison and "is not FLARE22" not in comparison
     assert "Pre-training: 1 steps of " in comparison
     assert {p.name for p in (folder / "masks").glob("*.nii.gz")} == {"FLARE22_Ts_0001.nii.gz", "FLARE22_Ts_0002.nii.gz"}
     table = json.loads((folder / "masks" / "evaluation_flare22.json").read_text())
     assert set(ORGANS) <= set(table["organs"])
-    assert (home / "nnunet/nnUNet_results/Dataset022_FLARE22/report.html").exists()
+    assert (flare22 / "nnunet/nnUNet_results/Dataset022_FLARE22/report.html").exists()
 
 
-def test_sharing(home):
-    folder = home / "sharing"
+@pytest.mark.xdist_group("flare22")
+def test_sharing(flare22):
+    folder = flare22 / "sharing"
     folder.mkdir()
-    shutil.copy(model(home, "DenoisingDiffusionTrainer") / "fold_all" / "denoiser.pth", folder)
+    shutil.copy(model(flare22, "DenoisingDiffusionTrainer") / "fold_all" / "denoiser.pth", folder)
     theirs = ["nnunet_diffusion convert flare22 ~/FLARE22 -d 122"]
-    run(home, folder, [*theirs, "nnunet_diffusion plan_and_preprocess -d 122 -pl CompactPlanner -c 2d"])
-    run_page(home, "docs/sharing.md")
-    transferred = model(home, "DiffusionPretrainedTrainer", "TheirPlans", data="Dataset122_FLARE22") / "fold_0"
+    run(flare22, folder, [*theirs, "nnunet_diffusion plan_and_preprocess -d 122 -pl CompactPlanner -c 2d"])
+    run_page(flare22, "docs/sharing.md")
+    transferred = model(flare22, "DiffusionPretrainedTrainer", "TheirPlans", data="Dataset122_FLARE22") / "fold_0"
     assert json.loads((transferred / "transfer_report.json").read_text())["matched"]
-    assert (home / "model.zip").exists()
+    assert (flare22 / "model.zip").exists()
 
 
-def test_evaluation(home):
-    folder = home / "evaluation"
+@pytest.mark.xdist_group("flare22")
+def test_evaluation(flare22):
+    folder = flare22 / "evaluation"
     folder.mkdir()
     for source, target in (("masks", "segmentations"), ("labelsTs", "labelsTs")):
-        shutil.copytree(home / "tutorial" / source, folder / target)
-    shutil.copy(home / "nnunet/nnUNet_raw/Dataset022_FLARE22/dataset.json", folder)
-    run_page(home, "docs/evaluation.md")
+        shutil.copytree(flare22 / "tutorial" / source, folder / target)
+    shutil.copy(flare22 / "nnunet/nnUNet_raw/Dataset022_FLARE22/dataset.json", folder)
+    run_page(flare22, "docs/evaluation.md")
     assert (folder / "segmentations" / "evaluation_flare22.csv").exists()
 
 
-def test_report(home):
-    run_page(home, "docs/report.md")
+@pytest.mark.xdist_group("flare22")
+def test_report(flare22):
+    run_page(flare22, "docs/report.md")
 
 
-def test_samples(home):
-    folder = home / "samples"
+@pytest.mark.xdist_group("flare22")
+def test_samples(flare22):
+    folder = flare22 / "samples"
     folder.mkdir()
-    run(home, folder, ["nnunet_diffusion plan_and_preprocess -d 22 -c 2d",
+    run(flare22, folder, ["nnunet_diffusion plan_and_preprocess -d 22 -c 2d",
                        f"nnUNetv2_train 22 2d all -tr DenoisingDiffusionTrainer -p {PLANNED}"])  # fmt: skip
-    shutil.copy(model(home, "DenoisingDiffusionTrainer", configuration="2d") / "fold_all" / "denoiser.pth", folder)
-    run_page(home, "docs/samples.md")
+    shutil.copy(model(flare22, "DenoisingDiffusionTrainer", configuration="2d") / "fold_all" / "denoiser.pth", folder)
+    run_page(flare22, "docs/samples.md")
     assert (folder / "samples" / "quality_encoder.json").exists()
 
 
-def test_rounds(home):
-    folder = home / "rounds"
+@pytest.mark.xdist_group("flare22")
+def test_rounds(flare22):
+    folder = flare22 / "rounds"
     write_scans(folder / "new_scans", "FLARE22_Ts", range(1, 3), 13)
-    run_page(home, "docs/rounds.md")
+    run_page(flare22, "docs/rounds.md")
     assert len(list((folder / "masks").glob("*.nii.gz"))) == 2
 
 
-def test_readme(home):
-    folder = home / "README"
+@pytest.mark.xdist_group("openkbp")
+def test_readme(openkbp):
+    folder = openkbp / "README"
     write_scans(folder / "imagesTr", "kbp", range(1, 7), 5, folder / "labelsTr")
     write_scans(folder / "imagesUn", "kbp", range(7, 10), 5)
     write_scans(folder / "new_scans", "kbp", range(10, 12), 5, folder / "labelsTs")
     (folder / "kits23").mkdir()
     kits(folder / "kits23" / "dataset", "segmentation", 3)
-    run_page(home, "README.md")
+    run_page(openkbp, "README.md", PYTHON)  # in processes of their own, as a user's
     assert (folder / "masks" / "evaluation_nnunet.csv").exists()
-    exported = model(home, "nnUNetTrainer", "nnUNetCompactPlans", "2d", "Dataset501_OpenKBP")
+    exported = model(openkbp, "nnUNetTrainer", "nnUNetCompactPlans", "2d", "Dataset501_OpenKBP")
     assert (exported / "fold_0" / "checkpoint_final.pth").exists()
 
 
-def test_label_efficiency(home):
-    folder = home / "label_efficiency"
+@pytest.mark.xdist_group("openkbp")
+def test_label_efficiency(openkbp):
+    folder = openkbp / "label_efficiency"
     folder.mkdir()
     # The page begins before any training on another split.
-    (home / "nnunet/nnUNet_preprocessed/Dataset501_OpenKBP/splits_final.json").unlink(missing_ok=True)
+    (openkbp / "nnunet/nnUNet_preprocessed/Dataset501_OpenKBP/splits_final.json").unlink(missing_ok=True)
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
-    run_page(home, "docs/label_efficiency.md")
-    few = next(home.glob("nnunet/nnUNet_results/Dataset501_OpenKBP/*/label_efficiency.json"))
+    run_page(openkbp, "docs/label_efficiency.md")
+    few = next(openkbp.glob("nnunet/nnUNet_results/Dataset501_OpenKBP/*/label_efficiency.json"))
     assert {group["arm"] for group in json.loads(few.read_text())["summary"]} > {"stock", "scratch", "full", "linear"}
 
 
-def test_extending(home):
-    folder = home / "extending"
+@pytest.mark.xdist_group("flare22")
+def test_extending(flare22):
+    folder = flare22 / "extending"
     write_scans(folder / "scans", "FLARE22_Ts", range(1, 2), 13)
     for number in range(1, 8):
         is_test = number == 7
@@ -230,26 +251,28 @@ def test_extending(home):
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
-    path = home / "nnunet/nnUNet_preprocessed/Dataset022_FLARE22" / f"{PLANNED}.json"
+    path = flare22 / "nnunet/nnUNet_preprocessed/Dataset022_FLARE22" / f"{PLANNED}.json"
     before = path.read_text()
     plans = json.loads(before)
     plans["nnunet_diffusion"]["FocalTrainer"] = {**plans["nnunet_diffusion"]["PartialLabelTrainer"], "focal_gamma": 1.0}
     path.write_text(json.dumps(plans))
-    run_page(home, "docs/extending.md")
+    run_page(flare22, "docs/extending.md")
     path.write_text(before)  # other pages' shells do not know that trainer
     assert (folder / "masks" / "FLARE22_Ts_0001.nii.gz").exists()
-    saved = json.loads((model(home, "FocalTrainer") / "plans.json").read_text())
+    saved = json.loads((model(flare22, "FocalTrainer") / "plans.json").read_text())
     assert saved["nnunet_diffusion"]["FocalTrainer"]["focal_gamma"] == 1.0
 
 
-def test_partial_labels(home):
-    folder = home / "partial_labels"
+@pytest.mark.xdist_group("openkbp")
+def test_partial_labels(openkbp):
+    folder = openkbp / "partial_labels"
     write_scans(folder / "images", "kbp", range(1, 7), 7, folder / "labelsAll7")
     organs = "Brainstem SpinalCord RightParotid LeftParotid Mandible Larynx Esophagus".split()
     erase(folder / "labelsAll7" / "kbp_0001.nii.gz", [1, 2])
     (folder / "contoured.json").write_text(json.dumps({"kbp_0001": organs[:2]}))
-    run_page(home, "docs/partial_labels.md")
-    assert (model(home, "PartialLabelTrainer", "nnUNetCompactPlans", "2d", "Dataset507_OpenKBP7") / "fold_0").is_dir()
+    run_page(openkbp, "docs/partial_labels.md")
+    trained = model(openkbp, "PartialLabelTrainer", "nnUNetCompactPlans", "2d", "Dataset507_OpenKBP7")
+    assert (trained / "fold_0").is_dir()
 
 
 def erase(path: Path, kept: list[int]) -> None:
@@ -258,8 +281,9 @@ def erase(path: Path, kept: list[int]) -> None:
     save(np.where(np.isin(seg, kept), seg, 0).astype(np.uint8), path)
 
 
-def test_co_training(home):
-    folder = home / "co_training"
+@pytest.mark.xdist_group("openkbp")
+def test_co_training(openkbp):
+    folder = openkbp / "co_training"
     write_scans(folder / "scans", "kbp", range(10, 12), 5)
     for name, cases in (("images", range(4)), ("labels", range(4)), ("more", range(4, 6))):
         (folder / name).mkdir()
@@ -269,12 +293,13 @@ def test_co_training(home):
                 picture = (picture[..., 0] > 200).astype(np.uint8)
             imsave(folder / name / f"{case}.png", picture, check_contrast=False)
     (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
-    run_page(home, "docs/co_training.md")  # on the split of label_efficiency.md
+    run_page(openkbp, "docs/co_training.md")  # on the split of label_efficiency.md
     assert len(list((folder / "masks").glob("*.nii.gz"))) == 2
 
 
-def test_mutual_learning(home):
-    folder = home / "mutual_learning"
+@pytest.mark.xdist_group("openkbp")
+def test_mutual_learning(openkbp):
+    folder = openkbp / "mutual_learning"
     write_scans(folder / "images", "kbp", range(1, 9), 4, folder / "labels")
     groups = [["a", "b"], ["c", "d"]]
     annotated = {f"kbp_{case:04d}": groups[case % 2] for case in range(1, 9)}
@@ -282,5 +307,5 @@ def test_mutual_learning(home):
         erase(folder / "labels" / f"{case}.nii.gz", ["abcd".index(name) + 1 for name in names])
     (folder / "groups.json").write_text(json.dumps(annotated))
     convert = "nnunet_diffusion convert folder images labels -d 601 -n Groups --labels a b c d --annotated groups.json"
-    run(home, folder, [convert, "nnunet_diffusion plan_and_preprocess -d 601 -c 3d_fullres"])
-    run_page(home, "docs/mutual_learning.md")
+    run(openkbp, folder, [convert, "nnunet_diffusion plan_and_preprocess -d 601 -c 3d_fullres"])
+    run_page(openkbp, "docs/mutual_learning.md")

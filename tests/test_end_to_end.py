@@ -1,4 +1,4 @@
-"""The real commands, from raw scans to masks: each in a process of its own, as a user runs them."""
+"""The commands, from raw scans to masks, as a user runs them."""
 
 import json
 import os
@@ -13,7 +13,6 @@ import tiny
 from running import run_command
 
 pytestmark = pytest.mark.slow
-BIN = Path(sys.executable).parent
 TRAINERS = Path(__file__).parent.parent / "trainers"
 
 
@@ -21,7 +20,7 @@ def run(*command, code=0, **environment):
     """Runs a command of this installation; an entry None of the environment is unset."""
     env = {**os.environ, "nnUNet_extTrainer": str(TRAINERS), **environment}
     env = {key: value for key, value in env.items() if value is not None}
-    arguments = [str(BIN / command[0]), *map(str, command[1:])]
+    arguments = [str(Path(sys.executable).with_name(command[0])), *map(str, command[1:])]
     result = run_command(arguments, env=env)
     assert result.returncode == code, f"{' '.join(arguments)}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
     return result

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunet_diffusion import installation
+from nnunet_diffusion import checkup, installation
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
 
@@ -15,7 +15,7 @@ OURS = installation.trainers_folder()
 @pytest.fixture(autouse=True)
 def bare(monkeypatch):
     """A shell in which nothing of nnU-Net is set."""
-    for name in (*installation.FOLDERS, installation.EXT_TRAINER):
+    for name in (*installation.FOLDERS, installation.EXT_TRAINER, installation.WAIT_POLICY):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
@@ -29,7 +29,7 @@ def shell(capfd, *argv: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in done.stdout.splitlines())
 
 
-DUMP = "import os; [print(k + '=' + v) for k, v in os.environ.items() if k.startswith('nnUNet_')]"
+DUMP = "import os; [print(k + '=' + v) for k, v in os.environ.items() if k.startswith(('nnUNet_', 'OMP_WAIT'))]"
 
 
 def problems(findings) -> list[str]:
@@ -54,6 +54,38 @@ def test_user_folders_are_kept_and_ours_is_there_once(bare, capfd, tmp_path):
     assert shell(capfd)["nnUNet_extTrainer"] == os.pathsep.join([str(tmp_path), str(link)])
 
 
+@pytest.mark.parametrize(
+    ("gpu", "users", "exported"), [(False, None, "passive"), (False, "ACTIVE", "ACTIVE"), (True, None, None)]
+)
+def test_threads_sleep_while_they_wait_where_there_is_no_gpu_unless_the_user_wants_otherwise(
+    bare, capfd, gpu, users, exported
+):
+    bare.setattr(installation, "may_have_gpu", lambda: gpu)
+    if users:
+        bare.setenv("OMP_WAIT_POLICY", users)
+    assert shell(capfd).get("OMP_WAIT_POLICY") == exported
+
+
+def test_a_gpu_is_found_by_its_driver(bare, tmp_path):
+    bare.setenv("PATH", str(tmp_path))
+    bare.setattr(installation, "GPUS", (str(tmp_path / "nvidiactl"),))
+    assert not installation.may_have_gpu()
+    (tmp_path / "nvidiactl").touch()
+    assert installation.may_have_gpu()
+    (tmp_path / "nvidiactl").rename(tmp_path / "nvidia-smi")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    assert installation.may_have_gpu()
+
+
+def test_check_says_how_threads_wait_only_where_there_is_no_gpu(bare):
+    found = {"errors": {}, "cuda": "", "trainers": {}}
+    assert "OMP_WAIT_POLICY is not set: threads spin" in problems(checkup.check_probe(found))[0]
+    assert problems(checkup.check_probe({**found, "cuda": "Some GPU"})) == []
+    for policy, said in (("passive", "threads sleep"), ("ACTIVE", "as you set it")):
+        bare.setenv("OMP_WAIT_POLICY", policy)
+        assert checkup.check_waiting().is_ok and said in checkup.check_waiting().text
+
+
 def test_unset_folders_are_told_on_stderr_only(bare, capfd, tmp_path):
     bare.setenv("nnUNet_raw", str(tmp_path))
     assert main(["env"]) == 0
@@ -72,36 +104,36 @@ def test_commands_name_the_folders_that_they_miss(bare, capfd, tmp_path):
 
 
 def test_check_folder(bare, tmp_path):
-    assert "is not set" in installation.check_folder("nnUNet_raw").text
+    assert "is not set" in checkup.check_folder("nnUNet_raw").text
     bare.setenv("nnUNet_raw", str(tmp_path / "none"))
-    assert "is not a folder" in installation.check_folder("nnUNet_raw").text
+    assert "is not a folder" in checkup.check_folder("nnUNet_raw").text
     bare.setenv("nnUNet_raw", str(tmp_path))
-    assert installation.check_folder("nnUNet_raw") == (True, f"nnUNet_raw={tmp_path}")
+    assert checkup.check_folder("nnUNet_raw") == (True, f"nnUNet_raw={tmp_path}")
     bare.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    assert "cannot be written to" in installation.check_folder("nnUNet_raw").text
+    assert "cannot be written to" in checkup.check_folder("nnUNet_raw").text
 
 
 def test_check_ext_trainer(bare, tmp_path):
-    assert "lacks" in problems(installation.check_ext_trainer())[0]
+    assert "lacks" in problems(checkup.check_ext_trainer())[0]
     bare.setenv("nnUNet_extTrainer", os.path.dirname(OURS))
-    above, lacks = problems(installation.check_ext_trainer())
+    above, lacks = problems(checkup.check_ext_trainer())
     assert f"name {OURS}" in above
     assert "lacks" in lacks
     bare.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path / "gone"), OURS]))
-    assert [text.split(",")[0] for text in problems(installation.check_ext_trainer())] == [
+    assert [text.split(",")[0] for text in problems(checkup.check_ext_trainer())] == [
         f"nnUNet_extTrainer names {tmp_path / 'gone'}"
     ]
     bare.setenv("nnUNet_extTrainer", OURS)
-    assert problems(installation.check_ext_trainer()) == []
+    assert problems(checkup.check_ext_trainer()) == []
 
 
 def test_check_versions_names_package_bound_and_remedy(bare):
-    assert problems(installation.check_versions()) == []
-    true_version = installation.importlib.metadata.version
+    assert problems(checkup.check_versions()) == []
+    true_version = checkup.importlib.metadata.version
     bare.setattr(
-        installation.importlib.metadata, "version", lambda name: "2.7.0" if name == "nnunetv2" else true_version(name)
+        checkup.importlib.metadata, "version", lambda name: "2.7.0" if name == "nnunetv2" else true_version(name)
     )
-    (problem,) = problems(installation.check_versions())
+    (problem,) = problems(checkup.check_versions())
     assert problem.startswith("nnunetv2 2.7.0: nnunet_diffusion needs <2.9,>=2.8.1: pip install ")
 
 
@@ -110,7 +142,8 @@ def test_broken_pair_is_named_with_its_remedy(bare, tmp_path):
     (tmp_path / "torch.py").write_text("")
     (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
     bare.setenv("PYTHONPATH", str(tmp_path))
-    (problem,) = problems(installation.check_probe(installation.probe()))
+    bare.setenv("OMP_WAIT_POLICY", "passive")
+    (problem,) = problems(checkup.check_probe(checkup.probe()))
     assert "import torchvision fails (RuntimeError: operator torchvision::nms does not exist)" in problem
     assert "from the same place" in problem
 
@@ -118,13 +151,13 @@ def test_broken_pair_is_named_with_its_remedy(bare, tmp_path):
 def test_dying_process_is_a_problem(bare, tmp_path):
     (tmp_path / "torch.py").write_text("import os; os._exit(3)")
     bare.setenv("PYTHONPATH", str(tmp_path))
-    (problem,) = problems(installation.check_probe(installation.probe()))
+    (problem,) = problems(checkup.check_probe(checkup.probe()))
     assert "import torch fails (exit code 3" in problem
 
 
 def test_check_probe_names_the_trainers_that_nnunet_does_not_find():
     found = {"errors": {}, "cuda": "Some GPU", "trainers": {"A": OURS, "B": "/theirs", "C": "SyntaxError: bad"}}
-    assert problems(installation.check_probe(found)) == [
+    assert problems(checkup.check_probe(found)) == [
         "nnU-Net does not find our B: /theirs",
         "nnU-Net does not find our C: SyntaxError: bad",
     ]
@@ -132,7 +165,8 @@ def test_check_probe_names_the_trainers_that_nnunet_does_not_find():
 
 def test_whole_check_is_clean_where_everything_is_set(bare, nnunet_folders, probe, capfd):
     bare.setenv("nnUNet_extTrainer", OURS)
-    bare.setattr(installation, "probe", lambda: probe)
+    bare.setenv("OMP_WAIT_POLICY", "passive")
+    bare.setattr(checkup, "probe", lambda: probe)
     assert main(["env", "--check"]) == 0, capfd.readouterr().out
     assert capfd.readouterr().out.endswith("0 problems\n")
     bare.delenv("nnUNet_results")
@@ -149,6 +183,7 @@ def test_trainer_of_the_same_name_in_an_earlier_folder_is_found_out(bare, tmp_pa
         f"class {installation.trainer_names()[0]}(nnUNetTrainer):\n    pass\n"
     )
     bare.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), OURS]))
-    assert problems(installation.check_probe(installation.probe())) == [
+    bare.setenv("OMP_WAIT_POLICY", "passive")
+    assert problems(checkup.check_probe(checkup.probe())) == [
         f"nnU-Net does not find our {installation.trainer_names()[0]}: {Path(tmp_path)}"
     ]

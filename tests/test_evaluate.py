@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 from itertools import permutations
 from pathlib import Path
@@ -353,6 +354,25 @@ def test_flare22_wants_a_tolerance_for_what_it_does_not_know():
     assert [target.tolerance_mm for target in organ_targets(dataset, NNUNET, 0.0).values()] == [0, 0]
 
 
+@pytest.mark.parametrize("value", [None, -3, "x", [], {}, True, ["liver"], math.inf, math.nan, "\ud800"])
+def test_labels_of_a_wrong_shape_are_named_with_what_came(folders, capsys, value):
+    for key, labels in (("labels", value), ("labels.liver", LABELS | {"liver": value})):
+        describe(folders, labels=labels)
+        assert evaluate(folders) == 1
+        assert f"dataset.json: {key}" in (err := capsys.readouterr().err) and f", not {value!r}" in err
+    for key, other in (("ignore", None), ("file_ending", 3), ("regions_class_order", "x")):
+        describe(folders, **{"labels": LABELS | {"ignore": value}} if key == "ignore" else {key: other})
+        assert evaluate(folders) == 1 and "dataset.json: " in capsys.readouterr().err
+
+
+def test_names_that_simpleitk_ends_the_process_for_are_named(folders, capsys):
+    for folder in ("labelsTr", "predicted"):
+        (folders / folder / "a.nii.gz").rename(folders / folder / os.fsdecode(b"Caf\xe9.nii.gz"))
+    assert main(["evaluate", str(folders / "predicted"), str(folders / "labelsTr"), "-np", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "Caf\\udce9: its name is no UTF-8: rename its files" in err and "liver" in out
+
+
 def test_wrong_paths_and_numbers_are_named(folders, capsys, monkeypatch):
     predicted, labels = str(folders / "predicted"), str(folders / "labelsTr")
     (folders / "empty").mkdir()
@@ -364,8 +384,8 @@ def test_wrong_paths_and_numbers_are_named(folders, capsys, monkeypatch):
         (str(folders / "empty"), labels): "nothing could be compared",
         (predicted, labels, "--tolerance", "-1"): "--tolerance -1.0: a distance in mm is 0 or more",
         (predicted, labels, "--dataset_json", str(folders / "no.json")): "no.json: is no JSON",
-        (predicted, labels, "--dataset_json", str(folders / "other.json")): "has no 'labels' or no 'file_ending'",
-        (predicted, labels, "--dataset_json", str(folders / "old.json")): "old.json: nnU-Net cannot use its labels",
+        (predicted, labels, "--dataset_json", str(folders / "other.json")): "other.json: labels: Input should be a val",
+        (predicted, labels, "--dataset_json", str(folders / "old.json")): "old.json: labels.0",
         (predicted, labels, "--dataset_json", str(folders / "gone.json")): "gone.json",
     }
     for arguments, message in cases.items():

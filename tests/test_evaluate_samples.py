@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import denoisers
 import numpy as np
@@ -209,10 +210,34 @@ def test_an_empty_or_foreign_folder_is_named(tmp_path, session_folders, capsys):
     assert f"{tmp_path} has no samples.json: draw samples with" in capsys.readouterr().err
     (tmp_path / "samples.json").write_text("[]")
     assert main(["evaluate_samples", str(tmp_path)]) == 1
-    assert "is not what nnunet_diffusion sample writes" in capsys.readouterr().err
-    (tmp_path / "samples.json").write_text(json.dumps({"plan": denoisers.plan()}))
+    assert "samples.json: the whole file: Input should be a valid dictionary, not []: draw" in capsys.readouterr().err
+    (tmp_path / "samples.json").write_text(json.dumps({"denoiser": "d.pth", "plan": denoisers.plan()}))
     assert main(["evaluate_samples", str(tmp_path)]) == 1
     assert "0 sample(s) and 0 real patches: -k 3 takes at least 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("denoiser", 3),
+        ("plan", None),
+        ("plan.dataset_name", "../x"),
+        ("plan.plans_name", ["x"]),
+        ("plan.patch_size", [8]),
+        ("plan.transpose_forward", [0, 0, 1]),
+        ("plan.normalization_schemes", ["CTNormalization"] * 2),
+        ("plan.intensities", {"0": {"mean": 1.0}}),
+        ("plan.channel_names", {}),
+        ("body_share", 2.0),
+    ],
+)
+def test_a_faulty_description_is_named_with_its_key(tmp_path, session_folders, capsys, key, value):
+    content = {"denoiser": "d.pth", "plan": denoisers.plan()}
+    part = content["plan"] if key.startswith("plan.") else content
+    part[key.removeprefix("plan.")] = value
+    (tmp_path / "samples.json").write_text(json.dumps(content))
+    assert main(["evaluate_samples", str(tmp_path)]) == 1
+    assert re.search(rf"samples.json: {key}: .*: draw them again with nnunet_diff", capsys.readouterr().err)
 
 
 def test_other_features_than_asked_for_and_another_denoiser_are_named(tmp_path, session_folders, capsys):

@@ -1,4 +1,4 @@
-"""Dice by hand, the rule for what is absent, the table, and pictures that show what they should."""
+"""Dice by hand, the rule for what is absent, means, tables, and pictures that show what they should."""
 
 import math
 
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.evaluation.dice import case_mean, dice_scores, dice_table, mean_dice, organ_means
+from nnunet_diffusion.evaluation.folders import evaluate_folders
 from nnunet_diffusion.evaluation.overlays import bounding_box, draw_overlay, read_axial, slices_to_show
+from nnunet_diffusion.evaluation.rules import NNUNET
+from nnunet_diffusion.evaluation.summary import dice_scores
+from nnunet_diffusion.tables import deviation, figure, mean, mean_over_organs, organ_means, text_table
 
 DATASET = {"labels": {"background": 0, "liver": 1, "spleen": 2}, "file_ending": ".nii.gz"}
 
@@ -21,56 +23,37 @@ def write(path, array, direction=(1, 0, 0, 0, 1, 0, 0, 0, 1)):
     return str(path)
 
 
-@pytest.fixture
-def two_cases(tmp_path):
+def test_dice_and_its_means_by_hand(tmp_path):
     """Case a: liver 2 voxels against 4, 2 shared; spleen nowhere. Case b: liver missed, spleen exact."""
     reference, prediction = np.zeros((2, 3, 4), np.uint8), np.zeros((2, 3, 4), np.uint8)
     reference[0, 0, :2], prediction[0, 0, :] = 1, 1
-    a = write(tmp_path / "labels" / "a.nii.gz", reference)
+    write(tmp_path / "labels" / "a.nii.gz", reference)
     write(tmp_path / "predicted" / "a.nii.gz", prediction)
     reference[:], prediction[:] = 0, 0
     reference[0, 0, :2], reference[1, 1], prediction[1, 1] = 1, 2, 2
-    b = write(tmp_path / "labels" / "b.nii.gz", reference)
+    write(tmp_path / "labels" / "b.nii.gz", reference)
     write(tmp_path / "predicted" / "b.nii.gz", prediction)
-    return str(tmp_path / "predicted"), {"a": a, "b": b}
-
-
-def test_dice_by_hand(two_cases):
-    scores = dice_scores(*two_cases, DATASET)
+    found = evaluate_folders(str(tmp_path / "predicted"), str(tmp_path / "labels"), DATASET, NNUNET)
+    scores = dice_scores(found)
     assert scores["a"]["liver"] == pytest.approx(2 * 2 / (2 + 4)) and math.isnan(scores["a"]["spleen"])
     assert scores["b"] == {"liver": 0.0, "spleen": 1.0}
     assert organ_means(scores) == pytest.approx({"liver": 1 / 3, "spleen": 1.0})  # the spleen: case b alone
-    assert mean_dice(scores) == pytest.approx((1 / 3 + 1) / 2)
-    assert case_mean(scores, "a") == pytest.approx(2 / 3)
+    assert mean_over_organs(scores) == pytest.approx((1 / 3 + 1) / 2)
+    assert mean(scores["a"].values()) == pytest.approx(2 / 3)
 
 
-def test_regions_and_ignored_voxels_by_hand(tmp_path):
-    reference = write(tmp_path / "labels" / "a.nii.gz", np.array([[[1, 2, 3, 0]]], np.uint8))
-    write(tmp_path / "predicted" / "a.nii.gz", np.array([[[1, 1, 1, 0]]], np.uint8))
-    labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
-    scores = dice_scores(str(tmp_path / "predicted"), {"a": reference}, DATASET | {"labels": labels})
-    assert scores == {"a": {"whole": 1.0, "core": 0.0}}
+def test_means_leave_out_what_is_not_defined():
+    assert mean([0.2, None, math.nan, 0.4]) == pytest.approx(0.3) and math.isnan(mean([])) and math.isnan(mean([None]))
+    assert deviation([1.0, 3.0, None]) == pytest.approx(math.sqrt(2)) and math.isnan(deviation([1.0, math.nan]))
+    assert mean_over_organs({"a": {"x": 0.2}, "b": {"x": 0.4, "y": 1.0, "z": None}}) == pytest.approx((0.3 + 1) / 2)
 
 
-def test_missing_prediction_and_other_shape_are_named(two_cases, tmp_path):
-    folder, references = two_cases
-    with pytest.raises(UserError, match=r"c\.nii\.gz: no prediction for case c"):
-        dice_scores(folder, references | {"c": references["a"]}, DATASET)
-    write(tmp_path / "predicted" / "a.nii.gz", np.zeros((1, 3, 4), np.uint8))
-    with pytest.raises(UserError, match=r"predicted/a\.nii\.gz.*voxels"):
-        dice_scores(folder, references, DATASET)
-
-
-def test_table_shows_arms_beside_each_other_and_their_difference():
-    scratch = {"a": {"liver": 0.5, "spleen": math.nan}}
-    ours = {"a": {"liver": 0.75, "spleen": math.nan}}
-    lines = dice_table({"from scratch": scratch, "pre-trained": ours}).splitlines()
-    assert lines[0].split() == ["Dice", "from", "scratch", "pre-trained", "difference"]
-    assert lines[2].split() == ["liver", "0.500", "0.750", "+0.250"]
-    assert lines[3].split() == ["spleen", "-", "-", "-"]
-    assert lines[-1].split() == ["mean", "0.500", "0.750", "+0.250"]
-    assert len({len(line) for line in lines}) == 1
-    assert "difference" not in dice_table({"one": scratch, "two": ours, "three": ours})
+def test_table_and_figures_by_hand():
+    assert figure(0.25) == "0.250" and figure(0.25, 0.5, 1, "+") == "+0.2 ± 0.5"
+    assert figure(None) == figure(math.nan, 1.0) == "-"
+    columns = {"organ": ["a", "long", "mean"], "n": [1, 22, ""]}
+    assert text_table(columns).splitlines() == ["organ   n", "-" * 9, "a       1", "long   22", "-" * 9, "mean"]
+    assert text_table(columns, has_footer=False).splitlines()[1:] == ["-" * 9, "a       1", "long   22", "mean"]
 
 
 def test_read_axial_turns_the_patient_upright(tmp_path):
@@ -97,15 +80,16 @@ def test_bounding_box_leaves_air_out():
     assert bounding_box(np.full((4, 40, 50), -1000), True) == (0, 40, 0, 50)
 
 
-def test_overlay_draws_predictions_in_the_legends_colours(tmp_path):
+def test_overlay_draws_predictions_in_the_legends_colors(tmp_path):
     from matplotlib.image import imread
 
     image, labels = np.full((3, 40, 50), -1000, np.int16), np.zeros((3, 40, 50), np.uint8)
     image[:, 5:35, 5:45], labels[1, 10:30, 10:40] = 40, 1
     files = write(tmp_path / "i" / "a.nii.gz", image), write(tmp_path / "l" / "a.nii.gz", labels)
     empty = write(tmp_path / "p" / "a.nii.gz", labels * 0)
-    draw_overlay(tmp_path / "full.png", *files, {"arm": files[1]}, DATASET["labels"], "case a", slices=1)
-    draw_overlay(tmp_path / "empty.png", *files, {"arm": empty}, DATASET["labels"], "case a", slices=1)
+    names = {"background": 0, "$\\frac{": 1}  # no mathematics, and no error of matplotlib's
+    draw_overlay(tmp_path / "full.png", *files, {"$arm^": files[1]}, names, "$case a_$", slices=1)
+    draw_overlay(tmp_path / "empty.png", *files, {"$arm^": empty}, names, "$case a_$", slices=1)
     full, without = imread(tmp_path / "full.png")[..., :3], imread(tmp_path / "empty.png")[..., :3]
     assert full.shape == without.shape
     changed = np.abs(full - without).max(-1) > 0.1

@@ -1,7 +1,9 @@
 import os
 import re
+import zipfile
 from pathlib import Path
 
+import minimal
 import numpy as np
 import pytest
 import torch
@@ -14,9 +16,11 @@ from nnunet_diffusion import installation, model_folder
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten, atomic
+from nnunet_diffusion.model_folder import load_checkpoint
 
 DATASET = "Dataset777_Tiny"
 DATASET_JSON = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "left": 1, "right": 2}, "numTraining": 1}
+DATASET_JSON |= {"file_ending": ".nii.gz"}
 COMMAND = ["export", "--stock", "-d", "777", "-tr", "SameTrainer", "-p", "TinyPlans", "-c", "2d"]
 
 # Trainers of another folder than ours, so that these tests depend on no trainer's details: the planned network, one
@@ -75,9 +79,9 @@ def plans() -> dict:
         "arch_kwargs": kwargs,
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
-    configuration = {"patch_size": [16, 16], "architecture": architecture}
-    names = {"dataset_name": DATASET, "plans_name": "TinyPlans", "label_manager": "LabelManager"}
-    return {**names, "configurations": {"2d": configuration}}
+    content = minimal.plans("2d", name="TinyPlans") | {"dataset_name": DATASET, "label_manager": "LabelManager"}
+    content["configurations"]["2d"] |= {"patch_size": [16, 16], "architecture": architecture}
+    return content
 
 
 @pytest.fixture
@@ -151,7 +155,8 @@ def test_checkpoint_keeps_all_but_the_trainers_name(results):
 
 def test_the_export_names_no_case(results):
     source = make_model(results, folds=(0,))
-    tables = {"dataset": {"SMITH": {"images": ["/SMITH.nii.gz"]}}, "annotated_labels": {"SMITH": []}}
+    named = {"dataset": {"SMITH": {"images": ["/SMITH.nii.gz"], "label": "/SMITH_seg.nii.gz"}}}
+    tables = named | {"annotated_labels": {"SMITH": []}}
     save_json(load_json(str(source / "dataset.json")) | tables, str(source / "dataset.json"))
     file = source / "fold_0" / "checkpoint_final.pth"
     checkpoint = torch.load(file, weights_only=False)
@@ -227,7 +232,7 @@ def test_missing_parts_are_named(results, capsys):
         assert message in capsys.readouterr().err
     (source / "fold_0" / "checkpoint_final.pth").write_bytes(b"PK\x03\x04 cut")
     assert main(COMMAND) == 1
-    assert "checkpoint_final.pth is damaged, or holds more than" in capsys.readouterr().err
+    assert "checkpoint_final.pth cannot be read, it is truncated or no PyTorch file" in capsys.readouterr().err
 
 
 def test_trainer_that_nnunet_cannot_find_is_named(results, monkeypatch, capsys):
@@ -246,9 +251,52 @@ class Evil:
 def test_code_in_a_checkpoint_is_not_run(results, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     source = make_model(results, logging=Evil())
-    with pytest.raises(UserError, match="checkpoint_final.pth is damaged, or holds more than tensors and plain values"):
+    with pytest.raises(UserError, match="checkpoint_final.pth holds more than .* it asks for posix.mkdir"):
         stock.export_stock(str(source), str(results / "out"), None, "checkpoint_final.pth")
     assert not (tmp_path / "evil_was_here").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("plans.json", "{", "plans.json: is no JSON"),
+        ("plans.json", "{}", "plans.json: dataset_name: Field required"),
+        ("dataset.json", "[]", "dataset.json: the whole file: Input should be a valid dictionary"),
+    ],
+)
+def test_a_model_folder_that_cannot_be_read_is_named(results, capsys, file, content, message):
+    (make_model(results) / file).write_text(content)
+    assert main(COMMAND) == 1
+    assert message in capsys.readouterr().err
+    assert len(list(results.iterdir())) == 1
+
+
+def test_checkpoints_of_numpy_1_are_read(tmp_path):
+    """It called the module that makes its scalars otherwise."""
+    new, old = tmp_path / "new.pth", tmp_path / "old.pth"
+    content = {"network_weights": {}, "trainer_name": "T", "init_args": {"configuration": "2d", "dataset_json": {}}}
+    torch.save({**content, "logging": {"dice": [np.float64(0.5), np.arange(2)]}}, new)
+    with zipfile.ZipFile(new) as source, zipfile.ZipFile(old, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, source.read(name).replace(b"numpy._core.multi", b"numpy.core.multi"))
+    assert old.stat().st_size < new.stat().st_size
+    for path in (new, old):
+        first, second = load_checkpoint(str(path))["logging"]["dice"]
+        assert first == 0.5 and second.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1], "the whole file: Input should be a valid dictionary"),
+        ({"network_weights": 3, "trainer_name": "T", "init_args": {}}, "network_weights: Input should be a valid dict"),
+        ({"network_weights": {}, "trainer_name": "T", "init_args": {}}, "init_args.configuration: Field required"),
+    ],
+)
+def test_what_is_no_checkpoint_is_named(tmp_path, content, message):
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=f"c.pth: {message}"):
+        load_checkpoint(str(tmp_path / "c.pth"))
 
 
 def test_full_disk_leaves_nothing(results, monkeypatch, capsys):

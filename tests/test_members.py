@@ -6,7 +6,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_diffusion.mutual.network import FullOrganMembers, PartialOrganMembers, claims, decode, log_odds
+from nnunet_diffusion.mutual.network import FullOrganMembers, PartialOrganMembers, decode, log_odds, predicted_labels
 
 CLASSES = 4
 OWNED = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.uint8)
@@ -81,7 +81,7 @@ def test_log_odds_and_claims_by_hand():
     z = torch.tensor([[0.1, 0.6, 0.1, 0.2], [0.3, 0.2, 0.2, 0.3]]).log().T[None, ..., None]
     odds = log_odds(z, OWNED[0].bool()).exp()
     assert odds[0, 1, :, 0].tolist() == pytest.approx([2, 1 / 3]) and odds[0, 2, 0, 0] == pytest.approx(1 / 3)
-    assert claims(z, OWNED[0].bool()).flatten().tolist() == [1, 0]
+    assert predicted_labels(z, OWNED[0].bool()).flatten().tolist() == [1, 0]
 
 
 def test_partial_members_predict_the_posterior_of_independent_experts():
@@ -92,7 +92,7 @@ def test_partial_members_predict_the_posterior_of_independent_experts():
     posterior = torch.stack(joint, 1) / sum(joint)[:, None]
     assert torch.allclose(network(x).softmax(1).double(), posterior, atol=1e-6)
     for k, member in enumerate(network.members):  # nobody sees anything where the posterior's best is background
-        assert not claims(member(x), OWNED[k].bool())[:, 0][posterior.argmax(1) == 0].any()
+        assert not predicted_labels(member(x), OWNED[k].bool())[:, 0][posterior.argmax(1) == 0].any()
 
 
 def test_who_owns_what_is_saved_with_the_weights():

@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 import tiny
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from running import run_command
+from running import PYTHON, killable, run_command
 
 from nnunet_diffusion import installation, model_folder
 from nnunet_diffusion.cli import main
@@ -146,7 +145,7 @@ def test_all_members_start_from_the_denoiser_with_heads_of_their_own(world):
     pretraining = tiny.trainer(DenoisingDiffusionTrainer, fold="all")
     pretraining.run_training()
     denoiser = Path(pretraining.output_folder, "denoiser.pth")
-    settings = {"scratch": False, "denoiser": str(denoiser)}
+    settings = {"start": str(denoiser)}
     trainer = build(world, MutualDifferenceTrainer, plans="FromDenoiser", **settings)
     trainer.on_train_start()
     first, second = (member.state_dict() for member in trainer.network.members)
@@ -265,7 +264,7 @@ def faked(world, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_preprocessed", str(folder.parent))
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
     (folder / "denoiser.pth").write_bytes(b"denoiser")
-    block = {trainer: {"scratch": False, "denoiser": str(folder / "denoiser.pth")} for trainer in BLOCK}
+    block = {trainer: {"start": str(folder / "denoiser.pth")} for trainer in BLOCK}
     tiny.write_plans(json.loads((folder / f"{tiny.PLANS}.json").read_text()), **block)
 
     def execute(steps, step, command, log):
@@ -368,11 +367,10 @@ def learned(world):
     with pytest.raises(UserError, match="no completed labels of 3 training case.*nnunet_diffusion mutual"):
         tiny.trainer(MutualSimilarityTrainer).run_training()
     command = [*COMMAND, "--gate", "is_open=true"]
-    program = [sys.executable, "-c", "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"]
     for trainer in BLOCK:
         logs = results(trainer) / "fold_0"
         before = set(logs.glob("training_log*"))
-        process = subprocess.Popen([*program, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(killable(*command), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while set(logs.glob("training_log*")) == before:
             assert process.poll() is None
             time.sleep(0.05)
@@ -512,7 +510,7 @@ def test_two_processes_train_and_validate(learned, trainer):
     program.write_text(
         "from nnunet_diffusion.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
     )
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
     arguments = ["train", str(tiny.ID), "2d", "0", "-tr", trainer, "-p", tiny.PLANS, "-device", "cpu"]
     done = run_command([*launcher, str(program), *arguments])
     assert done.returncode == 0, done.stderr[-3000:]

@@ -8,7 +8,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch.nn import functional as F
 
 from nnunet_diffusion.mutual.losses import DifferenceLoss, GroupedBatch, SimilarityLoss, of_owners
-from nnunet_diffusion.mutual.network import MemberOutput, claims
+from nnunet_diffusion.mutual.network import MemberOutput, predicted_labels
 from nnunet_diffusion.mutual.terms import (
     OrganFeatures,
     feature_difference,
@@ -279,7 +279,7 @@ def slow_difference_loss(outputs, batch, prediction_weight, feature_weight):
                 total = total + prediction_weight * weight * dice / len(others)
         cosines = []
         for b in others:
-            claimed = claims(outputs[k].logits[0][b : b + 1].detach(), OWNED[k])
+            claimed = predicted_labels(outputs[k].logits[0][b : b + 1].detach(), OWNED[k])
             own = organ_features(outputs[k].features[b : b + 1], claimed, CLASSES)
             true = organ_features(outputs[1 - k].features[b : b + 1].detach(), batch.targets[0][b : b + 1, :1], CLASSES)
             cosines += [

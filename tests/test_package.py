@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from running import PYTHON
 
 from nnunet_diffusion import installation
 from nnunet_diffusion.cli import COMMANDS, main
@@ -99,7 +100,7 @@ def test_help_and_env_are_instant():
         "main(['env'])\n"
         "print('heavy:', *{'torch', 'nnunetv2', 'numpy', 'SimpleITK', 'matplotlib', 'tqdm'} & set(sys.modules))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    out = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.splitlines()[-1] == "heavy:"
 
 
@@ -119,7 +120,7 @@ def interrupt(*_):
 def test_wheel_holds_and_imports_the_plug_ins(tmp_path):
     source, wheels, target = tmp_path / "source", tmp_path / "wheels", tmp_path / "site"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__", "*_demo"))
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+    pip = [PYTHON, "-m", "pip", "--disable-pip-version-check", "--no-input"]
     # No build isolation, no dependencies: no network.
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True)
     subprocess.run([*pip, "install", "--no-deps", "--no-index", "-t", target, *wheels.glob("*.whl")], check=True)
@@ -130,12 +131,13 @@ def test_wheel_holds_and_imports_the_plug_ins(tmp_path):
         "print(*installation.trainer_names())"
     )
     # -S and PYTHONPATH would still let an editable install's finder in; -I -S does not.
-    run = [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(target)!r})\n{code}"]
+    run = [PYTHON, "-I", "-S", "-c", f"import sys; sys.path.insert(0, {str(target)!r})\n{code}"]
     out = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
     assert out[:3] == [str(target / "nnunet_diffusion" / name) for name in PLUG_INS]
     assert out[3].split() == installation.trainer_names()
     assert (target / "bin" / "nnunet_diffusion").exists()
     assert (target / "nnunet_diffusion" / "dataset_conversion" / "abdomen.json").is_file()
-    assert (target / "nnunet_diffusion" / "report" / "page.css").is_file()
+    pages = (target / "nnunet_diffusion" / "report").glob("page.*")
+    assert {path.suffix for path in pages} == {".css", ".html", ".js"}
     top_level = {path.name for path in target.iterdir()} - {"bin", "nnunet_diffusion"}
     assert all(name.startswith("nnunet_diffusion-") for name in top_level), f"litters site-packages: {top_level}"

@@ -1,13 +1,15 @@
 """The synthetic torso: reproducible, anatomically sided, learnable but not by thresholds, and valid NIfTI."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from full_disk import no_file_longer_than
 
-from nnunet_diffusion.demo.phantom import LABELS, phantom, write_phantom_dataset
+from nnunet_diffusion.demo.phantom import LABELS, main, phantom, write_phantom_dataset
 from nnunet_diffusion.preprocessing.cases import unlabeled_cases
 from nnunet_diffusion.preprocessing.scan_checks import check_labeled_case
 
@@ -72,7 +74,7 @@ def test_patients_vary(patients):
 
 def test_dataset_is_what_the_other_parts_read(tmp_path):
     folder = tmp_path / "Dataset900_Phantom"
-    write_phantom_dataset(folder, labelled=2, unlabelled=3, test=1, shape=(16, 36, 48), spacing_mm=(20, 8, 8))
+    write_phantom_dataset(folder, labeled=2, unlabeled=3, test=1, shape=(16, 36, 48), spacing_mm=(20, 8, 8))
     description = json.loads((folder / "dataset.json").read_text())
     pool = unlabeled_cases(str(folder), description)
     assert len(pool) == 3 and all(Path(image).is_file() for images in pool.values() for image in images)
@@ -92,3 +94,12 @@ def test_dataset_files_are_the_same_bytes_and_cases_do_not_depend_on_their_numbe
         write_phantom_dataset(tmp_path / name, labelled, 0, 0, shape=(8, 18, 24), spacing_mm=(40, 16, 16))
     for file in ("imagesTr/phantom_tr_000_0000.nii.gz", "labelsTr/phantom_tr_000.nii.gz"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_full_disk_is_named_without_a_traceback(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["phantom", str(tmp_path), "--unlabelled", "0", "--test", "0"])
+    with no_file_longer_than(4096), pytest.raises(SystemExit, match="1"):
+        main()
+    message = f"error: phantom_tr_000_0000.nii.gz was not written to {tmp_path / 'imagesTr'}, where "
+    assert message in capsys.readouterr().err
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -24,6 +24,7 @@ from nnunet_diffusion.planners.DiffusionPlannerL import DiffusionPlannerL
 from nnunet_diffusion.planners.DiffusionPlannerXL import DiffusionPlannerXL
 from nnunet_diffusion.preprocessing import planning
 from nnunet_diffusion.preprocessing.planning import default_plans_name
+from nnunet_diffusion.settings import effective
 
 INTENSITIES = {
     "0": {
@@ -103,10 +104,19 @@ def test_compact_patch_never_exceeds_small_images(dataset):
 
 @pytest.mark.parametrize("planner", [CompactPlanner, DiffusionPlanner])
 def test_plans_carry_settings_of_every_trainer(dataset, planner):
+    """A class's for all that derive from it."""
     dataset([([3.0, 2.0, 2.0], [24, 32, 32])] * 3)
-    block = plan(planner)["nnunet_diffusion"]
-    assert set(block) == {file.stem for file in Path(trainers.__path__[0]).glob("*Trainer.py")}
-    assert (block["DenoisingDiffusionTrainer"].get("num_epochs", 0) > 0) == (planner is CompactPlanner)
+    plans, is_compact = plan(planner), planner is CompactPlanner
+    for cls in trainers.our_trainers():
+        settings = effective(plans, cls)
+        assert settings["num_epochs"] == (60 if is_compact else 1000)
+        assert settings["num_val_iterations_per_epoch"] == 8 or not is_compact
+        if "optimizer_name" in settings:
+            assert settings["optimizer_name"] == ("AdamW" if is_compact else "SGD")
+    if is_compact:
+        rates = {cls.__name__: effective(plans, cls)["initial_lr"] for cls in trainers.our_trainers()}
+        assert rates.pop("ConfiguredTrainer") == 1e-2 and rates.pop("DiffusionTeacherTrainer") == 1e-3
+        assert set(rates.values()) == {3e-3}
 
 
 @pytest.mark.parametrize(

@@ -22,16 +22,15 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-from running import run_command
+from running import PYTHON, run_command
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten, write_json
+from nnunet_diffusion.marks import mark, mark_of
+from nnunet_diffusion.preprocessing import preprocess as preprocessing
 from nnunet_diffusion.preprocessing.cases import labeled_files, pool_folder, pool_identifiers
-from nnunet_diffusion.preprocessing.fingerprint import fingerprint_unlabeled, measure
-from nnunet_diffusion.preprocessing.preprocess import (
-    preprocess_labeled,
-    preprocess_pool,
-)
+from nnunet_diffusion.preprocessing.fingerprint import fingerprint_labeled, fingerprint_unlabeled, measure
+from nnunet_diffusion.preprocessing.preprocess import preprocess_case, preprocess_labeled, preprocess_pool
 from nnunet_diffusion.preprocessing.scan_checks import label_values
 from nnunet_diffusion.pretraining.images import (
     ImageDataset,
@@ -202,15 +201,193 @@ def test_pool_of_another_plan_is_done_anew(dataset, capsys):
     _, _, plans_manager = dataset
     folder, _ = preprocess(plans_manager)
     before = times(folder)
-    other = plans()
-    other["foreground_intensity_properties_per_channel"]["0"]["mean"] = 100.0
-    preprocess(PlansManager(other))
+    preprocess(PlansManager(other_plans()))
     assert "made with other intensities: done anew" in capsys.readouterr().out
     assert not set(times(folder).values()) & set(before.values())
     # (x - 100) / 30 instead of (x - 200) / 30
     first = voxels(folder, "u0")
     preprocess(plans_manager)
     np.testing.assert_allclose(first - voxels(folder, "u0"), 100 / 30, atol=1e-4)
+
+
+def other_plans() -> dict:
+    """Plans by which every preprocessed scan has other values."""
+    other = plans()
+    other["foreground_intensity_properties_per_channel"]["0"]["mean"] = 100.0
+    return other
+
+
+class Killed(Exception):
+    """As if the process had ended here."""
+
+
+def test_cases_of_another_plan_stay_until_the_new_ones_are_whole(dataset, monkeypatch):
+    """Killed at each step of the replacement, the same command continues to what one run makes."""
+    _, preprocessed, plans_manager = dataset
+    other = PlansManager(other_plans())
+    expected = shutil.move(preprocess(other)[0], join(preprocessed, "expected"))
+    folder, _ = preprocess(plans_manager)
+    old, before = shutil.copytree(folder, folder + "_copy"), times(folder)
+    done = []
+
+    def killed(*arguments, **named):
+        if len(done) == 2:
+            raise Killed
+        done.append(arguments[0])
+        return preprocess_case(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "preprocess_case", killed)
+        with pytest.raises(Killed):
+            preprocess(other)
+    new = join(preprocessed, ".new_Plans_3d_fullres_unlabeled")
+    assert times(folder) == before and pool_identifiers(new) == done == ["u0", "u1"]
+    assert mark_of(new) == mark_of(expected) and mark_of(new)["folder"] == "Plans_3d_fullres_unlabeled"
+
+    kept, rename, renamed = times(new), os.rename, []
+
+    def killed_after_the_first(*arguments):
+        if renamed:
+            raise Killed
+        renamed.append(arguments)
+        rename(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed_after_the_first)
+        with pytest.raises(Killed):
+            preprocess(other)
+    assert not os.path.exists(folder) and kept.items() <= times(new).items()
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "remove_marked", lambda path, **_: 1 / int(not os.path.isdir(path)))
+        with pytest.raises(ZeroDivisionError):
+            preprocess(other)
+    assert_same(folder, expected)
+    assert_same(join(preprocessed, ".old_Plans_3d_fullres_unlabeled"), old)
+    there = times(folder)
+    preprocess(other)
+    assert times(folder) == there and kept.items() <= there.items()
+    assert not [name for name in os.listdir(preprocessed) if name.startswith((".new", ".old"))]
+
+
+def test_a_plan_that_is_taken_back_finds_its_cases_as_they_were(dataset, monkeypatch):
+    _, preprocessed, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    before = times(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(preprocessing, "preprocess_case", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            preprocess(PlansManager(other_plans()))
+    preprocess(plans_manager)
+    assert times(folder) == before and not os.path.exists(join(preprocessed, ".new_Plans_3d_fullres_unlabeled"))
+
+
+def test_a_pool_is_not_replaced_by_nothing(dataset):
+    """As when the drive with the scans is away."""
+    raw, _, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    before = times(folder)
+    os.rename(raw / "scans", raw / "away")
+    assert set(preprocess(PlansManager(other_plans()))[1]) == {"u0", "u1", "u2", "u3"} and times(folder) == before
+    os.rename(raw / "away", raw / "scans")
+    assert preprocess(PlansManager(other_plans()))[1] == {} and not set(before.values()) & set(times(folder).values())
+
+
+@pytest.mark.parametrize("mark_it, message", [
+    (lambda folder: None, "was not made by nnunet_diffusion"),
+    (lambda folder: mark(folder, dataset="Dataset010_A"), "was made for dataset 'Dataset010_A', not 'Dataset009_Tiny'"),
+    (lambda folder: mark(folder, cases="labeled"), "was made for cases 'labeled', not 'unlabeled'"),
+])  # fmt: skip
+@pytest.mark.parametrize("part", [(), (2, 0)])
+def test_a_folder_that_is_not_ours_stays_as_it_is(dataset, mark_it, message, part):
+    _, preprocessed, plans_manager = dataset
+    folder = join(preprocessed, "Plans_3d_fullres_unlabeled")
+    os.makedirs(folder)
+    mark_it(folder)
+    open(join(folder, "u9.b2nd"), "w").close()
+    with pytest.raises(UserError, match=f"Plans_3d_fullres_unlabeled: {message}.*: move it away, or remove it"):
+        preprocess_pool(tiny_dataset.NAME, plans_manager, "3d_fullres", 1, *part)
+    assert files(folder) == ["u9.b2nd"]
+
+
+def test_a_pool_of_the_version_before_is_used_again_and_marked(dataset):
+    """Its identity.json holds what decides the values, and nothing of the data set."""
+    _, _, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    before, said = times(folder), mark_of(folder)
+    earlier = {key: said[key] for key in said if key not in ("dataset", "folder", "cases", "configuration")}
+    assert sorted(earlier) == sorted([
+        "preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm", "resampling_fn_data",
+        "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs", "transpose_forward",
+        "image_reader_writer", "intensities",
+    ])  # fmt: skip
+    write_json(join(folder, ".nnunet_diffusion", "identity.json"), earlier)
+    preprocess(plans_manager)
+    assert times(folder) == before and mark_of(folder) == said
+
+
+def test_what_a_user_put_into_the_folder_stays(dataset):
+    raw, _, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    for name in ("notes.txt", "u9.pkl", "u9.b2nd"):
+        open(join(folder, name), "w").close()
+    preprocess(plans_manager)
+    assert {"notes.txt"} == {name for name in files(folder) if name[:2] not in ("u0", "u1", "u2", "u3")}
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("preprocessor_name", "Nothing", "preprocessor_name: nnU-Net has no 'Nothing'"),
+    ("resampling_fn_seg_kwargs", None, "resampling_fn_seg_kwargs: .*valid dictionary"),
+])  # fmt: skip
+def test_a_plan_that_nnunet_cannot_preprocess_by_costs_nothing(dataset, key, value, message):
+    _, _, plans_manager = dataset
+    folder, _ = preprocess(plans_manager)
+    before, other = times(folder), plans()
+    other["configurations"]["3d_fullres"][key] = value
+    with pytest.raises(UserError, match=f"Plans.json: .*{message}.*--replan"):
+        preprocess(PlansManager(other))
+    assert times(folder) == before
+
+
+def test_damaged_files_of_ours_are_measured_anew(dataset, capsys):
+    _, preprocessed, _ = dataset
+    assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {}
+    file = join(preprocessed, "unlabeled_fingerprint.json")
+    whole = open(file).read()
+    for left in ("", whole[:200], "[]", '{"u0": {"files": 3}}'):
+        with open(file, "w") as f:
+            f.write(left)
+        assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {} and open(file).read() == whole
+        assert "unlabeled_fingerprint.json: " in (said := capsys.readouterr().out) and ": measured anew" in said
+
+
+def test_labeled_cases_are_measured_anew_only_if_need_be(dataset, capsys, monkeypatch):
+    """A kill can leave nnU-Net's dataset_fingerprint.json half written."""
+    _, preprocessed, _ = dataset
+    fingerprint = {
+        "spacings": [[3.0, 2.0, 2.0]] * 2,
+        "shapes_after_crop": [[24, 32, 32]] * 2,
+        "foreground_intensity_properties_per_channel": {"0": dict(INTENSITIES)},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    file, runs = join(preprocessed, "dataset_fingerprint.json"), []
+
+    def run(self, overwrite_existing):
+        runs.append(overwrite_existing)
+        write_json(file, fingerprint)
+
+    monkeypatch.setattr("nnunet_diffusion.preprocessing.fingerprint.DatasetFingerprintExtractor.run", run)
+    for _ in range(2):
+        fingerprint_labeled(tiny_dataset.NAME, 1)
+    assert runs == [True] and capsys.readouterr().out == ""
+    for damaged in (file, join(preprocessed, "labeled_files.json")):
+        whole = open(damaged).read()
+        for number, left in enumerate(("", whole[: len(whole) // 2], "{}"), 2):
+            with open(damaged, "w") as f:
+                f.write(left)
+            fingerprint_labeled(tiny_dataset.NAME, 1)
+            assert open(damaged).read() == whole and len(runs) == number
+            assert f"{damaged}: " in (said := capsys.readouterr().out) and ": measured anew" in said
+        runs[1:] = []
 
 
 def spoil(raw, case: str, how: str) -> None:
@@ -337,7 +514,7 @@ def test_killed_and_continued_is_as_if_never_killed(dataset):
     )
     script_file = raw / "make_pool.py"
     script_file.write_text(script)
-    command = [sys.executable, str(script_file), join(preprocessed, "Plans.json")]
+    command = [PYTHON, str(script_file), join(preprocessed, "Plans.json")]
     done = -1
     for _ in range(3):  # kills when the next file appears; what is there then stays
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)

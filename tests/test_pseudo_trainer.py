@@ -58,7 +58,7 @@ def build(folder, cls=PseudoLabelTrainer, configuration="2d", fold=0, dataset_js
 def test_without_pseudo_labels_it_is_the_trainer_that_it_derives_from(world, configuration):
     weights = []
     for cls in (DiffusionPretrainedTrainer, PseudoLabelTrainer):
-        trainer = build(world, cls, configuration, scratch=True)
+        trainer = build(world, cls, configuration, start="scratch")
         trainer.num_epochs = 1
         trainer.run_training()
         weights.append(trainer.network.state_dict())
@@ -67,7 +67,7 @@ def test_without_pseudo_labels_it_is_the_trainer_that_it_derives_from(world, con
 
 @pytest.mark.parametrize("configuration", ["2d", "3d_fullres"])
 def test_it_trains_on_both_kinds_and_the_model_folder_is_stock(world, configuration):
-    trainer = build(world, configuration=configuration, scratch=True, pseudo_labels=NAME, annotated_share=0.4)
+    trainer = build(world, configuration=configuration, start="scratch", pseudo_labels=NAME, annotated_share=0.4)
     trainer.run_training()
     train, validation = trainer.get_tr_and_val_datasets()
     assert set(train.identifiers) == {"tiny_000", "tiny_001", "tiny_002", "tiny_100", "tiny_101"}
@@ -79,9 +79,9 @@ def test_it_trains_on_both_kinds_and_the_model_folder_is_stock(world, configurat
 
 
 def test_ignored_voxels_and_labels_that_a_pseudo_label_is_silent_about_teach_nothing(world):
-    trainer = build(world, scratch=True, pseudo_labels=NAME)
+    trainer = build(world, start="scratch", pseudo_labels=NAME)
     trainer.initialize()
-    trainer.annotations = trainer.annotations | trainer.taught
+    trainer.annotations = trainer.annotations | trainer.pseudo
     target = torch.randint(0, 2, (2, 1, 16, 16)) * 3
     target[:, :, :8] = 4
     targets = [target[:, :, :: 2**s, :: 2**s] for s in range(len(trainer._get_deep_supervision_scales()))]
@@ -100,10 +100,10 @@ def test_regions_ignore_too(world):
         "labels": {"background": 0, "balls": [1, 2], "right ball": [2], "box": [3]},
         "regions_class_order": [1, 2, 3],
     }
-    trainer = build(world, dataset_json=regions, scratch=True, pseudo_labels=NAME)
+    trainer = build(world, dataset_json=regions, start="scratch", pseudo_labels=NAME)
     trainer.num_epochs = 1
     trainer.initialize()
-    trainer.taught = {case: Annotation(frozenset({"balls", "right ball", "box"})) for case in trainer.taught}
+    trainer.pseudo = {case: Annotation(frozenset({"balls", "right ball", "box"})) for case in trainer.pseudo}
     trainer.run_training()
     batch = next(trainer.dataloader_train)
     target = batch["target"][0] if isinstance(batch["target"], list) else batch["target"]
@@ -112,11 +112,11 @@ def test_regions_ignore_too(world):
 
 
 def test_it_starts_from_a_checkpoint_of_the_same_fold(world):
-    first = build(world, scratch=True)
+    first = build(world, start="scratch")
     first.num_epochs = 1
     first.run_training()
     path = os.path.join("PseudoLabelTrainer__P__2d", "fold_{fold}", "checkpoint_final.pth")
-    second = build(world, start_from=path, pseudo_labels=NAME)
+    second = build(world, start=path, pseudo_labels=NAME)
     second.on_train_start()
     saved = torch.load(os.path.join(first.output_folder, "checkpoint_final.pth"), weights_only=False)
     weights = second.network.state_dict()
@@ -126,10 +126,9 @@ def test_it_starts_from_a_checkpoint_of_the_same_fold(world):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"start_from": "nowhere.pth"}, "no such checkpoint to start from"),
-        ({"start_from": "x.pth", "scratch": True}, "start_from contradicts scratch"),
-        ({"scratch": True, "pseudo_labels": "none/round_1"}, "has no pseudo labels"),
-        ({"scratch": True, "pseudo_labels": "../nnUNetCompactPlans_2d"}, "cannot be the name of a folder"),
+        ({"start": "nowhere.pth"}, "the setting start is 'nowhere.pth', but there is no .*nowhere.pth: give denoiser"),
+        ({"start": "scratch", "pseudo_labels": "none/round_1"}, "has no pseudo labels"),
+        ({"start": "scratch", "pseudo_labels": "../nnUNetCompactPlans_2d"}, "cannot be the name of a file or folder"),
         ({}, "no denoiser to start from"),
     ],
 )
@@ -139,7 +138,7 @@ def test_what_it_cannot_start_from_is_named(world, settings, message):
 
 
 def test_a_cascade_is_refused_by_name(world):
-    trainer = build(world, scratch=True)
+    trainer = build(world, start="scratch")
     trainer.is_cascaded = True
     with pytest.raises(UserError, match="2d is a cascade's second stage"):
         trainer.initialize()
@@ -152,7 +151,7 @@ def test_annotations_that_came_after_the_splits_are_trained_on_and_never_validat
         json.dumps([{"train": ["tiny_000"], "val": ["tiny_003"]}, {"train": ["tiny_003"], "val": ["tiny_004"]}])
     )
     try:
-        trainer = build(world, scratch=True)
+        trainer = build(world, start="scratch")
         trainer.initialize()
         assert trainer.do_split() == (["tiny_000", "tiny_001", "tiny_002"], ["tiny_003"])
     finally:

@@ -1,29 +1,36 @@
 """The report: reads what is there, survives what is not, escapes every name, and works in a browser."""
 
+import base64
+import io
 import json
+import os
 import re
 import shutil
 import tempfile
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import denoisers
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from matplotlib.figure import Figure
 from PIL import Image
 from running import run_command
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.demo.phantom import LABELS, phantom
+from nnunet_diffusion.evaluation.folders import annotations_of
 from nnunet_diffusion.records import made_from
-from nnunet_diffusion.report.charts import COLORS, line_chart, strip_chart
-from nnunet_diffusion.report.collect import Fold, Model, collect, evaluation_scores, model_scores, read_log
-from nnunet_diffusion.report.html import element
-from nnunet_diffusion.report.outcome import best_median_worst, organ_mean
-from nnunet_diffusion.report.rounds import find_rounds, rounds_section
+from nnunet_diffusion.report import charts
+from nnunet_diffusion.report.charts import chart, draw_budgets, draw_lines, draw_strips
+from nnunet_diffusion.report.collect import Fold, Model, collect, evaluated_scores, model_scores, read_log
+from nnunet_diffusion.report.outcome import best_median_worst
+from nnunet_diffusion.report.rounds import describe_run, find_rounds
 from nnunet_diffusion.report.slices import case_planes, organ_colors, slices_to_show
 from nnunet_diffusion.report.training import annotation_kind
 from nnunet_diffusion.rounds.state import Round, State
+from nnunet_diffusion.tables import mean_over_organs
 
 NAME = "Dataset995_Report"
 EVIL = '<img src=x onerror=alert(1)>"&\''
@@ -97,12 +104,6 @@ def report(root, *arguments):
 # ---------------------------------------------------------------- parts, by hand
 
 
-def test_markup_escapes_text_and_attributes_and_nothing_twice():
-    inner = element("b", EVIL, title=EVIL)
-    escaped = "&lt;img src=x onerror=alert(1)&gt;&quot;&amp;&#x27;"
-    assert element("p", inner, hidden=True, lang=None) == f'<p hidden><b title="{escaped}">{escaped}</b></p>'
-
-
 def test_log_by_hand(tmp_path):
     (tmp_path / "log.txt").write_text(LOG)
     curves = read_log(str(tmp_path / "log.txt"))
@@ -128,27 +129,26 @@ def test_best_median_and_worst_by_hand():
     scores = {"a": {"x": 0.2, "y": 0.4}, "b": {"x": 0.9}, "c": {"y": 0.5}, "d": {}, "e": {"x": 0.1}}
     assert best_median_worst(scores) == {"b": "best", "a": "median", "e": "worst"}  # 0.9 0.5 0.3 0.1; d has none
     assert best_median_worst({"a": {"x": 1.0}}) == {"a": "worst"} and best_median_worst({"d": {}}) == {}
-    assert organ_mean(scores, ["x", "y", "z"]) == pytest.approx((0.4 + 0.45) / 2)  # z is nowhere: not 0
+    assert mean_over_organs(scores) == pytest.approx((0.4 + 0.45) / 2)
 
 
 def test_scores_of_an_evaluation_go_before_nnunets_if_they_cover_as_many_cases():
     organs = {"dsc": 0.7, "nsd": None, "hd95_mm": None}
-    content = {"rules": {"name": "nnunet", "description": "d"}, "cases": {"a": {"x": organs}}}
-    assert evaluation_scores(content).measures == {"DSC": {"a": {"x": 0.7}}, "NSD": {"a": {}}}
-    fold = Fold("0", "", validation={"a": {"x": 0.6}}, evaluations={"nnunet": content})
+    scores = evaluated_scores({"rules": {"name": "nnunet", "description": "d"}, "cases": {"a": {"x": organs}}})
+    assert scores.measures == {"DSC": {"a": {"x": 0.7}}, "NSD": {"a": {}}}
+    fold = Fold("0", "", validation={"a": {"x": 0.6}}, evaluations={"nnunet": scores})
     model = Model("T", "P", "2d", "", [fold])
     assert model_scores(model).measures["DSC"] == {"a": {"x": 0.7}}
     fold.validation["b"] = {"x": 0.1}
     assert list(model_scores(model).measures) == ["DSC"]
 
 
-def test_what_a_case_says_of_an_organ_by_hand():
+def test_annotation_of_an_organ_by_hand():
     tables = {"annotated_labels": {"a": ["x"]}, "union_labels": {"b": [["y", "z"]]}}
-    kinds = {(case, organ): annotation_kind(case, organ, tables) for case in "abc" for organ in "xy"}
-    assert kinds == {
-        ("a", "x"): "annotated", ("a", "y"): "not", ("b", "x"): "annotated", ("b", "y"): "union",
-        ("c", "x"): "annotated", ("c", "y"): "annotated",
-    }  # fmt: skip
+    labels = {"background": 0, "x": 1, "y": 2, "z": 3}
+    annotations, channels = annotations_of("abc", {"labels": labels, **tables})
+    kinds = {case: [annotation_kind(organ, annotations[case], channels) for organ in "xy"] for case in "abc"}
+    assert kinds == {"a": ["annotated", "not"], "b": ["annotated", "union"], "c": ["annotated", "annotated"]}
 
 
 def test_slices_cover_what_is_segmented():
@@ -169,11 +169,6 @@ def test_planes_show_right_on_the_left_and_the_head_on_top(tmp_path):
     planes = {plane.name: plane for plane in case_planes(*files, {"background": 0, "a": 1}, True, 5)}
     assert planes["axial"].total == 10 and planes["axial"].positions[planes["axial"].start] == 10
     for plane, (x, y) in {"axial": (0, 0), "coronal": (0, 0), "sagittal": (0, 0)}.items():
-        import base64
-        import io
-
-        from PIL import Image
-
         layer = planes[plane].layers["prediction"][planes[plane].start]
         picture = np.asarray(Image.open(io.BytesIO(base64.b64decode(layer.split(",")[1]))).convert("RGBA"))[..., 3]
         assert picture[y, x] > 0 and picture[-1, -1] == 0 and picture[-1, 0] == 0 and picture[0, -1] == 0, plane
@@ -185,10 +180,33 @@ def test_regions_get_the_name_of_the_smallest():
     assert {value: name for value, (name, _) in colors.items()} == {1: "whole", 2: "core"}
 
 
-def test_charts_describe_themselves():
-    chart = line_chart("Loss", {"a<b": [[(1, 0.5), (2, 0.25)]]}, "epoch", "loss")
-    assert 'role="img"' in chart and "a&lt;b ends at 0.25" in chart
-    assert "x 0.500" in strip_chart("DSC", {"x": [0.4, 0.6], "y": []}, "DSC")
+def svg_of(drawn):
+    """The document that a chart's address holds."""
+    return base64.b64decode(drawn.address.removeprefix("data:image/svg+xml;base64,")).decode()
+
+
+def test_charts_describe_themselves_and_every_case_is_a_dot():
+    lines = chart("Loss", 2.5, draw_lines, {"a<b": [[(1, 0.5), (2, 0.25)]], "c": [[(1, 0.5)]]}, "epoch", "loss")
+    assert lines.description == "Loss: a<b ends at 0.25, c ends at 0.5" and "a&lt;b" in svg_of(lines)
+    axes = Figure().subplots()
+    assert draw_strips(axes, {"x": [0.4, 0.6, 1.0], "y": []}, "DSC") == "means x 0.667"
+    assert list(axes.lines[0].get_xdata()) == [0.4, 0.6, 1.0] and axes.get_xlim() == (0, 1)
+
+
+def test_dice_axes_run_from_0_to_1_and_only_losses_are_logarithmic():
+    for limits, scale in (((0, 1), "linear"), (None, "log")):
+        axes = Figure().subplots()
+        draw_lines(axes, {"x": [[(1, 0.001), (2, 0.9)]]}, "epoch", "y", limits)
+        assert axes.get_yscale() == scale and (limits is None or axes.get_ylim() == limits)
+
+
+@pytest.mark.parametrize("name", [EVIL, "$\\frac{1}$", "$x", "a\0\ud800\udcff\ufffe", "肝臓", "_", "x" * 500])
+def test_no_name_breaks_a_chart(name):
+    group = {"arm": name, "budget": name, "mean": 0.5, "sd": None, "dice": 0.5}
+    drawn = [chart(name, 2, draw_strips, {name: [0.5]}, "DSC"), chart(name, 2, draw_budgets, [group], [group], "", "")]
+    for svg in map(svg_of, drawn):
+        texts = ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+        assert charts.label(name) in ["".join(text.itertext()) for text in texts]
 
 
 # ---------------------------------------------------------------- the command
@@ -198,7 +216,7 @@ def test_shows_what_there_is(root, capsys):
     make_results(root)
     code, page = report(root)
     assert code == 0 and "report.html" in capsys.readouterr().out
-    for text in ("4 labelled, 1 not", "Best: case_001, mean DSC 0.990", "Worst: case_002"):
+    for text in ("4 labeled, 1 not", "Best: case_001, mean DSC 0.990", "Worst: case_002"):
         assert text in page, text
     assert "1 of them for some labels only" in page
     assert page.count('type="range"') == 9
@@ -234,34 +252,107 @@ def test_names_are_escaped(root):
     assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;") > 5
 
 
-@pytest.mark.parametrize(
-    ("file", "content"),
-    [
-        ("fold_0/validation/summary.json", '{"metric_per_case": [{"prediction'),
-        ("fold_0/validation/summary.json", '{"results": []}'),
-        ("fold_0/validation/evaluation_nnunet.json", '{"rules": "old"}'),
-        ("fold_0/transfer_report.json", "[1, 2]"),
-        ("fold_0/denoiser.pth", "not torch"),
-        ("plans.json", "{"),
-        ("../label_efficiency__P__2d/label_efficiency.json", '{"summary": []}'),
-        ("../../../nnUNet_preprocessed/Dataset995_Report/splits_final.json", "[{"),
-        ("../DenoisingDiffusionTrainer__P__2d/fold_all/samples/quality_encoder.json", '{"values": {"FID": 1}}'),
-        ("fold_0/progress.png", "no picture"),
-    ],
-)
-def test_what_is_half_written_or_of_another_version_is_named(root, capsys, file, content):
+SAMPLES = "../DenoisingDiffusionTrainer__P__2d/fold_all/samples"
+STATE = "../../../nnUNet_preprocessed/Dataset995_Report/P_2d_pseudo/P__2d__fold_0/state.json"
+SPLITS = "../../../nnUNet_preprocessed/Dataset995_Report/splits_final.json"
+ROUND = "../rounds__P__2d/fold_0/round_1/report.json"
+RULES = '{"name": "n", "description": "d"}'
+DICE = '{"metric_per_case": [{"prediction_file": "a", "metrics": {"1": {"Dice": %s}}}]}'
+HARMFUL = {  # file -> what it may hold instead
+    "fold_0/validation/summary.json": ['{"metric_per_case": [{"prediction', '{"results": []}', DICE % 7, DICE % '"x"'],
+    "fold_0/validation/evaluation_nnunet.json": ['{"rules": "old"}', f'{{"rules": {RULES}, "cases": [1]}}', "[]"],
+    "fold_0/transfer_report.json": ["[1, 2]", '{"source": "x", "timestep": "3"}', "null"],
+    "fold_0/denoiser.pth": ["not torch", "\x80\x02}q\0(X\x06\0\0\0formatq\x01u.", "PK\x03\x04"],
+    "plans.json": ["{", '{"nnunet_diffusion": {"DiffusionPretrainedTrainer": 3}}', "[" * 100_000],
+    "../label_efficiency__P__2d/label_efficiency.json": ['{"summary": []}', '{"summary": [{"arm": 1}], "runs": 2}'],
+    SPLITS: ["[{", '[{"train": [1], "val": []}]', '{"train": [], "val": []}'],
+    STATE: ['{"rounds": 3}', "\ufeff", '{"format": 1}'],
+    ROUND: ['{"decisions": {"keep": "many"}}', '{"title"', "3"],
+    f"{SAMPLES}/quality_encoder.json": ['{"values": {"FID": 1}}'],
+    f"{SAMPLES}/samples.png": ["no picture"],
+    "fold_0/progress.png": ["no picture"],
+}
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_what_is_half_written_or_of_another_version_is_named(root, capsys, number):
     _, _, results = make_results(root, files=0)
-    samples = results / "DenoisingDiffusionTrainer__P__2d" / "fold_all" / "samples"
-    for folder in (samples, results / "label_efficiency__P__2d", root / "nnUNet_preprocessed" / NAME):
-        folder.mkdir(parents=True, exist_ok=True)
-    denoisers.write(samples.parent / "denoiser.pth")
-    (results / MODEL / file).write_text(content)
-    if file.endswith("png"):
-        (results / MODEL / "fold_0" / "training_log_2026_1_1_00_00_00.txt").write_text("no epochs")
+    model = results / MODEL
+    (model / SAMPLES).mkdir(parents=True)
+    denoisers.write(model / SAMPLES / "../denoiser.pth")
+    for file, contents in HARMFUL.items():
+        (model / file).parent.mkdir(parents=True, exist_ok=True)
+        (model / file).write_bytes(contents[min(number, len(contents) - 1)].encode("latin-1", "ignore"))
+    (model / "fold_0" / "training_log_2026_1_1_00_00_00.txt").write_text("no epochs")
+    (model / "fold_0" / "training_log_2.txt").write_bytes(np.random.default_rng(0).bytes(9999))
     code, page = report(root)
-    name = file.split("/")[-1]
-    assert code == 1 and "Not everything could be read" in page and name in page
-    assert re.search(rf"WARNING: .*{name}.*left out", capsys.readouterr().err)
+    lines = capsys.readouterr().err.splitlines()
+    assert code == 1 and "Not everything could be read" in page and "denoiser.pth" in page
+    for name in (f"/{Path(file).name}" for file in HARMFUL):
+        (line,) = [line for line in lines if name in line]
+        assert re.fullmatch(rf"WARNING: .*{name}.+: left out", line), line
+    assert f"<h3>{MODEL.replace('__', ', ')}</h3>" in page and "DenoisingDiffusionTrainer, P, 2d" in page
+
+
+def put_file(path):
+    path.write_text("a file")
+
+
+def put_broken_link(path):
+    path.symlink_to("nowhere")
+
+
+def put_link_to_itself(path):
+    path.symlink_to(path.name)
+
+
+@pytest.mark.parametrize("put", [put_file, put_broken_link, put_link_to_itself, Path.mkdir])
+def test_odd_folders_and_files_do_not_cost_the_rest(root, capsys, put):
+    """A file or a link where a folder is expected, a folder or a link where a file is: named, and the rest is there."""
+    _, _, results = make_results(root, files=0)
+    folders = ["A__P__2d", f"{MODEL}/fold_1", "rounds__P__2d", "rounds__Q__2d/fold_1", "rounds__Q__2d/fold_0/round_2"]
+    files = ["plans.json", "fold_0/denoiser.pth", "fold_0/validation/evaluation_nnunet.json", "fold_0/progress.png"]
+    (results / "rounds__Q__2d" / "fold_0").mkdir(parents=True)
+    (results / MODEL / "fold_0" / "training_log_2026_1_1_00_00_00.txt").write_text("no epochs")
+    odd = (folders if put is not Path.mkdir else []) + [f"{MODEL}/{file}" for file in files]
+    for name in odd:
+        put(results / name)
+    code, page = report(root)
+    assert code == 1 and f"{MODEL.replace('__', ', ')}: validation cases of fold 0" in page
+    err = capsys.readouterr().err
+    assert [name for name in odd if str(results / name) not in page or f"WARNING: {results / name}: " not in err] == []
+
+
+def test_folders_whose_names_say_nothing_are_none_of_the_results(root):
+    _, _, results = make_results(root, files=0)
+    for name in ("rounds__", "rounds__x", "__", "a__b", f"{MODEL}/fold_", f"{MODEL}/fold_²", f"{MODEL}/fold_x"):
+        (results / name).mkdir()
+    for name in ("round_", "round_²"):
+        (results / "rounds__P__2d" / "fold_0" / name).mkdir(parents=True)
+    code, page = report(root)
+    assert page.count("its split is not known") == 1 and "round_" not in page
+
+
+def test_names_that_are_not_utf8_are_written_readably(root, capsys):
+    raw, _, results = make_results(root)  # with files, for whose paths SimpleITK ends the process
+    os.rename(results / MODEL, os.fsencode(results) + b"/Caf\xe9__P__2d")
+    content = json.loads((raw / "dataset.json").read_text())
+    content["labels"] = {"background": 0, "li\ud800ver\u0000": 1}
+    (raw / "dataset.json").write_text(json.dumps(content | {"annotated_labels": {}}))
+    code, page = report(root)
+    assert "Caf\\udce9, P, 2d" in page and "li\\ud800ver" in page and "case_001" in capsys.readouterr().err
+
+
+def test_faulty_annotations_and_names_that_lead_elsewhere_are_named(root, capsys):
+    raw, _, results = make_results(root, files=0)
+    content = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps(content | {"annotated_labels": {"case_000": 3}}))
+    summary = results / MODEL / "fold_0" / "validation" / "summary.json"
+    summary.write_text(summary.read_text().replace("/x/case_001.nii.gz", ".."))
+    code, page = report(root)
+    err = capsys.readouterr().err
+    assert code == 1 and "annotated_labels of case 'case_000' must be a list" in err and "4 labeled, 1 not" in page
+    assert "case .." in err
 
 
 def make_rounds(preprocessed, results):
@@ -292,14 +383,14 @@ def test_rounds_are_shown_and_are_no_model(root):
     assert third.decisions == {"keep": 5, "wait": 2, "drop": 1} and third.organs == {"liver": 5}
     evil = EVIL.replace("1", "N")
     assert third.reasons == {"confidence N below N": 1, evil: 1} and found.problems == []
-    page = rounds_section(found, runs)
-    assert "kept 5, waiting 2, dropped 1" in page and "Dice ends at 0.66" in page
+    described = describe_run(found, runs[name])
+    assert described["rows"][2][:5] == [2, 5, 2, 1, "-"] and "Dice ends at 0.66" in described["charts"][0].description
+    assert "kept 5, waiting 2, dropped 1" in report(root)[1]
     (folder / "report.json").write_text('{"title"')
     assert find_rounds(found, str(results), str(preprocessed))[name][2].organs == {} and len(found.problems) == 1
     state.write_text(state.read_text().replace('"format": 2', '"format": 3'))
     assert [entry.dice for entry in find_rounds(found, str(results), str(preprocessed))[name]] == [None, None]
-    problem = found.problems[1]
-    assert f"{state}: cannot be read" in problem and "has format 3, this version writes 2" in problem
+    assert f"{state}" in found.problems[1] and "has format 3, this version writes 2" in found.problems[1]
 
 
 def test_what_was_trained_beside_the_labels_is_said_and_mutual_logs_are_no_model(root):
@@ -312,8 +403,8 @@ def test_what_was_trained_beside_the_labels_is_said_and_mutual_logs_are_no_model
     names = list(LABELS)[1:]  # one of the two cases has the first two of them only
     counts = ", ".join(f"{name} in {2 if name in names[:2] else 1}" for name in names)
     for end in ("</td>", ", and pseudo labels of the pool</td>", ", and images of the pool</td>"):
-        assert page.count(f"<td>2 labelled cases, 1 for some labels only ({counts}){end}") == 1
-    assert page.count("<td>images of 2 labelled cases, and the pool</td>") == 1
+        assert page.count(f"<td>2 labeled cases, 1 for some labels only ({counts}){end}") == 1
+    assert page.count("<td>images of 2 labeled cases, and the pool</td>") == 1
     assert "mutual" not in page
 
 
@@ -331,13 +422,15 @@ def test_the_benchmarks_are_shown_as_curves_with_every_seed(root):
     section = page[page.index('id="labels"') :]
     for name in ("label_efficiency", "partial_labels"):
         content = json.loads((PUBLISHED / f"openkbp_{name}.json").read_text())
-        drawing = section[section.index(f"<h3>{name}__P__2d</h3>") :]
-        drawing = drawing[drawing.index("<svg viewBox") :]
-        drawing = drawing[: drawing.index("</figure>")]
-        arms, budgets = ({group[key] for group in content["summary"]} for key in ("arm", "budget"))
-        assert drawing.count("<circle") >= len(content["runs"])
-        curves = re.findall(r'<path d="(M[^"]*)" fill="none"', drawing)
-        assert len(curves) == len(arms) and all(curve.count("L") == len(budgets) - 1 for curve in curves)
+        groups, runs = content["summary"], content["runs"]
+        arms, budgets = ({group[key] for group in groups} for key in ("arm", "budget"))
+        assert f"<h3>{name}__P__2d</h3>" in section and f"{groups[0]['arm']} with {groups[0]['budget']}: " in section
+        axes = Figure().subplots()
+        draw_budgets(axes, groups, runs, "", "")
+        curves = [container.lines[0] for container in axes.containers]
+        assert len(curves) == len(arms) and all(len(curve.get_xdata()) == len(budgets) for curve in curves)
+        dots = [line for line in axes.lines if line.get_fillstyle() == "none"]
+        assert sum(len(line.get_xdata()) for line in dots) == len(runs) and axes.get_ylim() == (0, 1)
         for group in content["summary"]:
             assert re.search(rf"<t[dh][^>]*>{re.escape(group['arm'])}</t[dh]>", section)
             assert f"{group['mean']:.3f}" in section
@@ -392,9 +485,9 @@ def test_what_is_read_by_its_colour_stands_out():
     """At least 3:1 against white, WCAG 2.1's least for what is not text, and 4.5:1 of text against what it is on."""
     assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
     css = Path(find_rounds.__code__.co_filename).with_name("page.css").read_text()
-    colours = re.findall(r"(?:outline: 3px solid |fill: |stroke: )(#[0-9a-f]{6})", css)
-    assert len(colours) >= 6 and "opacity" not in css
-    for colour in [*colours, *COLORS]:
+    colours = re.findall(r"(?:outline: 3px solid |\.(?:full|union|none) { background: )(#[0-9a-f]{6})", css)
+    assert len(colours) == 4 and "opacity" not in css
+    for colour in [*colours, *charts.COLORS, charts.INK, charts.SOFT, charts.DOT, charts.MEAN]:
         assert contrast(colour, "#ffffff") >= 3, colour
     named = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", css)) | {"white": "#ffffff"}
     texts = {text for text in re.findall(r"[^-]color: var\(--([a-z-]+)\)", css)}

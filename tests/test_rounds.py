@@ -22,7 +22,7 @@ import pytest
 import SimpleITK as sitk
 import tiny
 import torch
-from running import run_command
+from running import killable, run_command
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.commands import command_environment
@@ -449,7 +449,7 @@ def world(tmp_path_factory):
         folder = tiny.prepare()
         settings = {"seed": 1, "save_every": 1}
         plans = json.loads((folder / f"{tiny.PLANS}.json").read_text())
-        tiny.write_plans(plans, "R", DiffusionPretrainedTrainer={"scratch": True, **settings},
+        tiny.write_plans(plans, "R", DiffusionPretrainedTrainer={"start": "scratch", **settings},
                          PseudoLabelTrainer=settings)  # fmt: skip
         fresh = tmp_path_factory.mktemp("fresh") / folder.name
         shutil.copytree(folder, fresh)
@@ -531,7 +531,7 @@ def test_validation_cases_are_neither_predicted_nor_trained_on_nor_looked_at(wor
     planted = folder / "nnUNetCompactPlans_2d_pseudo" / "planted"
     known = Annotation(frozenset({"background", "box", "left ball", "right ball"}))
     save_pseudo_label(planted, "tiny_003", np.zeros((2, 2, 2)), known, trainer.label_manager, (2, 2), known)
-    trainer.pseudo_folder, trainer.taught = str(planted), {"tiny_003": known}
+    trainer.pseudo_folder, trainer.pseudo = str(planted), {"tiny_003": known}
     with pytest.raises(UserError, match="tiny_003.*which fold 0 is validated on"):
         trainer.get_tr_and_val_datasets()
 
@@ -766,7 +766,7 @@ def test_an_annotation_that_comes_later_takes_the_place_of_the_pseudo_label(worl
         trainer = tiny.trainer(PseudoLabelTrainer, plans="R_round1")
         trainer.initialize()
         train, _ = trainer.get_tr_and_val_datasets()
-        assert case not in trainer.taught and case in train.identifiers
+        assert case not in trainer.pseudo and case in train.identifiers
     finally:
         for path in labelled.glob(f"{case}*"):
             path.unlink()
@@ -851,8 +851,7 @@ def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path
         "nnUNet_preprocessed": str(tmp_path / "preprocessed"),
         "nnUNet_results": str(tmp_path / "results"),
     }
-    command = [sys.executable, "-c", "import sys; from nnunet_diffusion.cli import main; sys.exit(main(sys.argv[1:]))"]
-    command += [*COMMAND, "--rounds", "1"]
+    command = killable(*COMMAND, "--rounds", "1")
     rng, kills, is_new = random.Random(0), 0, True
     while kills < KILLS:
         if is_new:

@@ -2,21 +2,26 @@
 
 import json
 import re
+from typing import get_args, get_type_hints
 
 import denoisers
 import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
+from full_disk import no_file_longer_than
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization, RGBTo01Normalization
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import NotWritten
 from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.draw import draw_images
+from nnunet_diffusion.pretraining.process import PREDICTIONS, SCHEDULES
 from nnunet_diffusion.samples.files import numbers_in, read_samples, write_sample
 from nnunet_diffusion.samples.intensities import intensity_scale, to_intensities, to_normalised
+from nnunet_diffusion.schemas import Process
 
 
 def image_of(folder, number, channel=0):
@@ -91,6 +96,45 @@ def test_a_file_does_not_choose_what_is_called(tmp_path, key, name):
         build(content)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.pop("plan"), "plan: Field required"),
+        (lambda c: c.update(plan=[1]), r"plan: Input should be a valid dictionary, not \[1\]"),
+        (lambda c: c["plan"].update(spacing=5), "plan.spacing: Input should be a valid list, not 5"),
+        (lambda c: c["plan"].update(patch_size=[8, 0]), r"plan.patch_size\[1\]: Input should be greater .* not 0"),
+        (lambda c: c["denoiser_weights"].update(a=3), "denoiser_weights.a: .*must be a tensor, not 3"),
+        (lambda c: c["denoiser_weights"]["input_scale"].fill_(np.nan), "input_scale: .*must not be NaN"),
+        (lambda c: c["denoiser_weights"]["input_scale"].fill_(0), "input_scale: must be a positive number for each"),
+        (lambda c: c["denoiser_weights"].pop("input_scale"), "input_scale: must be a positive number for each"),
+        (lambda c: c["process"].update(timesteps="many"), "process.timesteps: .* integer, not 'many'"),
+        (lambda c: c["process"].update(schedule="none"), "process.schedule: Input should be 'linear', 'cosine' or"),
+        (lambda c: c["process"].update(prior=[[np.nan], [1.0]]), r"process.prior\[0\]\[0\]: .* finite number, not nan"),
+        (lambda c: c.update(training=None), "training: Input should be a valid dictionary, not None"),
+    ],
+)
+def test_what_a_denoiser_lacks_is_named(tmp_path, change, message):
+    path = denoisers.write(tmp_path / "d.pth")
+    content = load_denoiser(path)
+    change(content)
+    torch.save(content, path)
+    with pytest.raises(UserError, match=f"d.pth: .*{message}.*"):
+        load_denoiser(path)
+
+
+def test_a_denoiser_whose_description_makes_no_network_is_named(tmp_path):
+    content = load_denoiser(denoisers.write(tmp_path / "d.pth"))
+    content["plan"]["network_kwargs"].pop("n_stages")
+    with pytest.raises(UserError, match="the denoiser's plan.network_kwargs make no network"):
+        build(content)
+
+
+def test_schemas_know_every_process():
+    """Which they name themselves, since the library's root imports none of its rooms."""
+    names = get_type_hints(Process)
+    assert get_args(names["schedule"]) == SCHEDULES and get_args(names["prediction"]) == PREDICTIONS
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -115,6 +159,15 @@ def test_a_slice_is_a_scan_of_one_slice(tmp_path):
     scan = image_of(tmp_path, 0, 1)
     assert scan.GetSize() == (16, 1, 12) and scan.GetSpacing() == (4.0, 1.0, 3.0)  # x, y, z of transpose (1, 0, 2)
     np.testing.assert_allclose(next(read_samples(str(tmp_path), [0], plan)), image, atol=1e-5)
+
+
+def test_what_a_full_disk_cut_is_missing_and_written_next_time(tmp_path):
+    plan, image = denoisers.plan(2, channels=2), np.random.default_rng(0).normal(size=(2, 12, 16)).astype(np.float32)
+    with no_file_longer_than(200), pytest.raises(NotWritten, match=f"sample_00000_0001.nii.gz was not .* {tmp_path}"):
+        write_sample(str(tmp_path), 0, image, plan)
+    assert list(tmp_path.iterdir()) == [] and numbers_in(str(tmp_path), 2) == []
+    write_sample(str(tmp_path), 0, image, plan)
+    assert numbers_in(str(tmp_path), 2) == [0]
 
 
 # ---------------------------------------------------------------- the command
@@ -205,8 +258,8 @@ def test_samples_of_two_denoisers_are_not_mixed(tmp_path, capsys):
     common = ("-n", 1, "--steps", 2, "-o", tmp_path / "samples")
     assert run("--denoiser", denoisers.write(tmp_path / "a.pth"), *common) == 0
     assert run("--denoiser", denoisers.write(tmp_path / "b.pth"), *common) == 1
-    says = r"made from something else.*\n  denoiser: was .*\n  denoiser_sha256: was "
-    assert re.search(says, capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert re.search(r"made from something else.*\n  denoiser: was .*\n  denoiser_sha256: was ", said)
 
 
 def test_a_denoiser_with_learned_statistics_draws_too(tmp_path):

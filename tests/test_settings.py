@@ -1,12 +1,21 @@
 """Settings of trainers from the plans block."""
 
-from importlib import import_module
-
 import pytest
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.installation import trainer_names
-from nnunet_diffusion.settings import above, allowed, apply, at_least, between, chosen, declared, index_of, one_of
+from nnunet_diffusion.settings import (
+    above,
+    apply,
+    at_least,
+    between,
+    chosen,
+    declared,
+    effective,
+    index_of,
+    merged_table,
+    one_of,
+)
+from nnunet_diffusion.trainers import our_trainers
 
 
 class BaseTrainer:
@@ -46,9 +55,17 @@ def test_the_block_wins_over_the_class_and_the_class_over_the_host_constructor()
     assert isinstance(trainer.weight, float)
 
 
-def test_a_block_is_for_its_own_trainer_only():
-    block = {"ConfiguredTrainer": {"num_epochs": 5}}
-    assert chosen({"nnunet_diffusion": block}, DerivedTrainer) == {}
+def test_a_block_counts_for_what_derives_from_its_class_unless_a_nearer_class_has_a_value():
+    class FarTrainer(DerivedTrainer):
+        flag: bool = True
+
+    block = {"BaseTrainer": {"num_epochs": 5}, "DerivedTrainer": {"weight": 7, "flag": True, "name": "b"}}
+    plans = {"nnunet_diffusion": block | {"FarTrainer": {"weight": 8.0}}}
+    assert chosen(plans, BaseTrainer, [FarTrainer]) == {"num_epochs": 5}
+    assert chosen(plans, DerivedTrainer, [FarTrainer]) == {"weight": 7.0, "flag": True, "name": "b"}
+    assert chosen(plans, FarTrainer) == {"weight": 8.0, "name": "b"}
+    assert effective(plans, FarTrainer) == {"num_epochs": 30, "weight": 8.0, "flag": True, "name": "b"}
+    assert chosen({"nnunet_diffusion": {"ConfiguredTrainer": {"num_epochs": 5}}}, DerivedTrainer) == {}
     assert chosen({}, DerivedTrainer) == {}
 
 
@@ -63,7 +80,9 @@ def test_a_block_is_for_its_own_trainer_only():
         ({"DerivedTrainer": {"flag": 1}}, "flag is 1, of type int: it must be bool"),
         ({"DerivedTrainer": 3}, "must be {trainer name"),
         ({"DerivedTrainer": {"num_epochs": 0}}, "DerivedTrainer.num_epochs is 0: it must be at least 1"),
-        ({"DerivedTrainer": {"weight": float("nan")}}, "DerivedTrainer.weight is nan: it must be above 0"),
+        ({"DerivedTrainer": {"weight": float("nan")}}, "DerivedTrainer.weight is nan: it must be a finite number"),
+        ({"DerivedTrainer": {"weight": float("inf")}}, "DerivedTrainer.weight is inf: it must be a finite number"),
+        ({"ConfiguredTrainer": {"initial_lr": float("inf")}}, "initial_lr is inf: it must be a finite number"),
         ({"DerivedTrainer": {"name": "c"}}, "DerivedTrainer.name is 'c': it must be a or b"),
         ({"PartialLabelTrainer": {"epochs": 5}}, "nnunet_diffusion.PartialLabelTrainer.epochs is not a setting"),
         ({"PartialLabelTrainer": {"optimizer_name": "Adam"}}, "optimizer_name is 'Adam': it must be SGD or AdamW"),
@@ -71,7 +90,7 @@ def test_a_block_is_for_its_own_trainer_only():
 )
 def test_mistakes_are_named(block, message):
     with pytest.raises(UserError, match=message):
-        chosen({"nnunet_diffusion": block}, DerivedTrainer)
+        chosen({"nnunet_diffusion": block}, DerivedTrainer, our_trainers())
 
 
 def test_ranges_include_what_their_messages_say():
@@ -101,7 +120,7 @@ def test_other_peoples_trainers_are_left_alone(tmp_path, monkeypatch):
 
 
 def test_every_rule_is_for_a_setting_and_allows_its_default():
-    for name in trainer_names():
-        cls = getattr(import_module(f"nnunet_diffusion.trainers.{name}"), name)
-        assert set(allowed(cls)) <= set(declared(cls)), name
+    for cls in our_trainers():
+        assert set(merged_table(cls, "allowed_values")) <= set(declared(cls)), cls
+        assert not set(merged_table(cls, "replaced_settings")) & set(declared(cls)), cls
         assert chosen({}, cls) == {}

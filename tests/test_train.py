@@ -13,7 +13,7 @@ import minimal
 import pytest
 import tiny
 import torch
-from running import run_command
+from running import PYTHON, run_command
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.installation import trainers_folder
@@ -72,7 +72,7 @@ def torchrun(number, *command):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), *command]
     environment = os.environ | {"TESTS": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
     return run_command(launcher, env=environment)
@@ -147,7 +147,8 @@ def test_a_killed_pretraining_continues_as_if_nothing_had_happened(world, monkey
     run_command(command("nnUNetv2_train", *arguments, "Whole")).check_returncode()
 
     checkpoint, quiet = files["Killed"].with_name("checkpoint_latest.pth"), {"stdout": subprocess.DEVNULL}
-    with subprocess.Popen(command("nnUNetv2_train", *arguments, "Killed"), **quiet) as process:
+    killable = [PYTHON, Path(PYTHON).with_name("nnUNetv2_train"), *map(str, arguments), "Killed"]
+    with subprocess.Popen(killable, **quiet) as process:
         while process.poll() is None and not checkpoint.exists():
             time.sleep(0.005)
         process.kill()
@@ -161,6 +162,9 @@ def test_a_killed_pretraining_continues_as_if_nothing_had_happened(world, monkey
     torch.testing.assert_close(killed["denoiser_weights"], whole["denoiser_weights"], rtol=1e-5, atol=1e-6)
     losses = [content["training"]["held_out_loss"] for content in (killed, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 4
+
+
+MINIMAL = ["8", "2d", "0", "-device", "cpu", "-p", "nnUNetCompactPlans"]
 
 
 @pytest.mark.parametrize(
@@ -177,6 +181,9 @@ def test_a_killed_pretraining_continues_as_if_nothing_had_happened(world, monkey
         (["8", "4d", "0", "-device", "cpu", "-p", "nnUNetCompactPlans"], {}, "nnUNetCompactPlans.json has 2d, 3d"),
         (["8", "2d", "0", "-device", "cpu", "-p", "nnUNetDiffusionPlans"], {}, "nnUNetDiffusionPlans.json: is no JSON"),
         (["8", "2d", "0", "-device", "cpu", "-p", "Mine"], {}, "Mine.json: the whole file: Input should be"),
+        ([*MINIMAL, "-tr", "Nope"], {}, "-tr Nope: there is no such trainer: give ConfiguredTrainer, Denoising"),
+        ([*MINIMAL, "-pretrained_weights", "no.pth"], {}, "No such file or directory: 'no.pth'"),
+        ([*MINIMAL, "-pretrained_weights", __file__], {}, "test_train.py cannot be read, it is truncated"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folders, monkeypatch, capsys):
@@ -187,6 +194,7 @@ def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folde
     folder.mkdir()
     (folder / "nnUNetCompactPlans.json").write_text(json.dumps(minimal.plans("2d", "3d")))
     (folder / "nnUNetDiffusionPlans.json").write_text("{,}")
+    (folder / "dataset.json").write_text(json.dumps(minimal.dataset_json()))
     (folder / "Mine.json").write_text("[1]")
     assert main(["train", *arguments]) == 1
     assert message in capsys.readouterr().err

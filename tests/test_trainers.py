@@ -4,7 +4,7 @@ import importlib
 import json
 import os
 import pickle
-import sys
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,18 @@ from torch.nn import functional as F
 from nnunet_diffusion import installation
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import NotWritten
 from nnunet_diffusion.pretraining.conditioning import fold
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser, rebuild
+from nnunet_diffusion.pretraining.start import find_start
+from nnunet_diffusion.trainers import our_trainer
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
 from nnunet_diffusion.trainers.DiffusionPretrainedDecoderTrainer import DiffusionPretrainedDecoderTrainer
 from nnunet_diffusion.trainers.DiffusionPretrainedLinearTrainer import DiffusionPretrainedLinearTrainer
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
+from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
+from nnunet_diffusion.trainers.PseudoLabelTrainer import PseudoLabelTrainer
 
 pytestmark = pytest.mark.slow  # each trains in nnU-Net's own loop, which takes seconds
 PRETRAINED = [DiffusionPretrainedTrainer, DiffusionPretrainedDecoderTrainer, DiffusionPretrainedLinearTrainer]
@@ -295,17 +300,17 @@ def test_frozen_statistics_do_not_move(plans):
 
 def test_heads_are_initialised_as_nnunet_does(plans):
     """The setting `seed` makes stock and ours draw the same weights; ours keeps the heads."""
-    settings = {"seed": 5, "denoiser": str(denoiser_path())}
+    settings = {"seed": 5, "start": str(denoiser_path())}
     name = plans("Seeded", DiffusionPretrainedTrainer=settings, ConfiguredTrainer={"seed": 5})
     ours, control = tiny.trainer(DiffusionPretrainedTrainer, plans=name), tiny.trainer(ConfiguredTrainer, plans=name)
     ours.initialize(), control.initialize()
-    ours.transfer_denoiser()
+    ours.take_first_weights()
     heads = {k: v for k, v in control.network.state_dict().items() if "seg_layers" in k}
     assert heads and all(torch.equal(ours.network.state_dict()[k], v) for k, v in heads.items())
 
 
 def test_heads_have_a_learning_rate_of_their_own(plans):
-    settings = {"scratch": True, "head_lr_factor": 5.0, "initial_lr": 1e-3}
+    settings = {"start": "scratch", "head_lr_factor": 5.0, "initial_lr": 1e-3}
     for optimizer_name in ("SGD", "AdamW"):
         name = plans("Heads", DiffusionPretrainedTrainer={**settings, "optimizer_name": optimizer_name})
         trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
@@ -338,7 +343,7 @@ def test_linear_classifier_is_linear_in_the_concatenated_features(world):
 
 
 def test_scratch_needs_no_denoiser_and_is_the_same_training(plans):
-    name = plans("Scratch", DiffusionPretrainedTrainer={"scratch": True})
+    name = plans("Scratch", DiffusionPretrainedTrainer={"start": "scratch"})
     trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
     trainer.run_training()
     assert not os.path.exists(os.path.join(trainer.output_folder, "transfer_report.json"))
@@ -354,13 +359,17 @@ def test_resumed_fine_tuning_does_not_transfer_again(world):
     assert all(torch.equal(learned[k], v) for k, v in again.network.state_dict().items())
 
 
+def start_of(trainer):
+    return find_start(trainer.start, trainer.plans_manager, trainer.configuration_name, trainer.fold)
+
+
 def test_own_fold_comes_before_fold_all(world):
     trainer = tiny.trainer(DiffusionPretrainedTrainer)
-    assert trainer.find_denoiser() == str(denoiser_path(fold="all"))
+    assert start_of(trainer) == str(denoiser_path(fold="all"))
     own = denoiser_path(fold=0)
     own.parent.mkdir(exist_ok=True)
     own.write_bytes(denoiser_path(fold="all").read_bytes())
-    assert trainer.find_denoiser() == str(own)
+    assert start_of(trainer) == str(own)
     own.unlink()
 
 
@@ -369,14 +378,14 @@ def test_more_channels_share_the_first_convolution(plans, monkeypatch):
     trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=plans("Channels"))
     Path(trainer.output_folder).mkdir(parents=True, exist_ok=True)
     trainer.dataset_json = {**trainer.dataset_json, "channel_names": {"0": "CT", "1": "CT"}}
-    trainer.denoiser = str(denoiser_path())
+    trainer.start = str(denoiser_path())
     trainer.initialize()
-    trainer.transfer_denoiser()
+    trainer.take_first_weights()
     report = json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())
     assert len(report["adapted"]) == 1 and "1 to 2 of 2 input channels" in report["adapted"][0]
     single = tiny.trainer(DiffusionPretrainedTrainer)
     single.initialize()
-    single.transfer_denoiser()
+    single.take_first_weights()
     image = torch.randn(1, 1, 16, 16)
     with torch.no_grad():
         two, one = (t.network.encoder(i) for t, i in ((trainer, image.expand(-1, 2, -1, -1)), (single, image)))
@@ -390,7 +399,7 @@ def test_another_patch_size_takes_every_weight(plans):
         plans["configurations"]["2d"]["patch_size"] = [24, 16]
         return plans
 
-    name = plans("Larger", change=larger, DiffusionPretrainedTrainer={"denoiser": str(denoiser_path())})
+    name = plans("Larger", change=larger, DiffusionPretrainedTrainer={"start": str(denoiser_path())})
     trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
     trainer.run_training()
     report = json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())
@@ -403,10 +412,10 @@ def test_other_normalisation_and_spacing_warn_loudly(plans):
         plans["foreground_intensity_properties_per_channel"]["0"]["mean"] += 500
         return plans
 
-    name = plans("OtherSpacing", change=other, DiffusionPretrainedTrainer={"denoiser": str(denoiser_path())})
+    name = plans("OtherSpacing", change=other, DiffusionPretrainedTrainer={"start": str(denoiser_path())})
     trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
     trainer.initialize()
-    trainer.transfer_denoiser()
+    trainer.take_first_weights()
     log = Path(trainer.log_file).read_text()
     assert "WARNING: spacing differs: pre-trained with [2.0, 2.0], now [1.0, 1.0]" in log
     assert "WARNING: CT normalisation of channel 0 differs in its mean" in log
@@ -415,20 +424,19 @@ def test_other_normalisation_and_spacing_warn_loudly(plans):
 # ---------------------------------------------------------------- the command line's weights
 
 
-@pytest.mark.parametrize("cls", PRETRAINED)
-def test_pretrained_weights_of_the_command_line(world, monkeypatch, cls):
-    """nnU-Net's own loader takes the file, before ours folds it at the chosen timestep."""
-    monkeypatch.setattr(
-        sys, "argv", ["nnUNetv2_train", "990", "2d", "0", "-p", "X", "-pretrained_weights", str(denoiser_path())]
-    )
+@pytest.mark.parametrize("cls", [PartialLabelTrainer, *PRETRAINED])
+def test_pretrained_weights_of_the_command_line_are_noticed(world, cls):
+    """nnU-Net's own loader does not tell its trainers."""
     trainer = tiny.trainer(cls)
-    trainer.initialize()
-    load_pretrained_weights(trainer.network, str(denoiser_path()))
-    trainer.timestep = 700
-    assert trainer.find_denoiser() == str(denoiser_path())
-    trainer.transfer_denoiser()
+    maybe_load_checkpoint(trainer, False, False, str(denoiser_path()))
+    trainer.on_train_start()
     report = json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())
-    assert report["timestep"] == 700
+    assert report["source"] == "-pretrained_weights" and report["timestep"] is None
+    weights = torch.load(denoiser_path(), weights_only=True)["network_weights"]
+    state = trainer.network.state_dict()
+    assert all(torch.equal(state[key], weights[key]) for key in state if "seg_layers" not in key)
+    assert report["matched"] and not any("seg_layers" in name for name in report["matched"])
+    assert "Starts from -pretrained_weights:" in Path(trainer.log_file).read_text()
 
 
 def wider(plans):
@@ -436,32 +444,20 @@ def wider(plans):
     return plans
 
 
-@pytest.mark.parametrize("cls", PRETRAINED)
-def test_pretrained_weights_of_another_network_are_refused_with_file_and_remedy(plans, monkeypatch, cls):
+def train(plans, *arguments, trainer="DiffusionPretrainedTrainer"):
+    return main(["train", str(tiny.ID), "2d", "0", "-p", plans, "-tr", trainer, "-device", "cpu", *arguments])
+
+
+@pytest.mark.parametrize("trainer", ["DiffusionPretrainedTrainer", "DiffusionCoTrainingTwinTrainer", "nnUNetTrainer"])
+def test_pretrained_weights_of_another_network_are_refused_with_file_and_remedy(plans, capsys, trainer):
     """Before nnU-Net's own loader asserts."""
     path = str(denoiser_path())
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", path])
-    trainer = tiny.trainer(cls, plans=plans("WiderGiven", change=wider))
-    with pytest.raises(
-        UserError, match=r"(?s)another topology.*stages.2.*denoiser \(8.*network \(10.*pre-train"
-    ) as wrong:
-        maybe_load_checkpoint(trainer, False, False, path)
-    assert str(wrong.value).startswith(path)
-
-    trainer = tiny.trainer(cls, plans=plans("ChannelsGiven"))
-    trainer.dataset_json = {**trainer.dataset_json, "channel_names": {"0": "CT", "1": "CT"}}
-    message = rf"denoiser.pth: the denoiser has 1 input channels, this network 2.*{cls.__name__}.denoiser: "
-    with pytest.raises(UserError, match=message) as wrong:
-        maybe_load_checkpoint(trainer, False, False, path)
-    assert path in str(wrong.value)
-
-    trainer = tiny.trainer(cls, plans=plans("LaterGiven", **{cls.__name__: {"timestep": 1000}}))
-    with pytest.raises(UserError, match=rf"{cls.__name__}.timestep is 1000: .*denoiser.pth knows 0 to 999"):
-        maybe_load_checkpoint(trainer, False, False, path)
-
-    trainer = tiny.trainer(cls)
-    maybe_load_checkpoint(trainer, False, False, path)
-    trainer.transfer_denoiser()
+    assert train(plans("WiderGiven", change=wider), "-pretrained_weights", path, trainer=trainer) == 1
+    said = capsys.readouterr().err
+    assert f"-pretrained_weights {path} does not fit the network of this training: " in said
+    assert "Traceback" not in said and "can be given with the setting start" in said
+    if trainer != "DiffusionCoTrainingTwinTrainer":
+        assert "stages.2.0.convs.0.conv.weight: file (8, 6, 3, 3), planned network (10, 6, 3, 3)" in said
 
 
 def test_stock_nnunet_starts_from_the_file(world):
@@ -478,45 +474,130 @@ class Bomb:
         return os.mkdir, (os.environ["BOMB"],)
 
 
+@pytest.mark.parametrize("name", installation.trainer_names())
+def test_no_trainer_runs_what_pretrained_weights_hold(world, tmp_path, monkeypatch, name):
+    """nnU-Net itself would."""
+    monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    torch.save({"network_weights": Bomb()}, tmp_path / "given.pth")
+    (tmp_path / "old.pth").write_bytes(pickle.dumps(Bomb()))
+    for file in ("given.pth", "old.pth"):
+        trainer = tiny.trainer(our_trainer(name))
+        with pytest.raises((UserError, pickle.UnpicklingError)):
+            maybe_load_checkpoint(trainer, False, False, str(tmp_path / file))
+    assert not (tmp_path / "bomb").exists()
+
+
+@pytest.mark.parametrize(("file", "how"), [("latest", (True, False)), ("final", (False, True))])
+@pytest.mark.parametrize("cls", [ConfiguredTrainer, DenoisingDiffusionTrainer])
+def test_a_checkpoint_that_holds_code_is_neither_continued_nor_validated(plans, tmp_path, monkeypatch, cls, file, how):
+    monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
+    trainer = tiny.trainer(cls, plans=plans(f"Harmful{file}"))
+    path = Path(trainer.output_folder, f"checkpoint_{file}.pth")
+    torch.save({"network_weights": {}, "trainer_name": "", "init_args": {}, "logging": Bomb()}, path)
+    with pytest.raises(UserError, match=f"checkpoint_{file}.pth holds more than .*posix.mkdir.*nothing in it was run"):
+        maybe_load_checkpoint(trainer, *how)
+    assert not (tmp_path / "bomb").exists()
+
+
+def test_a_checkpoint_of_stock_nnunet_is_read(plans, monkeypatch):
+    """Its training log holds numpy scalars."""
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
+    stock = tiny.trainer(nnUNetTrainer, plans=plans("Stock"))
+    stock.num_epochs = stock.num_iterations_per_epoch = stock.num_val_iterations_per_epoch = 1
+    stock.run_training()
+    path = os.path.join(stock.output_folder, "checkpoint_final.pth")
+    kinds = {type(value) for value in torch.load(path, weights_only=False)["logging"]["mean_fg_dice"]}
+    assert issubclass(*kinds, np.generic)
+    for how in ({"continue": True}, {}):
+        trainer = tiny.trainer(ConfiguredTrainer, plans=plans("Stock"), resume=bool(how))
+        trainer.load_checkpoint(path) if how else maybe_load_checkpoint(trainer, False, False, path)
+        state = trainer.network.state_dict()
+        theirs = stock.network.state_dict()
+        assert all(torch.equal(state[key], theirs[key]) for key in theirs if how or "seg_layers" not in key)
+        assert trainer.is_resumed == bool(how)
+
+
 @pytest.mark.parametrize("how", ["command line", "setting"])
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda path, good: path.write_bytes(good[: len(good) // 2]), "truncated or no PyTorch file"),
         (lambda path, good: path.write_bytes(b""), "truncated or no PyTorch file"),
-        (lambda path, good: torch.save({"network_weights": Bomb()}, path), "more than tensors and plain values"),
-        (lambda path, good: path.write_bytes(pickle.dumps(Bomb())), "more than tensors and plain values"),
-        (lambda path, good: torch.save({"network_weights": {}}, path), "is no denoiser of nnunet_diffusion"),
-        (lambda path, good: None, "no denoiser"),
+        (lambda path, good: path.write_bytes(bytes(range(256)) * 9), "truncated or no PyTorch file"),
+        (lambda path, good: torch.save({"network_weights": Bomb()}, path), "more than tensors .*asks for posix.mkdir"),
+        (lambda path, good: path.write_bytes(pickle.dumps(Bomb(), 2)), "more than tensors .*asks for posix.mkdir"),
+        (lambda path, good: torch.save({"network_weights": 1}, path), "has no network_weights|network_weights: Input"),
+        (lambda path, good: None, "No such file|there is no "),
     ],
 )
-def test_files_that_are_no_denoiser_are_refused_before_anything_in_them_runs(
-    world, tmp_path, monkeypatch, make, message, how, plans
+def test_files_to_start_from_are_refused_before_anything_in_them_runs(
+    plans, tmp_path, monkeypatch, capsys, make, message, how
 ):
     monkeypatch.setenv("BOMB", str(tmp_path / "bomb"))
     path = tmp_path / "given.pth"
     make(path, denoiser_path().read_bytes())
     if how == "command line":
-        monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", str(path)])
-        trainer = tiny.trainer(DiffusionPretrainedTrainer)
-        run = trainer.initialize  # nnU-Net loads the file right after
+        assert train(plans("Given"), "-pretrained_weights", str(path)) == 1
     else:
-        name = plans("Given", DiffusionPretrainedTrainer={"denoiser": str(path)})
-        trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
-        run = trainer.on_train_start
-    with pytest.raises((UserError, FileNotFoundError), match=message) as error:
-        run()
-    assert str(path) in str(error.value)
+        assert train(plans("Given", DiffusionPretrainedTrainer={"start": str(path)})) == 1
+    said = capsys.readouterr().err
+    assert re.search(message, said) and str(path) in said and "Traceback" not in said
     assert not (tmp_path / "bomb").exists()
 
 
-def test_a_stock_checkpoint_is_refused(world, monkeypatch):
-    trainer = tiny.trainer(ConfiguredTrainer)
-    trainer.run_training()
-    checkpoint = os.path.join(trainer.output_folder, "checkpoint_final.pth")
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", f"-pretrained_weights={checkpoint}"])
-    with pytest.raises(UserError, match=r"checkpoint_final.pth holds more than .*: give a denoiser.pth that Denois"):
-        tiny.trainer(DiffusionPretrainedTrainer).initialize()
+def test_any_trainer_starts_from_a_checkpoint(plans):
+    """Of nnU-Net's or ours, output heads and all; the path may be below the data set's results."""
+    trained = tiny.trainer(ConfiguredTrainer, plans=plans("Given"))
+    trained.run_training()
+    path = "ConfiguredTrainer__Given__2d/fold_{fold}/checkpoint_final.pth"
+    for cls in (PartialLabelTrainer, DiffusionPretrainedTrainer, PseudoLabelTrainer):
+        trainer = tiny.trainer(cls, plans=plans("FromModel", PartialLabelTrainer={"start": path},
+                                                DiffusionPretrainedTrainer={"start": path}))  # fmt: skip
+        trainer.on_train_start()
+        state = trainer.network.state_dict()
+        assert all(torch.equal(state[key], value) for key, value in trained.network.state_dict().items())
+        report = json.loads(Path(trainer.output_folder, "transfer_report.json").read_text())
+        assert report["source"].endswith("fold_0/checkpoint_final.pth") and len(report["matched"]) == len(
+            list(trainer.network.parameters())
+        )
+    name = plans("WiderModel", change=wider, PartialLabelTrainer={"start": path})
+    with pytest.raises(UserError, match="(?s)checkpoint_final.pth does not fit the network of .*-pretrained_weights"):
+        tiny.trainer(PartialLabelTrainer, plans=name).on_train_start()
+
+
+def test_a_teacher_is_nothing_to_start_from(plans, tmp_path):
+    torch.save({"format": "nnunet_diffusion teacher"}, tmp_path / "teacher.pth")
+    name = plans("FromTeacher", PartialLabelTrainer={"start": str(tmp_path / "teacher.pth")})
+    with pytest.raises(UserError, match="teacher.pth: network_weights: Field required"):
+        tiny.trainer(PartialLabelTrainer, plans=name).on_train_start()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"scratch": True}, r"DiffusionPretrainedTrainer.scratch is no longer a setting: give the setting start"),
+        ({"denoiser": "a.pth"}, r"denoiser is no longer a setting: give its path with the setting start"),
+        ({"start_from": "a"}, r"start_from is no longer a setting: give that path with the setting start"),
+        ({"plans_of_denoiser": "a"}, r"plans_of_denoiser is no longer a setting: .*give its path as start"),
+        ({"start": ""}, r"start is '': it must be scratch, denoiser or a path"),
+    ],
+)
+def test_earlier_settings_name_the_new_one(plans, setting, message):
+    name = plans("Earlier", DiffusionPretrainedTrainer=setting)
+    with pytest.raises(UserError, match=message):
+        tiny.trainer(DiffusionPretrainedTrainer, plans=name)
+
+
+def test_a_timestep_that_the_denoiser_has_not_is_named(plans):
+    name = plans("Later", DiffusionPretrainedTrainer={"timestep": 1000, "start": str(denoiser_path())})
+    with pytest.raises(UserError, match="the setting timestep is 1000: .*denoiser.pth knows 0 to 999"):
+        tiny.trainer(DiffusionPretrainedTrainer, plans=name).on_train_start()
+
+
+def test_plans_of_a_round_find_the_denoiser_of_the_plans_below(plans):
+    trainer = tiny.trainer(PseudoLabelTrainer, plans=plans(f"{tiny.PLANS}_round3"))
+    assert start_of(trainer) == str(denoiser_path())
 
 
 def test_another_version_is_refused(world, tmp_path):
@@ -527,7 +608,7 @@ def test_another_version_is_refused(world, tmp_path):
 
 
 def test_another_topology_is_an_error_with_a_table(plans):
-    name = plans("Wider", change=wider, DiffusionPretrainedTrainer={"denoiser": str(denoiser_path())})
+    name = plans("Wider", change=wider, DiffusionPretrainedTrainer={"start": str(denoiser_path())})
     with pytest.raises(
         UserError, match=r"(?s)another topology \(Dataset990_Tiny, .*stages.2.*denoiser \(8.*network \(10"
     ):
@@ -542,11 +623,12 @@ def test_without_a_denoiser_it_refuses_and_says_which_command_makes_one(plans):
         tiny.trainer(DiffusionPretrainedTrainer, plans=name).on_train_start()
 
 
-def test_scratch_and_pretrained_weights_contradict_each_other(plans, monkeypatch):
-    name = plans("Both", DiffusionPretrainedTrainer={"scratch": True})
-    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "-pretrained_weights", str(denoiser_path())])
-    with pytest.raises(UserError, match="contradicts the setting scratch"):
-        tiny.trainer(DiffusionPretrainedTrainer, plans=name).initialize()
+def test_start_and_pretrained_weights_contradict_each_other(plans):
+    for start in ("scratch", "denoiser"):
+        trainer = tiny.trainer(PartialLabelTrainer, plans=plans("Both", PartialLabelTrainer={"start": start}))
+        maybe_load_checkpoint(trainer, False, False, str(denoiser_path()))
+        with pytest.raises(UserError, match=f"-pretrained_weights contradicts the setting start, '{start}'"):
+            trainer.on_train_start()
 
 
 # ---------------------------------------------------------------- the base
@@ -575,6 +657,63 @@ def test_unknown_settings_stop_the_trainer(plans):
     name = plans("Unknown", ConfiguredTrainer={"epochs": 3})
     with pytest.raises(UserError, match="ConfiguredTrainer.epochs is not a setting"):
         tiny.trainer(ConfiguredTrainer, plans=name)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("splits_final.json", '[{"train": ["tiny_000"', "splits_final.json: is no JSON .*: nnUNetv2_train splits anew"),
+        ("splits_final.json", '[{"train": ["a"], "val": 3}]', r"splits_final.json: \[0\].val: .* valid list, not 3"),
+        ("splits_final.json", '[{"train": ["../a"], "val": []}]', r"splits_final.json: \[0\].train: '../a' cannot be"),
+    ],
+)
+def test_splits_that_cannot_be_read_are_named(world, file, content, message):
+    path = world / file
+    before = path.read_text()
+    path.write_text(content)
+    try:
+        for cls in (ConfiguredTrainer, DenoisingDiffusionTrainer, PseudoLabelTrainer):
+            with pytest.raises(UserError, match=message):
+                tiny.trainer(cls).do_split()
+    finally:
+        path.write_text(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda plans, _: plans["configurations"]["2d"].update(spacing=5), "plans.json: configurations.2d.spacing"),
+        (lambda plans, _: plans["configurations"]["2d"].update(data_identifier=".."), "2d.data_identifier: '..'"),
+        (lambda _, dataset: dataset.pop("labels"), "dataset.json: labels: Field required"),
+        (lambda _, dataset: dataset.update(channel_names=[]), "dataset.json: channel_names"),
+    ],
+)
+def test_plans_and_data_sets_are_checked_before_there_are_results(world, change, message):
+    plans = json.loads((world / f"{tiny.PLANS}.json").read_text()) | {"continue_training": False, "plans_name": "Bad"}
+    dataset_json = json.loads((world / "dataset.json").read_text())
+    change(plans, dataset_json)
+    with pytest.raises(UserError, match=message):
+        ConfiguredTrainer(plans, "2d", 0, dataset_json, torch.device("cpu"))
+    assert not list(Path(os.environ["nnUNet_results"]).rglob("*__Bad__*"))
+
+
+def test_what_nnunet_cannot_write_is_named_with_its_folder(plans, monkeypatch):
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nnUNetTrainer, "_save_debug_information", full_disk)
+    trainer = tiny.trainer(ConfiguredTrainer, plans=plans("Full"))
+    with pytest.raises(NotWritten, match=r"was not written to .*ConfiguredTrainer__Full__2d/fold_0, where \d+ MB"):
+        trainer.run_training()
+
+
+def test_extra_state_is_written_with_the_rest_at_once(plans, monkeypatch):
+    trainer = tiny.trainer(DenoisingDiffusionTrainer, plans=plans("Once"))
+    trainer.initialize()
+    written, save = [], torch.save
+    monkeypatch.setattr(torch, "save", lambda content, file: (written.append(file), save(content, file)))
+    trainer.save_checkpoint(os.path.join(trainer.output_folder, "checkpoint_latest.pth"))
+    assert sum(isinstance(file, str) for file in written) == 1
 
 
 def test_checkpoints_are_written_whole_or_not_at_all(world, monkeypatch):

@@ -1,7 +1,5 @@
 """Transfer of a folded denoiser into a segmentation network, without nnU-Net's training around it."""
 
-import sys
-
 import pytest
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -15,8 +13,9 @@ from nnunet_diffusion.pretraining.conditioning import condition, fold
 from nnunet_diffusion.pretraining.linear import LinearClassifier
 from nnunet_diffusion.pretraining.transfer import (
     adapt_input_channels,
+    parameter_sums,
     plan_differences,
-    pretrained_weights_argument,
+    report_loaded,
     transfer,
 )
 
@@ -92,18 +91,15 @@ def test_plan_differences_name_both_sides():
     assert "mean" in mean and "50.0" in mean and "90.0" in mean
 
 
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["train", "1", "2d", "0", "-p", "Plans", "-tr", "T"], None),
-        (["train", "-pretrained_weights", "a.pth", "-p", "Plans"], "a.pth"),
-        (["train", "-pretrained_weights=b c.pth"], "b c.pth"),
-        (["train", "-pretrained_weights"], None),
-    ],
-)
-def test_the_argument_of_the_command_line(monkeypatch, argv, expected):
-    monkeypatch.setattr(sys, "argv", argv)
-    assert pretrained_weights_argument() == expected
+def test_weights_that_somebody_else_loaded_are_reported():
+    network = planned_network(outputs=3)
+    before = parameter_sums(network)
+    assert report_loaded(network, before) is None
+    folded = {name: tensor for name, tensor in folded_denoiser().items() if "seg_layers" not in name}
+    network.load_state_dict(folded, strict=False)
+    report = report_loaded(network, before)
+    assert len(report.matched) + len(report.missing) == len(before) and report.source == "-pretrained_weights"
+    assert report.matched and not any("seg_layers" in name for name in report.matched)
 
 
 def test_the_first_file_that_exists(tmp_path):

@@ -111,16 +111,12 @@ def shrunk(plans: dict, kind: str, norm: str) -> dict:
 def write_plans(plans: dict, name: str = PLANS, **block: dict) -> None:
     """Saves plans under a name with a block of settings; every trainer runs two epochs of two steps."""
     short = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 2}
-    trainers = ["ConfiguredTrainer", "PartialLabelTrainer", "DenoisingDiffusionTrainer"]
-    trainers += [f"DiffusionPretrained{part}Trainer" for part in ("", "Decoder", "Linear")] + ["PseudoLabelTrainer"]
-    settings = {trainer: {**short, **block.get(trainer, {})} for trainer in trainers}
-    settings["DenoisingDiffusionTrainer"] = {
-        "sample_every": 0,
-        "sample_steps": 3,
-        **settings["DenoisingDiffusionTrainer"],
+    settings = {
+        "ConfiguredTrainer": short,
+        "DenoisingDiffusionTrainer": {"num_val_iterations_per_epoch": 2, "sample_every": 0, "sample_steps": 3},
     }
-    for trainer in set(block) - set(trainers):
-        settings[trainer] = block[trainer]
+    for trainer, given in block.items():
+        settings[trainer] = settings.get(trainer, {}) | given
     content = {**plans, "plans_name": name, "nnunet_diffusion": settings}
     path = Path(os.environ["nnUNet_preprocessed"]) / NAME / f"{name}.json"
     path.write_text(json.dumps(content))

@@ -1,5 +1,7 @@
 """nnU-Net with settings from the plans, and with left and right kept apart: the base of all trainers here."""
 
+import io
+import os
 import random
 
 import numpy as np
@@ -10,9 +12,14 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffusion import settings
-from nnunet_diffusion.files import atomic
+from nnunet_diffusion.files import atomic, check_shape, naming_full_disk
+from nnunet_diffusion.model_folder import load_checkpoint, load_nothing_but_plain_values
 from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs
+from nnunet_diffusion.plans import check_plans
+from nnunet_diffusion.preprocessing.cases import read_splits
+from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.settings import above, at_least
+from nnunet_diffusion.trainers import our_trainers
 
 
 class ConfiguredTrainer(nnUNetTrainer):
@@ -35,9 +42,13 @@ class ConfiguredTrainer(nnUNetTrainer):
     }  # fmt: skip
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        settings.chosen(plans, type(self))  # refuses before nnU-Net makes the results folder
+        load_nothing_but_plain_values()
+        check_plans(plans, "plans.json")  # refused before nnU-Net makes the results folder
+        check_shape(dataset_json, Dataset, "dataset.json")
+        settings.chosen(plans, type(self), our_trainers())
         super().__init__(plans, configuration, fold, dataset_json, device)
         settings.apply(self)
+        self.is_resumed = False
         if self.is_ddp and (device.type != "cuda" or device.index is not None):
             # nnU-Net takes the number of the process for that of its GPU, which holds on the first machine only
             self.device = device
@@ -94,19 +105,52 @@ class ConfiguredTrainer(nnUNetTrainer):
             self.inference_allowed_mirroring_axes = mirror_axes or None  # nnU-Net's predictor wants None, not ()
         return rotation, dummy_2d, patch_size, mirror_axes
 
+    def do_split(self):
+        """Checks splits_final.json first, which people edit and kills may cut."""
+        path = join(self.preprocessed_dataset_folder_base, "splits_final.json")
+        if self.fold != "all" and os.path.isfile(path):
+            read_splits(path)
+        return super().do_split()
+
+    def run_training(self):
+        """Names the folder if there is no room for what nnU-Net writes; ours names the file."""
+        with naming_full_disk(join(self.output_folder, "a file of the training")):
+            super().run_training()
+
+    def perform_actual_validation(self, save_probabilities: bool = False):
+        """Names the folder if there is no room."""
+        with naming_full_disk(join(self.output_folder, "validation", "a file of the validation")):
+            super().perform_actual_validation(save_probabilities)
+
     def save_checkpoint(self, filename: str) -> None:
         """Writes nnU-Net's checkpoint and what `extra_state` adds, whole or not at all."""
         if self.local_rank != 0 or self.disable_checkpointing:
             return super().save_checkpoint(filename)
+        extra = self.extra_state()
         with atomic(filename) as temporary:
-            super().save_checkpoint(temporary)
-            if extra := self.extra_state():
-                checkpoint = torch.load(temporary, map_location="cpu", weights_only=False)
-                torch.save({**checkpoint, **extra}, temporary)
+            if not extra:
+                return super().save_checkpoint(temporary)
+            super().save_checkpoint(buffer := io.BytesIO())
+            buffer.seek(0)
+            torch.save({**torch.load(buffer, map_location="cpu", weights_only=True), **extra}, temporary)
 
     def extra_state(self) -> dict:
-        """What a subclass adds to the checkpoint."""
+        """Returns what a subclass adds to the checkpoint."""
         return {}
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Continues from a checkpoint; one that holds more than tensors and plain values is refused by name."""
+        checkpoint = load_checkpoint(filename_or_checkpoint)
+        super().load_checkpoint(filename_or_checkpoint)
+        self.is_resumed = True
+        self.restore(checkpoint)
+
+    def restore(self, checkpoint: dict) -> None:
+        """Takes back what `extra_state` added to the checkpoint, tensors on the CPU."""
+
+    def mixed_precision(self) -> torch.autocast:
+        """Returns the context that nnU-Net computes in: half precision, on a GPU only."""
+        return torch.autocast(self.device.type, enabled=self.device.type == "cuda")
 
     def trained_networks(self) -> list[torch.nn.Module]:
         """The networks that learn, each of which has its gradient's norm clipped."""

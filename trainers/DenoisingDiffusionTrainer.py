@@ -14,7 +14,6 @@ from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_p
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from torch import autocast
 from torch.optim.swa_utils import AveragedModel
 
 from nnunet_diffusion.errors import UserError
@@ -27,7 +26,7 @@ from nnunet_diffusion.pretraining.denoiser_file import plan_identity, save_denoi
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.draw import draw_images
 from nnunet_diffusion.pretraining.images import ImageDataset, fixed_batches, hold_out, image_loader, image_statistics
-from nnunet_diffusion.pretraining.process import PREDICTIONS, SCHEDULES, WEIGHTINGS, draw_timesteps
+from nnunet_diffusion.pretraining.process import PREDICTIONS, SCHEDULES, WEIGHTINGS, draw_timesteps, held_out_draw
 from nnunet_diffusion.settings import above, at_least, between, index_of, one_of
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
@@ -40,8 +39,6 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     al. 2024 (arXiv 2402.15216), abstract; conditioning through the norms, and folding, are ours.
     """
 
-    num_epochs: int = 1000
-    num_iterations_per_epoch: int = 250
     num_val_iterations_per_epoch: int = 10  # held-out batches, always the same
     initial_lr: float = 3e-4  # AdamW
     weight_decay: float = 1e-4
@@ -82,7 +79,6 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         self.diffusion = Diffusion(
             self.schedule, self.timesteps, self.prediction, self.weighting, self.min_snr_gamma, self.device
         )
-        self.is_resumed = False
 
     @staticmethod
     def build_network_architecture(
@@ -132,7 +128,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         if not self.is_resumed:
             networks = [unwrap(self.network), self.ema.module]
             patches = fixed_batches(train, 20, self.batch_size, patch_size, self.label_manager, 1234, self.body_share)
-            self.diffusion.know_images(networks, image_statistics(train), patches, self.noise_scale)
+            self.diffusion.calibrate(networks, image_statistics(train), patches, self.noise_scale)
         sampled_size, transforms = self.spatial_augmentation() if self.augment else (patch_size, None)
         on_cuda = self.device.type == "cuda"
         loader = image_loader(
@@ -163,7 +159,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     def loss_on(self, network, batch, timestep, noise):
         """The diffusion loss of a network on a batch, in the precision that nnU-Net trains in."""
         images = batch["data"].to(self.device, non_blocking=True)
-        with autocast(self.device.type, enabled=self.device.type == "cuda"):
+        with self.mixed_precision():
             return self.diffusion.loss(network, unwrap(self.network).scaled(images), timestep, noise)
 
     def train_step(self, batch: dict) -> dict:
@@ -181,11 +177,10 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         self.ema.eval()
 
     def held_out_draw(self, batch: dict):
-        """Timesteps spread over the schedule, and noise that is always the same."""
-        size, number, count = len(batch["data"]), batch["number"], self.num_val_iterations_per_epoch
-        timestep = ((torch.arange(size) * count + number + 0.5) / (size * count) * self.timesteps).long()
-        noise = torch.randn(batch["data"].shape, generator=torch.Generator().manual_seed(number))
-        return timestep.to(self.device), noise.to(self.device)
+        """What is random in the loss on a held-out batch, always the same."""
+        count = self.num_val_iterations_per_epoch
+        draw = held_out_draw(batch["data"].shape, batch["number"], count, self.timesteps)
+        return [tensor.to(self.device) for tensor in draw]
 
     def validation_step(self, batch: dict) -> dict:
         """The loss of the averaged weights on a held-out batch."""
@@ -218,16 +213,13 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         """The average and the process go into the checkpoint, so that a resumed run continues them."""
         return {"ema": self.ema.state_dict(), "process": self.diffusion.description}
 
-    def load_checkpoint(self, filename_or_checkpoint):
-        """Continues the average and the process, too."""
-        super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+    def restore(self, checkpoint: dict):
+        """Continues the average and the process."""
         self.ema.load_state_dict(checkpoint["ema"])
         if "process" in checkpoint:  # earlier ones were trained with the prior as it comes
             self.diffusion = Diffusion(
                 **checkpoint["process"], weighting=self.weighting, gamma=self.min_snr_gamma, device=self.device
             )
-        self.is_resumed = True
 
     def on_train_end(self):
         """Writes what pre-training is for."""

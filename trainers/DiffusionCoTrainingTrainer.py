@@ -6,7 +6,6 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.utilities.file_and_folder_operations import isfile, join
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from torch import autocast
 
 from nnunet_diffusion.co_training.mask_diffusion import build_pair
 from nnunet_diffusion.co_training.teacher_file import load_teacher, restore_teacher
@@ -26,24 +25,24 @@ from nnunet_diffusion.pretraining.images import (
     refuse_other_channels,
 )
 from nnunet_diffusion.pretraining.process import SCHEDULES
+from nnunet_diffusion.pretraining.start import own_pretraining, pretraining_command, seen_images
 from nnunet_diffusion.pretraining.transfer import plan_differences
 from nnunet_diffusion.settings import at_least, between, one_of
-from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
-
-METHODS = ("co_training", "cross_pseudo", "mean_teacher", "supervised")
+from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
 
 
-class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
+class DiffusionCoTrainingTrainer(PartialLabelTrainer):
     """The planned network as student of a diffusion teacher; each learns from the other's masks of the pool's images.
 
     Ciampi et al. 2025 (arXiv 2504.01547), abstract: co-training with a diffusion teacher, several rounds of pseudo
-    labels. Ours: the student is the planned network, which starts from a denoiser (`scratch` for random weights), so
-    the model folder is stock; the paper's twin is DiffusionCoTrainingTwinTrainer. Ours, too, is the gate: an image on
-    whose masks student and teacher do not agree teaches nothing about masks. For comparison, `method` replaces the
-    teacher by a second network like the student (cross_pseudo), by the student's averaged weights (mean_teacher), or
-    by nothing (supervised).
+    labels. Ours: the student is the planned network, which starts from a denoiser (the setting `start`), so the model
+    folder is stock; the paper's twin is DiffusionCoTrainingTwinTrainer. Ours, too, is the gate: an image on whose masks
+    student and teacher do not agree teaches nothing about masks. For comparison, `method` replaces the teacher by a
+    second network like the student (cross_pseudo), by the student's averaged weights (mean_teacher), or by nothing
+    (supervised).
     """
 
+    start: str = "denoiser"  # this data set's own
     method: str = "co_training"  # or cross_pseudo, mean_teacher, supervised
     teacher_file: str = ""  # path of a teacher.pth; empty: this data set's own, else random weights; none: those anyway
     schedule: str = "sigmoid"  # of a teacher that starts from random weights; else the file's
@@ -55,10 +54,10 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
     ema_decay: float = 0.99  # of mean_teacher
     perturbation: float = 0.1  # standard deviation of the noise on mean_teacher's images
     allowed_values = {
-        "schedule": one_of(*SCHEDULES),
+        "method": one_of("co_training", "cross_pseudo", "mean_teacher", "supervised"),
+        "schedule": one_of(*SCHEDULES), "rounds": at_least(1), "ema_decay": between(0, 1),
         **dict.fromkeys(("unlabeled_weight", "ramp", "gate", "perturbation"), at_least(0)),
-        "ema_decay": between(0, 1),
-    }
+    }  # fmt: skip
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -69,10 +68,6 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
             raise UserError(f"{name}: {configuration} needs the masks of an earlier stage, the pool has none")
         if self.is_ddp:
             raise UserError(f"{name} trains on one GPU: leave out -num_gpus")
-        if self.method not in METHODS:
-            raise UserError(f"setting method is {self.method!r}: it must be one of {METHODS}")
-        if self.rounds < 1:
-            raise UserError(f"setting rounds is {self.rounds}: it must be at least 1 (without: method cross_pseudo)")
 
     def initialize(self):
         """Refuses a label that no training case annotates: its pseudo labels would be noise."""
@@ -107,7 +102,7 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
         pair = build_pair(*plan, channels, classes)
         return DiffusionTeacher(pair, self.gate, batch_dice, diffusion, classes, self.rounds, self.chained)
 
-    def planned_networks(self) -> list:
+    def planned_networks(self) -> list[torch.nn.Module]:
         """A second network that learns from pseudo labels starts as the student does; its heads differ."""
         second = [self.teacher.network] if self.method == "cross_pseudo" else []
         return [*super().planned_networks(), *map(unwrap, second)]
@@ -132,23 +127,24 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
         if self.teacher_file == "none":
             self.print_to_log_file("The teacher starts from random weights, as the setting teacher_file says")
             return
-        own = self.own_results("DiffusionTeacherTrainer", "teacher.pth")
+        plan, pretraining = (self.plans_manager, self.configuration_name), "DiffusionTeacherTrainer"
+        own = own_pretraining(*plan, self.fold, pretraining, "teacher.pth")
         path = self.teacher_file or next(filter(isfile, own), None)
         if path is None:
             looked = "".join(f"\n  {candidate}" for candidate in own)
             self.print_to_log_file(
                 f"WARNING: the teacher starts from random weights, there is no file of{looked}\nmake one with\n"
-                f"  {self.training_command('DiffusionTeacherTrainer')}"
+                f"  {pretraining_command(*plan, pretraining)}"
             )
             return
         content = load_teacher(path)
         restore_teacher(content, self.teacher.network)
         self.teacher.diffusion = Diffusion(**content["process"], device=self.device)
         self.print_to_log_file(f"The teacher starts from {path}\n  {content['training']['health']}")
-        self.tell_what_it_saw(path)
-        now = plan_identity(self.plans_manager, self.configuration_name, self.dataset_json)
-        for difference in plan_differences(content["plan"], now):
-            self.print_to_log_file(f"  WARNING: {difference}")
+        differences = plan_differences(content["plan"], plan_identity(*plan, self.dataset_json))
+        warnings = [seen_images(path, self.fold), *(f"WARNING: {difference}" for difference in differences)]
+        for warning in filter(None, warnings):
+            self.print_to_log_file(warning)
 
     def get_dataloaders(self):
         """nnU-Net's, and beside them one of the pool, augmented in the same way."""
@@ -170,7 +166,7 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
         patch_size = self.configuration_manager.patch_size
         if self.method == "co_training" and not self.is_resumed:
             patches = fixed_batches(pool, 20, self.batch_size, patch_size, self.label_manager, seed=1234)
-            self.teacher.diffusion.know_images([self.teacher.network], image_statistics(pool), patches)
+            self.teacher.diffusion.calibrate([self.teacher.network], image_statistics(pool), patches)
         rotation, dummy_2d, size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         return image_loader(
             pool, self.batch_size, patch_size, size, self.label_manager,
@@ -190,32 +186,32 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
         """A labelled batch, then one of the pool; their gradients add up."""
         images = batch["data"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.knowing(batch), autocast(self.device.type, enabled=self.device.type == "cuda"):
-            loss = self.teacher.labelled(self.network, images, self.judge(batch["target"]))
+        with self.with_annotations(batch), self.mixed_precision():
+            loss = self.teacher.labeled(self.network, images, self.supervised_loss(batch["target"]))
         self.backward(loss)
         report = {"loss": loss.detach().cpu().numpy()}
         if self.teacher.needs_pool:
             images = next(self.pool_loader)["data"].to(self.device, non_blocking=True)
-            with autocast(self.device.type, enabled=self.device.type == "cuda"):
-                loss, figures = self.teacher.unlabelled(self.network, images)
+            with self.mixed_precision():
+                loss, figures = self.teacher.unlabeled(self.network, images)
             self.backward(self.pool_weight * loss)
             report |= {name: value.detach().cpu().numpy() for name, value in {"pool_loss": loss, **figures}.items()}
         self.update(max_norm=12)  # nnU-Net's
         self.teacher.after_step(unwrap(self.network))
         return report
 
-    def judge(self, target):
-        """The loss of an output on the labels, with deep supervision if the output has it."""
+    def supervised_loss(self, target):
+        """Returns the loss of an output on the labels, with deep supervision if the output has it."""
         targets = [t.to(self.device, non_blocking=True) for t in (target if isinstance(target, list) else [target])]
         whole = self.loss.loss if self.enable_deep_supervision else self.loss
 
-        def judge(output):
+        def loss(output):
             return self.loss(output, targets) if isinstance(output, (list, tuple)) else whole(output, targets[0])
 
-        return judge
+        return loss
 
     def on_train_epoch_end(self, train_outputs: list[dict]):
-        """Tells what the pool taught."""
+        """Logs the loss on the pool and what the gate kept."""
         super().on_train_epoch_end(train_outputs)
         outputs = collate_outputs(train_outputs)
         if "pool_loss" in outputs:
@@ -240,10 +236,8 @@ class DiffusionCoTrainingTrainer(DiffusionPretrainedTrainer):
             state["process"] = self.teacher.diffusion.description
         return state
 
-    def load_checkpoint(self, filename_or_checkpoint):
-        """Continues the teacher, too."""
-        super().load_checkpoint(filename_or_checkpoint)
-        checkpoint = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=False)
+    def restore(self, checkpoint: dict):
+        """Continues the teacher."""
         self.teacher.load_state_dict(checkpoint["teacher"])
         if "process" in checkpoint:
             self.teacher.diffusion = Diffusion(**checkpoint["process"], device=self.device)

@@ -4,22 +4,20 @@ import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.utilities.collate_outputs import collate_outputs
-from torch import autocast
 
-from nnunet_diffusion.co_training.mask_diffusion import Draw, build_pair, mask_health
+from nnunet_diffusion.co_training.health import gray_masks, held_out_figures, mask_health
+from nnunet_diffusion.co_training.mask_diffusion import Draw, build_pair, draw_mask
 from nnunet_diffusion.co_training.teacher_file import save_teacher
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.pretraining import pictures
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
-
-MASK_SEED = 10**6  # the noise of held-out masks is not that of their images, whose seeds count from 0
 
 
 class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
     """A mask pathway learns masks that help an image pathway to restore noised images; writes `teacher.pth`.
 
     First stage of Ciampi et al. 2025 (arXiv 2504.01547), abstract: cycle consistency on noise-corrupted images; see
-    `networks.mask_diffusion` for what is whose. Such masks can be noise: every epoch says on held-out images whether
+    `co_training.mask_diffusion` for what is whose. Such masks can be noise: every epoch says on held-out images whether
     they use more than one class, and whether they restore better than masks that say nothing.
     """
 
@@ -40,33 +38,18 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
 
     def loss_on(self, network, batch, timestep, noise):
         """How badly a network restores a batch with the masks that it makes."""
-        draw = self.mask_draw(batch, timestep)
-        return self.cycle(network, batch["data"], draw, Draw(timestep, noise))[1]
-
-    def mask_draw(self, batch, timestep, generator=None) -> Draw:
-        """Noise for the masks of a batch, on the CPU if there is a generator."""
-        shape = (len(batch["data"]), self.label_manager.num_segmentation_heads, *batch["data"].shape[2:])
-        device = self.device if generator is None else "cpu"
-        return Draw(timestep, torch.randn(shape, generator=generator, device=device).to(self.device))
-
-    def cycle(self, network, images, *draws: Draw):
-        """Masks of images and the error of restoring the images with them, in nnU-Net's precision."""
-        with autocast(self.device.type, enabled=self.device.type == "cuda"):
-            return network(images.to(self.device, non_blocking=True), *draws, self.diffusion)
+        images = batch["data"].to(self.device, non_blocking=True)
+        masks = draw_mask(images, self.label_manager.num_segmentation_heads, timestep)
+        with self.mixed_precision():
+            return network(images, masks, Draw(timestep, noise), self.diffusion)[1]
 
     def validation_step(self, batch: dict) -> dict:
         """The error with the masks and with blank ones, and the share of every class; always the same draws."""
-        timestep, noise = self.held_out_draw(batch)
-        draw = Draw(timestep, noise)
-        logits, loss = self.cycle(self.ema.module, batch["data"], self.mask_draw(
-            batch, timestep, torch.Generator().manual_seed(MASK_SEED + batch["number"])), draw)  # fmt: skip
-        mask = logits.float().softmax(1)
-        blank = mask.mean((0, *range(2, mask.ndim)), keepdim=True).expand_as(mask)
-        with autocast(self.device.type, enabled=self.device.type == "cuda"):
-            images = batch["data"].to(self.device)
-            blank_loss = self.ema.module.restore(images, blank, draw, self.diffusion)[1]
-        shares = torch.bincount(mask.argmax(1).flatten(), minlength=mask.shape[1]) / mask[:, 0].numel()
-        return {"loss": loss.cpu().numpy(), "blank_loss": blank_loss.cpu().numpy(), "shares": shares.cpu().numpy()}
+        images, classes = batch["data"].to(self.device), self.label_manager.num_segmentation_heads
+        draw = Draw(*self.held_out_draw(batch))
+        with self.mixed_precision():
+            figures = held_out_figures(self.ema.module, images, classes, draw, batch["number"], self.diffusion)
+        return {name: value.cpu().numpy() for name, value in figures.items()}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         """Says whether the masks may mean anything."""
@@ -80,24 +63,20 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
         """What the masks were found to be is kept with them."""
         return {**super().extra_state(), "health": self.health}
 
-    def load_checkpoint(self, filename_or_checkpoint):
-        """Continues the average, too."""
-        super().load_checkpoint(filename_or_checkpoint)
-        self.health = torch.load(filename_or_checkpoint, map_location="cpu", weights_only=False)["health"]
+    def restore(self, checkpoint: dict):
+        """Continues the average, and keeps what the masks were found to be."""
+        super().restore(checkpoint)
+        self.health = checkpoint["health"]
 
     def save_result(self, path: str, plan: dict, training: dict):
         """Writes teacher.pth."""
         save_teacher(path, self.ema.module, self.diffusion.description, plan, {**training, "health": self.health})
 
-    @torch.no_grad()
     def draw_samples(self, name: str):
-        """A sheet of masks under their images, in grey levels from the first class to the last."""
+        """A sheet of masks under their images, in gray levels from the first class to the last."""
         images = torch.from_numpy(self.real_images[: self.num_samples]).to(self.device)
-        timestep = torch.zeros(len(images), dtype=torch.int64, device=self.device)
-        draw = self.mask_draw({"data": images}, timestep, torch.Generator().manual_seed(1234))
-        with autocast(self.device.type, enabled=self.device.type == "cuda"):
-            logits = self.ema.module.eval().segment(images, draw, self.diffusion)
-        low, high = np.percentile(self.real_images, [0.5, 99.5])
-        grey = low + (high - low) * logits.argmax(1, keepdim=True) / (logits.shape[1] - 1)
+        classes, window = self.label_manager.num_segmentation_heads, np.percentile(self.real_images, [0.5, 99.5])
+        with self.mixed_precision():
+            gray = gray_masks(self.ema.module.eval(), images, classes, self.diffusion, *window)
         title = f"{self.plans_manager.dataset_name}, {self.configuration_name}: masks learned without labels"
-        pictures.sample_sheet(join(self.output_folder, name), grey.cpu().numpy(), self.real_images, title)
+        pictures.sample_sheet(join(self.output_folder, name), gray.cpu().numpy(), self.real_images, title)

@@ -16,12 +16,11 @@ from nnunet_diffusion.mutual.network import PartialOrganMembers
 from nnunet_diffusion.mutual.terms import ramp_up
 from nnunet_diffusion.partial.annotations import group_map
 from nnunet_diffusion.pretraining.images import in_background
-from nnunet_diffusion.pretraining.transfer import pretrained_weights_argument
 from nnunet_diffusion.settings import at_least, between
-from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
+from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
 
 
-class MutualDifferenceTrainer(DiffusionPretrainedTrainer):
+class MutualDifferenceTrainer(PartialLabelTrainer):
     """K planned networks, one for each group of cases with the same annotated labels, learn from their own group.
 
     From the other groups' labels and features they learn what their organs are not: mutual difference learning of Liu
@@ -29,7 +28,6 @@ class MutualDifferenceTrainer(DiffusionPretrainedTrainer):
     organ with the network of its group.
     """
 
-    scratch: bool = True  # False: all members start from a denoiser, as in DiffusionPretrainedTrainer
     exclusion_weight: float = 0.0  # the prediction difference is of the same kind
     balanced: bool = False  # batches are drawn from all groups alike
     groups: list = []  # [[label, ...], ...]; empty: every set of labels that a training case annotates is a group
@@ -66,8 +64,6 @@ class MutualDifferenceTrainer(DiffusionPretrainedTrainer):
 
     def initialize(self):
         """Marks who owns what."""
-        if path := pretrained_weights_argument():
-            raise UserError(f"-pretrained_weights {path} is for one network: give the settings denoiser and scratch")
         super().initialize()
         network = unwrap(self.network)
         network.feature_stage, network.checkpointing = self.feature_stage, self.checkpointing
@@ -105,7 +101,7 @@ class MutualDifferenceTrainer(DiffusionPretrainedTrainer):
         )
 
     def planned_networks(self) -> list:
-        """Every member starts from the denoiser, if asked to."""
+        """Returns the members: every one can start from a denoiser."""
         return list(unwrap(self.network).members)
 
     def set_deep_supervision_enabled(self, enabled: bool):

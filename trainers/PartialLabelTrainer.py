@@ -5,8 +5,10 @@ import torch
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from torch import autocast
 
+from nnunet_diffusion import settings
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import write_json
 from nnunet_diffusion.model_folder import HEADS, unwrap
 from nnunet_diffusion.optimization import WarmupPolyLR, adamw, ramp_up
 from nnunet_diffusion.partial.annotations import (
@@ -19,6 +21,8 @@ from nnunet_diffusion.partial.annotations import (
 from nnunet_diffusion.partial.losses import PartialLabelLoss, PartialLoss, annotated
 from nnunet_diffusion.partial.region_loss import PartialRegionLoss
 from nnunet_diffusion.partial.validation import hard_counts, restrict_summary
+from nnunet_diffusion.pretraining.start import SCRATCH, find_start, load_first_weights, seen_images
+from nnunet_diffusion.pretraining.transfer import parameter_sums, report_loaded
 from nnunet_diffusion.settings import at_least, one_of
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
@@ -26,11 +30,17 @@ from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 class PartialLabelTrainer(ConfiguredTrainer):
     """nnU-Net that never punishes a prediction where nobody looked.
 
+    It starts from random weights, from a denoiser folded at timestep t* and fed with clean images, from a checkpoint,
+    or from what nnU-Net loads (`-pretrained_weights`).
+
     dataset.json says what was annotated in which case (`annotated_labels`, `union_labels`). The loss, the online Dice
     that chooses the best checkpoint, and the final validation count annotated (case, label) pairs only. Where all is
     annotated, all of them are nnU-Net's own.
     """
 
+    start: str = "scratch"  # or denoiser (the data set's own), or the path of a denoiser or a checkpoint
+    # (absolute, or below the data set's results; {fold} stands for the fold)
+    timestep: int = 50  # t*, at which a denoiser is folded (docs/label_efficiency.md)
     optimizer_name: str = "SGD"  # nnU-Net's; or AdamW, for trainings of a few thousand steps
     warmup_epochs: int = 0  # of a learning rate that rises from 0
     head_lr_factor: float = 1.0  # learning rate of the output heads, relative to initial_lr
@@ -40,6 +50,13 @@ class PartialLabelTrainer(ConfiguredTrainer):
     allowed_values = {
         "optimizer_name": one_of("SGD", "AdamW"),
         **dict.fromkeys(("warmup_epochs", "head_lr_factor", "exclusion_weight", "exclusion_ramp"), at_least(0)),
+        "timestep": at_least(0), "start": lambda value, settings: "" if value else "scratch, denoiser or a path",
+    }  # fmt: skip
+    replaced_settings = {
+        "denoiser": 'give its path with the setting start; "denoiser" there means the data set\'s own',
+        "scratch": 'give the setting start: "scratch" or "denoiser"',
+        "start_from": "give that path with the setting start",
+        "plans_of_denoiser": "plans of a round find the denoiser themselves; for others give its path as start",
     }
 
     def initialize(self):
@@ -49,6 +66,35 @@ class PartialLabelTrainer(ConfiguredTrainer):
         cases = infer_dataset_class(folder).get_identifiers(folder)
         self.annotations = read_annotations(self.dataset_json, cases, self.channels)
         super().initialize()
+        self.initial_sums = parameter_sums(unwrap(self.network))
+
+    def on_train_start(self):
+        """Loads the first weights, or refuses to train; a resumed run keeps what it has learned."""
+        if not self.was_initialized:
+            self.initialize()
+        if not self.is_resumed:
+            self.take_first_weights()
+        super().on_train_start()
+
+    def take_first_weights(self):
+        """Takes what nnU-Net has loaded, else what the setting `start` says; reports every parameter."""
+        report = report_loaded(unwrap(self.network), self.initial_sums)
+        if report and "start" in settings.chosen(self.plans_manager.plans, type(self)):
+            raise UserError(f"-pretrained_weights contradicts the setting start, {self.start!r}: give one of them")
+        if not report and self.start != SCRATCH:
+            report = load_first_weights(
+                find_start(self.start, self.plans_manager, self.configuration_name, self.fold),
+                unwrap(self.network), self.planned_networks(), self.plans_manager, self.configuration_name,
+                self.dataset_json, self.timestep,
+            )  # fmt: skip
+        if report:
+            self.print_to_log_file(f"{report}\n{seen_images(report.source, self.fold)}".strip())
+            if self.local_rank == 0:
+                write_json(join(self.output_folder, "transfer_report.json"), report.as_dict())
+
+    def planned_networks(self) -> list[torch.nn.Module]:
+        """Returns the networks that a denoiser is loaded into, each of the planned topology."""
+        return [unwrap(self.network)]
 
     def configure_optimizers(self):
         """The chosen optimiser for what trains, with a rate of their own for the heads."""
@@ -81,8 +127,8 @@ class PartialLabelTrainer(ConfiguredTrainer):
             return PartialRegionLoss(batch_dice, self.is_ddp, ignore_label is not None)
         return PartialLabelLoss(batch_dice, self.is_ddp, ignore_label, self.exclusion_weight)
 
-    def knowing(self, batch: dict):
-        """Within this context the loss knows what was annotated in the batch."""
+    def with_annotations(self, batch: dict):
+        """Returns a context in which the loss counts what was annotated in the batch."""
         describe = annotated_mask if self.label_manager.has_regions else group_map
         return annotated(self.loss, describe(batch["keys"], self.annotations, self.channels))
 
@@ -102,8 +148,8 @@ class PartialLabelTrainer(ConfiguredTrainer):
                 loss.exclusion_weight = weight
 
     def train_step(self, batch: dict) -> dict:
-        """nnU-Net's, with a loss that knows what was annotated."""
-        with self.knowing(batch):
+        """nnU-Net's, with a loss of what was annotated."""
+        with self.with_annotations(batch):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
@@ -112,7 +158,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         data = batch["data"].to(self.device, non_blocking=True)
         targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
         targets = [target.to(self.device, non_blocking=True) for target in targets]
-        with autocast(self.device.type, enabled=self.device.type == "cuda"), self.knowing(batch):
+        with self.mixed_precision(), self.with_annotations(batch):
             output = self.network(data)
             loss = self.loss(output, targets if self.enable_deep_supervision else targets[0])
         is_annotated = annotated_mask(batch["keys"], self.annotations, self.channels)

@@ -1,13 +1,10 @@
 """Trains on annotated cases and on those that a round of pseudo labels kept."""
 
 from batchgenerators.utilities.file_and_folder_operations import isfile, join
-from nnunetv2.paths import nnUNet_results
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.model_folder import load_weights, unwrap
 from nnunet_diffusion.partial.annotations import balanced_cases
 from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers, read_splits
-from nnunet_diffusion.pretraining.transfer import pretrained_weights_argument
 from nnunet_diffusion.rounds.pseudo_labels import (
     PseudoLabelDataset,
     ignoring,
@@ -21,13 +18,10 @@ from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretra
 class PseudoLabelTrainer(DiffusionPretrainedTrainer):
     """nnU-Net on true labels and pseudo labels; what a pseudo label says nothing about, it does not teach.
 
-    It starts from the denoiser (or, with `scratch`, from random weights) as DiffusionPretrainedTrainer does, or from a
-    checkpoint. Cases with pseudo labels are never validated on. In both paths below, `{fold}` stands for the fold.
+    Cases with pseudo labels are never validated on.
     """
 
     pseudo_labels: str = ""  # folder below <data_identifier>_pseudo, such as nnUNetPlans__2d__fold_{fold}/round_1
-    start_from: str = ""  # checkpoint, as it is or below the data set's results; empty: the denoiser
-    plans_of_denoiser: str = ""  # name of the plans that the data set's own denoiser was trained with; empty: these
     annotated_share: float = 0.5  # of the training cases that are drawn; 0: every case equally often
     balanced: bool = False  # in the place of annotated_share
 
@@ -38,17 +32,15 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
                 f"{self.configuration_name} is a cascade's second stage, and the pool has no prediction of the first: "
                 "train pseudo labels in a configuration without a previous stage"
             )
-        if self.start_from and (self.scratch or pretrained_weights_argument()):
-            raise UserError("the setting start_from contradicts scratch and -pretrained_weights: give one of them")
         self.label_manager = ignoring(self.label_manager)
         super().initialize()
-        self.taught = {}
+        self.pseudo = {}
         if self.pseudo_labels:
-            names = self.pseudo_labels.format(fold=self.fold).split("/")
+            names = self.pseudo_labels.replace("{fold}", str(self.fold)).split("/")
             identifier = self.configuration_manager.data_identifier
             self.pseudo_folder = pseudo_folder(self.preprocessed_dataset_folder_base, identifier, *names)
-            self.taught = usable_pseudo_labels(self.pseudo_folder, self.annotations)
-            if not self.taught:
+            self.pseudo = usable_pseudo_labels(self.pseudo_folder, self.annotations)
+            if not self.pseudo:
                 raise UserError(f"{self.pseudo_folder} has no pseudo labels: make them with nnunet_diffusion rounds")
 
     def do_split(self):
@@ -63,42 +55,30 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
     def find_images(self) -> dict[str, str]:
         """The folder of each image that has a pseudo label: a partly annotated case lies with its true labels."""
         pool = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
-        if missing := sorted(set(self.taught) - set(self.annotations) - set(pool_identifiers(pool))):
+        if missing := sorted(set(self.pseudo) - set(self.annotations) - set(pool_identifiers(pool))):
             raise UserError(f"{self.pseudo_folder} has labels of {missing}, whose images are not in {pool}: preprocess")
-        return {case: self.preprocessed_dataset_folder if case in self.annotations else pool for case in self.taught}
+        return {case: self.preprocessed_dataset_folder if case in self.annotations else pool for case in self.pseudo}
 
     def get_tr_and_val_datasets(self):
         """Adds the cases with pseudo labels to those trained on."""
         train, validation = super().get_tr_and_val_datasets()
-        if not self.taught:
+        if not self.pseudo:
             return train, validation
-        if self.fold != "all" and (seen := sorted(set(self.taught) & set(validation.identifiers))):
+        if self.fold != "all" and (seen := sorted(set(self.pseudo) & set(validation.identifiers))):
             raise UserError(f"{self.pseudo_folder} has labels of {seen}, which fold {self.fold} is validated on")
         annotated = set(train.identifiers)
         train = PseudoLabelDataset(train, self.find_images(), self.pseudo_folder)
         if self.balanced:
-            train.identifiers = balanced_cases(train.identifiers, self.annotations | self.taught)
+            train.identifiers = balanced_cases(train.identifiers, self.annotations | self.pseudo)
         else:
             train.identifiers = with_annotated_share(train.identifiers, annotated, self.annotated_share)
-        self.print_to_log_file(f"{len(annotated)} annotated cases, {len(self.taught)} cases with pseudo labels")
+        self.print_to_log_file(f"{len(annotated)} annotated cases, {len(self.pseudo)} cases with pseudo labels")
         return train, validation
 
     def train_step(self, batch: dict) -> dict:
-        """One step, judged by what the pseudo labels say something about; validation goes by the annotations."""
-        annotations, self.annotations = self.annotations, self.annotations | self.taught
+        """One step on annotations and pseudo labels; validation goes by the annotations alone."""
+        annotations, self.annotations = self.annotations, self.annotations | self.pseudo
         try:
             return super().train_step(batch)
         finally:
             self.annotations = annotations
-
-    def name_of_pretrained_plans(self) -> str:
-        """A round's plans only add settings to those that the denoiser was trained with."""
-        return self.plans_of_denoiser or super().name_of_pretrained_plans()
-
-    def transfer_denoiser(self):
-        """Or takes over the weights of a checkpoint."""
-        if not self.start_from:
-            return super().transfer_denoiser()
-        path = join(nnUNet_results, self.plans_manager.dataset_name, self.start_from.format(fold=self.fold))
-        load_weights(unwrap(self.network), path)
-        self.print_to_log_file(f"Starts from {path}")

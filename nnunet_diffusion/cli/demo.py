@@ -1,14 +1,13 @@
-"""`nnunet_diffusion demo`: from scans to segmentations and pictures, beside the from-scratch control."""
+"""`nnunet_diffusion demo`: from scans to segmentations and a report, beside the from-scratch control."""
 
 import argparse
-import json
 import os
 import shlex
 import signal
 import sys
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import write_json
+from nnunet_diffusion.files import read_json, write_json
 
 HELP = "pre-train, fine-tune, predict and compare with training from scratch: on synthetic CTs, or on your data"
 EPILOG = """\
@@ -22,13 +21,13 @@ example:
   nnunet_diffusion demo --data 22 -c 3d_fullres -pl DiffusionPlanner --device cuda
 """
 INTRODUCTION = """\
-Synthetic torso CTs: few are labelled, more are not. The network that nnU-Net plans is pre-trained on all of them by
+Synthetic torso CTs: few are labeled, more are not. The network that nnU-Net plans is pre-trained on all of them by
 denoising, then trained on the few labels; the control is the same training from random weights.
 """
 PHANTOM = "Dataset900_Phantom"
 PRETRAINER, FINETUNER = "DenoisingDiffusionTrainer", "DiffusionPretrainedTrainer"
 ARMS = {"from scratch": "_demo_scratch", "pre-trained": "_demo"}  # -> what is added to the name of the plans
-CASES = {"labelled": 3, "unlabelled": 32, "test": 6}
+CASES = {"labeled": 3, "unlabeled": 32, "test": 6}
 # budgets of the synthetic data: minutes on two CPU cores
 PRETRAINING = {
     "num_epochs": 28,
@@ -83,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
     usable_device(args.device)
     if args.data:
         require_folders()
-    elif min(args.labelled, args.test) < 1:
-        raise UserError("--labelled and --test: at least 1 of each")
+    elif min(args.labeled, args.test) < 1:
+        raise UserError("--labeled and --test: at least 1 of each")
     demo = Demo(args, find_dataset(args.data) if args.data else PHANTOM)
     previous = signal.signal(signal.SIGTERM, signal.default_int_handler)  # takes the running command along
     try:
@@ -116,10 +115,11 @@ class Demo:
         default = os.path.join("nnunet_diffusion_demo", name if args.data else "")
         self.folder = os.path.abspath(args.folder or default)
         environment = command_environment(None if args.data else self.folder, args.device)
-        self.steps = Steps(self.folder, environment, total=6 if args.data else 7)
+        self.steps = Steps(self.folder, environment, total=7 if args.data else 8)
         self.raw, self.preprocessed, self.results = (
             os.path.join(self.steps.environment[f"nnUNet_{kind}"], name) for kind in ("raw", "preprocessed", "results")
         )
+        self.references, self.page = (os.path.join(self.folder, name) for name in ("test_labels", "report.html"))
         self.test = {}  # case -> (images, label)
 
     def prepare(self) -> None:
@@ -127,6 +127,7 @@ class Demo:
         from nnunet_diffusion.cli.plan_and_preprocess import find_planner
         from nnunet_diffusion.commands import Step, number_of_cores
         from nnunet_diffusion.preprocessing.planning import default_plans_name
+        from nnunet_diffusion.schemas import Dataset
 
         self.plans_name = default_plans_name(find_planner(self.args.planner))
         if not self.args.data:
@@ -139,23 +140,23 @@ class Demo:
         plans_file = os.path.join(self.preprocessed, self.plans_name + ".json")
         self.steps.run(Step("plan and preprocess", command, plans_file, is_incremental=bool(self.args.data),
                             partly_done_if="everything else is done"))  # fmt: skip
-        self.dataset_json = load_json(os.path.join(self.raw, "dataset.json"))
+        self.dataset_json = read_json(os.path.join(self.raw, "dataset.json"), Dataset)
         self.test = self.separate_test_cases()
         self.fold = "all" if self.test else "0"
-        if not self.test and len(self.labelled_cases()) < 5:
+        if not self.test and len(self.labeled_cases()) < 5:
             raise UserError(
-                f"{self.raw}: no test cases in imagesTs and labelsTs, and fewer than the 5 labelled cases that "
+                f"{self.raw}: no test cases in imagesTs and labelsTs, and fewer than the 5 labeled cases that "
                 "cross-validation takes: add some of either"
             )
 
-    def labelled_cases(self) -> dict[str, dict]:
-        """Case -> {"images": paths, "label": path} of the labelled cases."""
+    def labeled_cases(self) -> dict[str, dict]:
+        """Finds the labeled cases: case -> {"images": paths, "label": path}."""
         from nnunet_diffusion.preprocessing.cases import labeled_cases
 
         return labeled_cases(self.name)[1]
 
     def separate_test_cases(self) -> dict[str, tuple[list[str], str]]:
-        """The labels in labelsTs whose images are in imagesTs."""
+        """Finds the labels in labelsTs whose images are in imagesTs."""
         ending, channels = self.dataset_json["file_ending"], len(self.dataset_json["channel_names"])
         labels = os.path.join(self.raw, "labelsTs")
         test = {}
@@ -176,6 +177,7 @@ class Demo:
     def train_step(self, title: str, trainer: str, suffix: str, epochs: int, output: str) -> None:
         """Trains one model."""
         from nnunet_diffusion.commands import Step
+        from nnunet_diffusion.plans import read_plans
 
         plans, configuration = self.plans_name + suffix, self.args.configuration
         command = ["nnUNetv2_train", self.id, configuration, self.fold, "-tr", trainer, "-p", plans]
@@ -188,7 +190,7 @@ class Demo:
             total=epochs,
             depends_on={
                 "dataset.json": self.dataset_json,
-                "plans": only_for(trainer, load_json(f"{self.preprocessed}/{plans}.json")),
+                "plans": only_for(trainer, read_plans(self.preprocessed, plans)),
             },
             resume_with=["--c"],
             replaces=model,
@@ -199,7 +201,9 @@ class Demo:
 
     def write_plans(self) -> dict[str, int]:
         """Copies the plan for both arms, with the demo's settings; returns the number of epochs of each trainer."""
-        plans = load_json(os.path.join(self.preprocessed, self.plans_name + ".json"))
+        from nnunet_diffusion.plans import read_plans
+
+        plans = read_plans(self.preprocessed, self.plans_name)
         settings = {PRETRAINER: {}, FINETUNER: {"seed": 0}}
         if not self.args.data:
             settings = {PRETRAINER: PRETRAINING, FINETUNER: settings[FINETUNER] | FINETUNING}
@@ -207,7 +211,8 @@ class Demo:
             settings[trainer] = settings[trainer] | ({"num_epochs": epochs} if epochs else {})
         block = plans.setdefault("nnunet_diffusion", {})
         for arm, suffix in ARMS.items():
-            own = settings | {FINETUNER: settings[FINETUNER] | {"scratch": arm == "from scratch"}}
+            start = "scratch" if arm == "from scratch" else "denoiser"
+            own = settings | {FINETUNER: settings[FINETUNER] | {"start": start}}
             block |= {trainer: block.get(trainer, {}) | values for trainer, values in own.items()}
             plans["plans_name"] = self.plans_name + suffix
             write_json(os.path.join(self.preprocessed, self.plans_name + suffix + ".json"), plans)
@@ -219,12 +224,14 @@ class Demo:
         from nnunet_diffusion.preprocessing.cases import fold_of
 
         if not self.test:
-            cases = self.labelled_cases()
+            cases = self.labeled_cases()
             _, held_out = fold_of(os.path.join(self.preprocessed, "splits_final.json"), 0)
             self.test = {case: (cases[case]["images"], cases[case]["label"]) for case in held_out}
         inputs, ending = os.path.join(self.folder, "test_images"), self.dataset_json["file_ending"]
-        os.makedirs(inputs, exist_ok=True)
-        for case, (images, _) in self.test.items():
+        for folder in (inputs, self.references):
+            os.makedirs(folder, exist_ok=True)
+        for case, (images, label) in self.test.items():
+            link(label, os.path.join(self.references, case + ending))
             for channel, image in enumerate(images):
                 link(image, os.path.join(inputs, f"{case}_{channel:04d}{ending}"))
         for arm, suffix in ARMS.items():
@@ -238,16 +245,17 @@ class Demo:
             )
 
     def predictions(self, arm: str) -> str:
-        """The folder of an arm's predictions."""
+        """Returns the folder of an arm's predictions."""
         return os.path.join(self.folder, "predictions", arm.replace(" ", "_"))
 
     def compare(self) -> None:
-        """Prints Dice per organ for both arms, draws pictures, and writes results.json."""
-        from nnunet_diffusion.evaluation.dice import RULE, dice_scores, dice_table, mean_dice, organ_means
+        """Prints Dice per organ for both arms, draws pictures, and writes results.json and the report."""
+        from nnunet_diffusion.evaluation.rules import NNUNET
+        from nnunet_diffusion.tables import mean_over_organs, organ_means
 
-        references = {case: label for case, (_, label) in self.test.items()}
-        scores = {arm: dice_scores(self.predictions(arm), references, self.dataset_json) for arm in ARMS}
-        print(f"\n{dice_table(scores)}\n{len(self.test)} test cases, which chose nothing; {RULE}.")
+        evaluations = {arm: self.evaluate(arm) for arm in ARMS}
+        scores = {arm: found for arm, (found, _) in evaluations.items()}
+        print(f"\n{arms_table(scores)}\n{len(self.test)} test cases, which chose nothing; {NNUNET.description}.")
         print(verdict(*scores.values()))
         self.draw(scores)
         write_json(
@@ -256,37 +264,78 @@ class Demo:
                 "dataset": self.name,
                 "configuration": self.args.configuration,
                 "planner": self.args.planner,
-                "rule": RULE,
-                "arms": {a: {"mean": mean_dice(s), "organs": organ_means(s), "cases": s} for a, s in scores.items()},
+                "rule": NNUNET.description,
+                "arms": {
+                    arm: {"mean": mean_over_organs(found), "organs": organ_means(found), "cases": found}
+                    for arm, found in scores.items()
+                },
                 "seconds": self.steps.seconds(),
             },
         )
+        self.report([file for _, file in evaluations.values()])
         print(f"Pictures: {os.path.join(self.folder, 'overlays')}. Numbers: {self.folder}/results.json.")
         print(f"{sum(self.steps.seconds().values()) / 60:.1f} minutes in all.")
+        print(f"Report: {self.page}")
+
+    def evaluate(self, arm: str) -> tuple[dict, str]:
+        """Compares an arm's predictions with the references; returns Dice by case and organ, and evaluate's file.
+
+        Raises:
+            UserError: If a prediction is missing or cannot be compared.
+        """
+        from nnunet_diffusion.evaluation.folders import evaluate_folders
+        from nnunet_diffusion.evaluation.rules import NNUNET
+        from nnunet_diffusion.evaluation.summary import dice_scores, problems, write_results
+
+        found = evaluate_folders(self.predictions(arm), self.references, self.dataset_json, NNUNET)
+        if self.test.keys() & {*found.missing, *found.failed}:
+            raise UserError("\n".join([f"{self.predictions(arm)}: not everything can be compared", *problems(found)]))
+        dice = {case: organs for case, organs in dice_scores(found).items() if case in self.test}
+        return dice, write_results(self.predictions(arm), found)[-1]
 
     def draw(self, scores: dict) -> None:
         """Writes a picture of each test case."""
-        from nnunet_diffusion.evaluation.dice import case_mean
         from nnunet_diffusion.evaluation.overlays import draw_overlay
+        from nnunet_diffusion.tables import figure, mean
 
         folder, ending = os.path.join(self.folder, "overlays"), self.dataset_json["file_ending"]
         os.makedirs(folder, exist_ok=True)
-        is_ct = self.dataset_json["channel_names"]["0"].lower() == "ct"
+        is_ct = next(iter(self.dataset_json["channel_names"].values())).lower() == "ct"
         for case, (images, label) in self.test.items():
             predictions = {
-                f"{arm}, Dice {case_mean(scores[arm], case):.2f}": os.path.join(self.predictions(arm), case + ending)
+                f"{arm}, Dice {figure(mean(scores[arm][case].values()), digits=2)}":
+                    os.path.join(self.predictions(arm), case + ending)
                 for arm in ARMS
-            }
+            }  # fmt: skip
             picture = os.path.join(folder, case + ".png")
             draw_overlay(picture, images[0], label, predictions, self.dataset_json["labels"], case, is_ct)
 
+    def report(self, evaluations: list[str]) -> None:
+        """Writes the report of the data set, with the test cases' scores; what it could not read, it names."""
+        from nnunet_diffusion.commands import Step
+
+        command = ["nnunet_diffusion", "report", "-d", self.id, "-o", self.page, "--evaluation", *evaluations]
+        self.steps.run(Step("report", command, self.page, is_incremental=True, partly_done_if="Wrote "))
+
+
+def arms_table(scores: dict) -> str:
+    """Writes Dice of both arms beside each other and their difference: a line for each organ, then the mean."""
+    from nnunet_diffusion.tables import figure, mean_over_organs, organ_means, text_table
+
+    means = {arm: [*organ_means(found).values(), mean_over_organs(found)] for arm, found in scores.items()}
+    first, second = means.values()
+    differences = [figure(b - a, sign="+") for a, b in zip(first, second, strict=True)]
+    columns = {arm: [figure(value) for value in values] for arm, values in means.items()}
+    organs = list(organ_means(next(iter(scores.values()))))
+    return text_table({"Dice": [*organs, "mean"], **columns, "difference": differences})
+
 
 def verdict(scratch: dict, pretrained: dict) -> str:
-    """What was measured, whichever arm is ahead, and what it is worth."""
-    from nnunet_diffusion.evaluation.dice import case_mean, mean_dice
+    """Says what was measured, whichever arm is ahead, and what it is worth."""
+    from nnunet_diffusion.tables import mean, mean_over_organs
 
-    gain = mean_dice(pretrained) - mean_dice(scratch)
-    ahead = sum(case_mean(pretrained, case) > case_mean(scratch, case) for case in scratch)
+    gain = mean_over_organs(pretrained) - mean_over_organs(scratch)
+    ahead = sum(mean(pretrained[case].values()) > mean(scratch[case].values()) for case in scratch)
     who = "ahead of" if gain > 0 else "behind" if gain < 0 else "level with"
     return (
         f"Pre-trained is {who} its from-scratch control by {abs(gain):.3f} Dice, and better in {ahead} of "
@@ -295,11 +344,5 @@ def verdict(scratch: dict, pretrained: dict) -> str:
 
 
 def only_for(trainer: str, plans: dict) -> dict:
-    """The plans with the settings of one trainer."""
+    """Returns the plans with the settings of one trainer."""
     return plans | {"nnunet_diffusion": plans["nnunet_diffusion"][trainer]}
-
-
-def load_json(path: str) -> dict:
-    """Reads JSON."""
-    with open(path, encoding="utf-8") as f:
-        return json.load(f)

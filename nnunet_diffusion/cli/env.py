@@ -5,8 +5,8 @@ import os
 import shlex
 import sys
 
-from nnunet_diffusion import installation
-from nnunet_diffusion.installation import EXT_TRAINER, FOLDERS
+from nnunet_diffusion import checkup, installation
+from nnunet_diffusion.installation import EXT_TRAINER, FOLDERS, WAIT_POLICY
 
 HELP = "Print the shell exports that nnU-Net needs to find this plug-in and its data, or check the installation."
 
@@ -39,6 +39,8 @@ def print_exports() -> int:
             values[name] = os.environ[name]
         else:
             print(f"nnunet_diffusion: {name} is not set: give --root FOLDER, or export it yourself", file=sys.stderr)
+    if not installation.may_have_gpu():  # spinning threads make training slow as soon as another program runs
+        values[WAIT_POLICY] = os.environ.get(WAIT_POLICY) or "passive"
     for name, value in values.items():
         print(f"export {name}={shlex.quote(value)}")
     return 0
@@ -47,7 +49,7 @@ def print_exports() -> int:
 def print_findings() -> int:
     """Prints what the check finds, as it finds it; returns 1 if anything is wrong."""
     problems = 0
-    for finding in installation.check():
+    for finding in checkup.check():
         print(f"{'ok' if finding.is_ok else 'PROBLEM':9}{finding.text}", flush=True)
         problems += not finding.is_ok
     print(f"{problems} problems" if problems != 1 else "1 problem")

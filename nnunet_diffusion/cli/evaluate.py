@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the table, writes CSV and JSON; returns 1 if a reference was not compared."""
     from nnunet_diffusion.evaluation.folders import evaluate_folders
     from nnunet_diffusion.evaluation.rules import RULES
-    from nnunet_diffusion.evaluation.summary import problems, remarks, summary_table, write_csv, write_summary
+    from nnunet_diffusion.evaluation.summary import problems, remarks, summary_table, write_results
 
     if args.tolerance is not None and not 0 <= args.tolerance < float("inf"):
         raise UserError(f"--tolerance {args.tolerance}: a distance in mm is 0 or more")
@@ -62,17 +62,13 @@ def run(args: argparse.Namespace) -> int:
     if not evaluation.scores:
         raise UserError(f"{args.predictions}: nothing could be compared with {args.references}")
     print("\n".join([summary_table(evaluation), *remarks(evaluation), f"Labels: {path}"]))
-    folder = args.output or args.predictions
-    os.makedirs(folder, exist_ok=True)
-    for ending, write in (("csv", write_csv), ("json", write_summary)):
-        file = os.path.join(folder, f"evaluation_{args.rules}.{ending}")
-        write(file, evaluation)
+    for file in write_results(args.output or args.predictions, evaluation):
         print(f"Wrote {file}")
     return 0 if evaluation.is_complete else 1
 
 
 def find_dataset_json(args: argparse.Namespace) -> str:
-    """The dataset.json that was asked for, else the references', which tells what they annotate, else the predictions'.
+    """Finds the dataset.json that was asked for, else that beside the references, else that in the predictions.
 
     Raises:
         UserError: If there is none.
@@ -100,11 +96,11 @@ def read_dataset_json(path: str) -> dict:
     """
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-    content = read_json(path)
-    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict) or "file_ending" not in content:
-        raise UserError(f"{path}: has no 'labels' or no 'file_ending': give the dataset.json of an nnU-Net data set")
+    from nnunet_diffusion.schemas import EvaluatedDataset
+
+    content = read_json(path, EvaluatedDataset, "give the dataset.json of an nnU-Net data set")
     try:
         LabelManager(content["labels"], content.get("regions_class_order"))
-    except (RuntimeError, AssertionError, TypeError) as error:
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:
         raise UserError(f"{path}: nnU-Net cannot use its labels ({error}): give them as nnU-Net wants them") from error
     return content

@@ -38,10 +38,11 @@ def run(args: argparse.Namespace) -> int:
     """Runs what is not finished; returns 0."""
     from nnunet_diffusion.installation import usable_device
     from nnunet_diffusion.mutual.stages import STAGES, MutualLearning
+    from nnunet_diffusion.trainers import settings_of
 
     usable_device(args.device)
     learning = MutualLearning(args.dataset, args.configuration, args.fold, args.plans, args.device, args.gate,
-                              args.num_gpus)  # fmt: skip
+                              args.num_gpus, settings_of)  # fmt: skip
     check_settings(learning.content, STAGES)
     learning.run()
     print(f"{learning.output_folder(STAGES[1])}: predict with -tr {STAGES[1]}")
@@ -50,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
 
 def check_settings(plans: dict, trainers: Sequence[str]) -> None:
     """Raises UserError for settings that a later stage would refuse, before the first one is trained."""
-    from nnunet_diffusion.settings import chosen, our_trainer
+    from nnunet_diffusion.settings import chosen
+    from nnunet_diffusion.trainers import our_trainer
 
     classes = [our_trainer(name) for name in trainers]
     groups = [chosen(plans, trainer).get("groups") for trainer in classes]

@@ -77,13 +77,16 @@ def run(args):
 def do_all(args, name: str, planner_class: type) -> dict[str, str]:
     """Plans and preprocesses what is missing; returns what is wrong with the scans that were skipped."""
     from nnunetv2.configuration import default_num_processes
+    from nnunetv2.paths import nnUNet_raw
 
+    from nnunet_diffusion.preprocessing.cases import labeled_cases, unlabeled_cases
     from nnunet_diffusion.preprocessing.fingerprint import fingerprint_labeled, fingerprint_unlabeled
     from nnunet_diffusion.preprocessing.planning import plan, plans_file_of
     from nnunet_diffusion.preprocessing.preprocess import copy_labels, preprocess_labeled, preprocess_pool
     from nnunet_diffusion.preprocessing.supervision import check_annotations
 
     num_processes = args.num_processes or default_num_processes
+    unlabeled_cases(os.path.join(nnUNet_raw, name), labeled_cases(name)[0])  # all tables are sound before anything else
     if not args.replan and os.path.isfile(plans_file_of(name, planner_class)):
         chosen(args, name, planner_class)  # a plan that cannot be worked with is told before hours of measuring
     fingerprint_labeled(name, num_processes)

@@ -41,13 +41,12 @@ def run(args: argparse.Namespace) -> int:
     if not results.dataset_json:
         raise UserError("\n".join([f"{raw}: its dataset.json cannot be used", *results.problems]))
     cases, pool = files_of(results, name, raw)
-    first_channel = next(iter(results.dataset_json["channel_names"].values()))
-    references = os.path.join(preprocessed, "gt_segmentations")
     rounds = find_rounds(results, folder, preprocessed)
-    text = build_report(results, cases, pool, references, first_channel.lower() == "ct", rounds)
+    text = build_report(results, cases, pool, raw, os.path.join(preprocessed, "gt_segmentations"), rounds)
     path = args.output or os.path.join(folder, "report.html")
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as f:
+    # Names of files need not be UTF-8, nor must text of JSON files.
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(text)
     for problem in results.problems:
         print(f"WARNING: {problem}", file=sys.stderr)
@@ -56,14 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def files_of(results, name: str, raw: str) -> tuple[dict, list[str]]:
-    """Files of the labelled cases and names of the unlabelled ones; what is wrong with them becomes a problem."""
+    """Returns files of the labeled cases and names of the unlabeled ones; what is wrong with them is a problem."""
     from nnunet_diffusion.preprocessing.cases import labeled_cases, unlabeled_cases
 
-    found = []
-    for read in (lambda: labeled_cases(name)[1], lambda: list(unlabeled_cases(raw, results.dataset_json))):
-        try:
-            found.append(read())
-        except (UserError, OSError, KeyError, TypeError) as error:
-            results.problems.append(f"{raw}: {error}")
-            found.append([])
-    return dict(found[0]), found[1]
+    cases = results.attempt(raw, lambda raw: labeled_cases(name)[1]) or {}
+    return cases, list(results.attempt(raw, lambda raw: unlabeled_cases(raw, results.dataset_json)) or {})

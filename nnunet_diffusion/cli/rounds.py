@@ -77,12 +77,13 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.rounds.loop import Rounds
     from nnunet_diffusion.rounds.overview import plan_of_work, status
     from nnunet_diffusion.rounds.places import Request
+    from nnunet_diffusion.trainers import settings_of
 
     os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())
     request = Request(
         find_dataset(args.dataset), args.configuration, args.fold, args.plans, args.trainer, args.model, args.start,
         args.finetune, GateSettings.from_pairs(args.gate), args.tolerance, args.device, args.num_gpus,
-        mirroring=not args.disable_tta,
+        mirroring=not args.disable_tta, settings_of=settings_of,
     )  # fmt: skip
     if args.status or args.dry_run:
         rounds = Rounds(request, is_looking=args.status)

@@ -49,21 +49,20 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--val_best and --disable_checkpointing: give one of them")
     if not (args.fold == "all" or args.fold.isdigit()):
         raise UserError(f"fold {args.fold}: must be a number, or all")
-    is_one_of_many = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    if is_one_of_many and args.num_gpus > 1:
+    number = int(os.environ.get("WORLD_SIZE", "1"))
+    if number > 1 and args.num_gpus > 1:
         raise UserError("-num_gpus: torchrun decides how many processes there are: leave it out")
-    if is_one_of_many:
-        return train_as_one_of_many(args)
+    check_request(args)
 
     import torch
-    from nnunetv2.run.run_training import run_training
 
-    check_request(args)
-    torch.set_num_threads(number_of_threads(args.device))
-    run_training(
-        args.dataset, args.configuration, args.fold, args.trainer, args.plans, args.pretrained_weights, args.num_gpus,
-        args.npz, args.c, args.val, args.disable_checkpointing, args.val_best, device=torch.device(args.device),
-    )  # fmt: skip
+    torch.set_num_threads(1 if number > 1 else number_of_threads(args.device))
+    if args.num_gpus > 1:
+        train_on_gpus(args)
+    elif number > 1:
+        train_as_one_of_many(args)
+    else:
+        train(args, torch.device(args.device))
     return 0
 
 
@@ -71,8 +70,11 @@ def check_request(args: argparse.Namespace) -> None:
     """Raises UserError for what nnU-Net would answer with a traceback."""
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
+    from nnunet_diffusion.files import read_json
     from nnunet_diffusion.installation import usable_device
+    from nnunet_diffusion.model_folder import load_nothing_but_plain_values, load_plain
     from nnunet_diffusion.plans import read_plans
+    from nnunet_diffusion.schemas import Dataset
 
     usable_device(args.device)
     if args.num_gpus > 1 and args.device != "cuda":
@@ -83,7 +85,30 @@ def check_request(args: argparse.Namespace) -> None:
         dataset = maybe_convert_to_dataset_name(args.dataset)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"{args.dataset}: {error}") from error
-    read_plans(os.path.join(os.environ["nnUNet_preprocessed"], dataset), args.plans, args.configuration)
+    folder = os.path.join(os.environ["nnUNet_preprocessed"], dataset)
+    read_plans(folder, args.plans, args.configuration)
+    read_json(os.path.join(folder, "dataset.json"), Dataset)
+    refuse_unknown_trainer(args.trainer)
+    load_nothing_but_plain_values()
+    if args.pretrained_weights:
+        load_plain(args.pretrained_weights, "give a checkpoint that nnU-Net wrote, or a denoiser.pth")
+
+
+def refuse_unknown_trainer(name: str) -> None:
+    """Raises UserError, with the trainers there are, if nnU-Net finds none of that name."""
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from nnunet_diffusion.installation import EXT_TRAINER, trainer_names
+
+    if name in trainer_names():
+        return
+    try:
+        recursive_find_trainer_class_by_name(name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"-tr {name}: there is no such trainer: give {', '.join(trainer_names())}, one of nnU-Net's own such as "
+            f"nnUNetTrainer, or add the folder of yours to {EXT_TRAINER}"
+        ) from error
 
 
 def number_of_threads(device: str) -> int:
@@ -93,36 +118,55 @@ def number_of_threads(device: str) -> int:
     return int(os.environ.get("OMP_NUM_THREADS", number_of_cores())) if device == "cpu" else 1
 
 
-def train_as_one_of_many(args: argparse.Namespace) -> int:
-    """One of torchrun's processes: as nnU-Net's `run_ddp`, with the device of this machine's process.
-
-    Raises:
-        UserError: If the trainer is not of this package.
-    """
+def train(args: argparse.Namespace, device) -> None:
+    """Trains and validates in this process; as nnU-Net's `run_training`, with the device that it is given."""
     import torch
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+    from nnunet_diffusion.model_folder import unwrap
+    from nnunet_diffusion.pretraining.start import refuse_misfit
+
+    fold = args.fold if args.fold == "all" else int(args.fold)
+    trainer = get_trainer_from_args(
+        args.dataset, args.configuration, fold, args.trainer, args.plans, args.c, device=device
+    )
+    if trainer.is_ddp and "ConfiguredTrainer" not in (base.__name__ for base in type(trainer).__mro__):
+        raise UserError(f"-tr {args.trainer}: under torchrun only trainers of nnunet_diffusion know their device")
+    trainer.disable_checkpointing = args.disable_checkpointing
+    if args.pretrained_weights and not args.val:
+        trainer.initialize()
+        refuse_misfit(args.pretrained_weights, unwrap(trainer.network))
+    maybe_load_checkpoint(trainer, args.c, args.val, args.pretrained_weights)
+    torch.backends.cudnn.benchmark = True  # without effect on a CPU
+    if not args.val:
+        trainer.run_training()
+    if args.val_best:
+        trainer.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_best.pth"))
+    trainer.perform_actual_validation(args.npz)
+
+
+def train_on_gpus(args: argparse.Namespace) -> None:
+    """Trains in one process for each GPU of this machine, which nnU-Net starts."""
+    import torch
+    from nnunetv2.run.run_training import run_training
+
+    run_training(
+        args.dataset, args.configuration, args.fold, args.trainer, args.plans, args.pretrained_weights, args.num_gpus,
+        args.npz, args.c, args.val, args.disable_checkpointing, args.val_best, device=torch.device(args.device),
+    )  # fmt: skip
+
+
+def train_as_one_of_many(args: argparse.Namespace) -> None:
+    """Trains as one of torchrun's processes: as nnU-Net's `run_ddp`, with the device of this machine's process."""
+    import torch
     from torch import distributed
 
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if args.device == "cuda" else torch.device(args.device)
+    device = torch.device(args.device)
     if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    torch.set_num_threads(1)
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        fold = args.fold if args.fold == "all" else int(args.fold)
-        trainer = get_trainer_from_args(
-            args.dataset, args.configuration, fold, args.trainer, args.plans, args.c, device=device
-        )
-        if "ConfiguredTrainer" not in (base.__name__ for base in type(trainer).__mro__):
-            raise UserError(f"-tr {args.trainer}: under torchrun only trainers of nnunet_diffusion know their device")
-        trainer.disable_checkpointing = args.disable_checkpointing
-        maybe_load_checkpoint(trainer, args.c, args.val, args.pretrained_weights)
-        if not args.val:
-            trainer.run_training()
-        if args.val_best:
-            trainer.load_checkpoint(os.path.join(trainer.output_folder, "checkpoint_best.pth"))
-        trainer.perform_actual_validation(args.npz)
+        train(args, device)
     finally:
         distributed.destroy_process_group()
-    return 0

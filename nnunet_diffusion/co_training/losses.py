@@ -1,7 +1,7 @@
-"""Losses of a student and a teacher that learn together, from labelled images and from images without labels.
+"""Losses of a student and a teacher that learn together, from labeled images and from images without labels.
 
-    labelled      L_s = D(p1, y) + D(p2, y) + mean_j D(q_j, y) + mean_j E_j
-    not labelled  L_u = lambda { D(p1, hard p2) + D(p2, hard p1) + mean_j D(q_j, hard p1) + mean_j E_j }
+    labeled      L_s = D(p1, y) + D(p2, y) + mean_j D(q_j, y) + mean_j E_j
+    not labeled  L_u = lambda { D(p1, hard p2) + D(p2, hard p1) + mean_j D(q_j, hard p1) + mean_j E_j }
 
 p1 is the student's mask, p2 the teacher's, q_1, ..., q_K the teacher's masks of K rounds, E_j the errors of restoring
 the image in them, hard the most probable class, a constant, and lambda grows from 0 to 1. Ciampi et al. 2025 (arXiv
@@ -23,8 +23,8 @@ from nnunet_diffusion.partial.soft_dice import soft_dice
 Output = Tensor | Sequence[Tensor]  # of a network, with deep supervision those of all stages
 
 
-def labelled_loss(
-    student: Output, masks: Sequence[Output], errors: Sequence[Tensor], judge: Callable[[Output], Tensor]
+def labeled_loss(
+    student: Output, masks: Sequence[Output], errors: Sequence[Tensor], supervised_loss: Callable[[Output], Tensor]
 ) -> Tensor:
     """L_s.
 
@@ -32,17 +32,17 @@ def labelled_loss(
         student: Logits p1.
         masks: Logits p2, q_1, ..., q_K; empty for a teacher that does not learn by itself.
         errors: E_1, ..., E_K.
-        judge: D(., y), knowing what was annotated.
+        supervised_loss: D(., y), knowing what was annotated.
 
     Returns:
         Scalar.
     """
     first, later = masks[:1], masks[1:]
-    terms = [judge(student), *map(judge, first)]
-    return sum(terms) + _mean([judge(mask) for mask in later]) + _mean(errors)
+    terms = [supervised_loss(student), *map(supervised_loss, first)]
+    return sum(terms) + _mean([supervised_loss(mask) for mask in later]) + _mean(errors)
 
 
-def unlabelled_loss(
+def unlabeled_loss(
     student: Tensor, masks: Sequence[Tensor], errors: Sequence[Tensor], gate: float, batch_dice: bool
 ) -> tuple[Tensor, Tensor]:
     """L_u without lambda, for images whose masks pass the gate; the others teach through E alone.

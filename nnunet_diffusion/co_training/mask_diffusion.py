@@ -16,6 +16,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 
+from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.pretraining.conditioning import Denoiser, condition
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.process import (
@@ -39,6 +40,13 @@ class Rounds(NamedTuple):
 
     first: Draw
     later: Sequence[tuple[Draw, Draw]]
+
+
+def draw_mask(images: Tensor, classes: int, timestep: Tensor, generator: torch.Generator | None = None) -> Draw:
+    """Draws noise for the masks of images (B, C, X, Y[, Z]) at given timesteps; on the CPU if there is a generator."""
+    device = images.device if generator is None else "cpu"
+    noise = torch.randn((len(images), classes, *images.shape[2:]), generator=generator, device=device)
+    return Draw(timestep, noise.to(images.device))
 
 
 def draw_rounds(images: Tensor, classes: int, rounds: int, timesteps: int) -> Rounds:
@@ -155,6 +163,17 @@ class MaskStudent(nn.Module):
         self.register_buffer("alpha_bar", alpha_bar_schedule("sigmoid").float())
         self.register_buffer("timestep", torch.tensor(0))
 
+    def set_process(self, schedule: str, timestep: int) -> None:
+        """Sets its schedule, and the timestep at which it predicts.
+
+        Raises:
+            UserError: If the schedule has no such timestep.
+        """
+        if not 0 <= timestep < len(self.alpha_bar):
+            raise UserError(f"setting timestep is {timestep}: it must be 0 to {len(self.alpha_bar) - 1}")
+        self.alpha_bar.copy_(alpha_bar_schedule(schedule))
+        self.timestep.fill_(timestep)
+
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, *patch_size) images to (B, classes, *patch_size) logits."""
         if self.training:
@@ -187,29 +206,3 @@ def build_student(plans_manager, configuration_manager, image_channels: int, cla
     """A mask pathway for a plan, as a segmentation network."""
     pathway = build_pathway(plans_manager, configuration_manager, image_channels + classes, classes)
     return MaskStudent(pathway, classes, configuration_manager.patch_size)
-
-
-def mask_health(loss: float, blank_loss: float, shares: Sequence[float], least: float = 0.01) -> str:
-    """Says in words whether masks that were learned without labels may mean anything.
-
-    Masks of diffusion models have been seen to be noise where there were no labels, so nobody should have to guess.
-
-    Args:
-        loss: Mean squared error of restoring held-out images with their masks.
-        blank_loss: The same with masks that say nothing: the mean share of every class, everywhere.
-        shares: Of the voxels that each class has, argmax.
-        least: A class with a smaller share counts as not used.
-
-    Returns:
-        One line; it begins with WARNING if they mean nothing.
-    """
-    used = sum(share >= least for share in shares)
-    figures = (
-        f"{used} of {len(shares)} classes used, the largest for {max(shares):.0%} of the voxels; held-out error "
-        f"{loss:.4f} with the masks, {blank_loss:.4f} with blank ones"
-    )
-    if used < 2:
-        return f"WARNING: the masks are all of one class, they say nothing about the images: {figures}"
-    if not loss < blank_loss:
-        return f"WARNING: the masks do not help to restore the images, they may be noise: {figures}"
-    return f"The masks help to restore the images (which class is what, only labels can tell): {figures}"

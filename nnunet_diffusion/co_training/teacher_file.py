@@ -7,7 +7,8 @@ import torch
 
 from nnunet_diffusion.co_training.mask_diffusion import MaskDiffusion
 from nnunet_diffusion.files import atomic
-from nnunet_diffusion.pretraining.denoiser_file import load_plain, refuse_other_topology
+from nnunet_diffusion.pretraining.denoiser_file import check_own, load_own, refuse_other_topology
+from nnunet_diffusion.schemas import Teacher
 
 FORMAT = "nnunet_diffusion teacher"
 FORMAT_VERSION = 1
@@ -37,8 +38,10 @@ def save_teacher(path: str, pair: MaskDiffusion, process: dict, plan: dict, trai
 
 
 def load_teacher(path: str) -> dict[str, Any]:
-    """The content of a teacher file as `save_teacher` wrote it; for the errors see `load_plain`."""
-    return load_plain(path, FORMAT, FORMAT_VERSION, "DiffusionTeacherTrainer")
+    """Loads the content of a teacher file as `save_teacher` wrote it; for the errors see `load_denoiser`."""
+    content = load_own(path, "teacher", "DiffusionTeacherTrainer")
+    check_own(content, path, FORMAT, FORMAT_VERSION, "DiffusionTeacherTrainer", Teacher)
+    return content
 
 
 def restore_teacher(content: dict[str, Any], pair: MaskDiffusion) -> None:

@@ -1,6 +1,6 @@
 """Teachers of a student network: what each method of semi-supervised training learns from a batch.
 
-A step is two losses, each a function of the student, the teacher and one batch: `labelled` and `unlabelled`. The
+A step is two losses, each a function of the student, the teacher and one batch: `labeled` and `unlabeled`. The
 student is called as the function that it is; whoever trains it decides how it is wrapped and optimised.
 """
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion.co_training.losses import Output, consistency_loss, labelled_loss, unlabelled_loss
+from nnunet_diffusion.co_training.losses import Output, consistency_loss, labeled_loss, unlabeled_loss
 from nnunet_diffusion.co_training.mask_diffusion import MaskDiffusion, draw_rounds
 from nnunet_diffusion.optimization import warming_ema
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 
-Judge = Callable[[Output], Tensor]
+SupervisedLoss = Callable[[Output], Tensor]
 Student = Callable[[Tensor], Output]
 
 
@@ -27,11 +27,11 @@ class Teacher(nn.Module):
     def start_from(self, student: nn.Module) -> None:
         """What there is to do when the student has its first weights."""
 
-    def labelled(self, student: Student, images: Tensor, judge: Judge) -> Tensor:
-        """The loss of a labelled batch; `judge` is that of an output on the labels."""
-        return judge(student(images))
+    def labeled(self, student: Student, images: Tensor, supervised_loss: SupervisedLoss) -> Tensor:
+        """The loss of a labeled batch; `supervised_loss` is that of an output on the labels."""
+        return supervised_loss(student(images))
 
-    def unlabelled(self, student: Student, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def unlabeled(self, student: Student, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch without labels, and (B,) figures of its images to report."""
         raise NotImplementedError
 
@@ -59,7 +59,7 @@ class MeanTeacher(Teacher):
         """Takes the student's weights."""
         self.average.module.load_state_dict(student.state_dict())
 
-    def unlabelled(self, student, images):
+    def unlabeled(self, student, images):
         """The student must say what the average says of the perturbed images."""
         with torch.no_grad():
             target = finest(self.average(images + self.perturbation * torch.randn_like(images)))
@@ -75,7 +75,7 @@ class CrossPseudo(Teacher):
 
     Args:
         network: The teacher.
-        gate: See `losses.co_training.unlabelled_loss`.
+        gate: See `co_training.losses.unlabeled_loss`.
         batch_dice: As in the plan's configuration.
     """
 
@@ -90,20 +90,20 @@ class CrossPseudo(Teacher):
         """The logits of the teacher's masks, the first for the student, and errors that it learns from by itself."""
         return [self.network(images)], []
 
-    def labelled(self, student, images, judge):
+    def labeled(self, student, images, supervised_loss):
         """Both learn the labels."""
-        return labelled_loss(student(images), *self.masks(images), judge)
+        return labeled_loss(student(images), *self.masks(images), supervised_loss)
 
-    def unlabelled(self, student, images):
+    def unlabeled(self, student, images):
         """Both learn from each other."""
         masks, errors = self.masks(images)
         masks = [finest(mask) for mask in masks]
-        loss, agreed = unlabelled_loss(finest(student(images)), masks, errors, self.gate, self.batch_dice)
+        loss, agreed = unlabeled_loss(finest(student(images)), masks, errors, self.gate, self.batch_dice)
         return loss, {"agreement": agreed}
 
 
 class DiffusionTeacher(CrossPseudo):
-    """Mask pathway and image pathway, with rounds of refinement: see `networks.mask_diffusion`.
+    """Mask pathway and image pathway, with rounds of refinement: see `co_training.mask_diffusion`.
 
     Args:
         network: Both.

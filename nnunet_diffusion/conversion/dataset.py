@@ -2,7 +2,6 @@
 
 import filecmp
 import gzip
-import json
 import os
 import re
 import shutil
@@ -17,7 +16,9 @@ from tqdm import tqdm
 
 from nnunet_diffusion.conversion.relabeling import relabel
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.files import atomic, read_json, write_json
+from nnunet_diffusion.locks import locked
+from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.preprocessing.scan_checks import (
     GEOMETRIC_ENDINGS,
     NIFTI_ENDINGS,
@@ -26,6 +27,7 @@ from nnunet_diffusion.preprocessing.scan_checks import (
     orientation,
     read_geometry,
 )
+from nnunet_diffusion.schemas import ConvertedFrom
 
 REORIENTING_READER = "NibabelIOWithReorient"  # nnU-Net's; turns NIfTI scans to RAS
 Labeled = Mapping[str, tuple[list[str], str]]  # {case: ([path per channel], label path)}
@@ -40,15 +42,15 @@ class Converted:
     folder: str
     num_labeled: int
     num_unlabeled: int
-    skipped: dict[str, str]  # unlabelled case -> what is wrong with it
+    skipped: dict[str, str]  # unlabeled case -> what is wrong with it
     notes: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)  # what makes it a worse data set, though it can be trained on
 
     def __str__(self) -> str:
-        lines = [f"{self.folder}: {self.num_labeled} labelled and {self.num_unlabeled} unlabelled cases", *self.notes]
+        lines = [f"{self.folder}: {self.num_labeled} labeled and {self.num_unlabeled} unlabeled cases", *self.notes]
         if self.skipped:
             lines += [
-                f"skipped {len(self.skipped)} unlabelled case(s):",
+                f"skipped {len(self.skipped)} unlabeled case(s):",
                 *(f"  {why}" for why in self.skipped.values()),
             ]
         return "\n".join(lines)
@@ -68,7 +70,7 @@ def convert(
 ) -> Converted:
     """Checks all cases and writes nnUNet_raw/DatasetXXX_Name/dataset.json with the tables `dataset` and `unlabeled`.
 
-    Labelled cases are read whole; of unlabelled ones, which may be thousands, the headers only: an unusable one is
+    Labeled cases are read whole; of unlabeled ones, which may be thousands, the headers only: an unusable one is
     skipped here, or by the preprocessing that reads it.
 
     Args:
@@ -85,7 +87,8 @@ def convert(
         trust_voxels: Label maps lie on the images' voxels whatever their headers say; only with `relabeling`.
 
     Raises:
-        UserError: If there is no labelled case or an unusable one, or the data set exists already.
+        UserError: If there is no labeled case or an unusable one, the data set exists already, or another command
+            writes it.
         OSError: If something cannot be written; an earlier dataset.json is then what it was.
     """
     assert relabeling is not None or not trust_voxels
@@ -96,31 +99,32 @@ def convert(
     allowed = {case: table.keys() for case, table in relabeling.items()} if relabeling else {}
     allowed = allowed or annotated_values(description, labeled) or dict.fromkeys(labeled, values)
     refuse_unusable(labeled, unlabeled, allowed, num_threads, trust_voxels)
-    tasks = {case: (check_channels, images, read_geometry) for case, images in unlabeled.items()}
-    skipped = problems_of(tasks, "unlabelled headers", num_threads)
+    tasks = {case: (_check_unlabeled_case, case, images) for case, images in unlabeled.items()}
+    skipped = problems_of(tasks, "unlabeled headers", num_threads)
     reader, notes = {}, []
     if "overwrite_image_reader_writer" not in description:
         images = {case: paths for case, (paths, _) in labeled.items()} | dict(unlabeled)
         reader, notes = suitable_reader(images, description["file_ending"], num_threads)
     dataset = {case: {"images": images, "label": label} for case, (images, label) in labeled.items()}
     pool = {case: {"images": images} for case, images in unlabeled.items() if case not in skipped}
-    os.makedirs(folder, exist_ok=True)
-    if relabeling is not None:
-        for case, label in relabel_into(folder, labeled, relabeling, description["file_ending"], num_threads).items():
-            dataset[case]["label"] = label
-    if copy:
-        copy_into(folder, dataset, pool, description["file_ending"])
-    origin = {"converted_by": "nnunet_diffusion convert", "converted_from": source}
-    tables = {"numTraining": len(dataset), "dataset": dataset, "unlabeled": pool}
-    write_json(os.path.join(folder, "dataset.json"), {"name": name, **description, **reader, **origin, **tables})
+    with locked(os.path.join(folder, ".nnunet_diffusion", "lock"), f"the data set {folder}"):
+        refuse_other_conversion(os.path.join(folder, "dataset.json"), source)  # another command may have been faster
+        if relabeling is not None:
+            labels = relabel_into(folder, labeled, relabeling, description["file_ending"], num_threads)
+            dataset = {case: {**entry, "label": labels[case]} for case, entry in dataset.items()}
+        if copy:
+            copy_into(folder, dataset, pool, description["file_ending"])
+        origin = {"converted_by": "nnunet_diffusion convert", "converted_from": source}
+        tables = {"numTraining": len(dataset), "dataset": dataset, "unlabeled": pool}
+        write_json(os.path.join(folder, "dataset.json"), {"name": name, **description, **reader, **origin, **tables})
     return Converted(folder, len(dataset), len(pool), skipped, notes)
 
 
 def annotated_values(description: Mapping, cases: Collection[str]) -> dict[str, set[int]]:
-    """{case: label values that may occur} by the table `annotated_labels`; empty where there is none.
+    """Reads {case: label values that may occur} off the table `annotated_labels`; empty where there is none.
 
     Raises:
-        UserError: If the table does not fit the labels, or these labelled cases.
+        UserError: If the table does not fit the labels, or these labeled cases.
     """
     if "annotated_labels" not in description:
         return {}
@@ -136,7 +140,7 @@ def annotated_values(description: Mapping, cases: Collection[str]) -> dict[str, 
 
 
 def suitable_reader(images: Unlabeled, file_ending: str, num_threads: int) -> tuple[dict[str, str], list[str]]:
-    """nnU-Net's reader for these scans as dataset.json names it, if not its usual one, and what to tell of it.
+    """Chooses nnU-Net's reader for these scans, if not its usual one, as dataset.json names it; and what to tell of it.
 
     The usual reader takes voxels as they are stored: where scans are stored in different orientations, the network
     would see patients lying on every side, and left for right.
@@ -165,7 +169,7 @@ def _orientation(path: str) -> str | None:
 
 
 def dataset_folder(dataset_id: int, name: str) -> str:
-    """Where nnU-Net looks for the raw data set.
+    """Names the folder where nnU-Net looks for the raw data set.
 
     Raises:
         UserError: If nnUNet_raw is not set, id or name cannot be used, or the id has another name already.
@@ -184,7 +188,7 @@ def dataset_folder(dataset_id: int, name: str) -> str:
 
 
 def label_values(description: Mapping) -> set[int]:
-    """The values that may occur in a label file, of the `labels` of a dataset.json as nnU-Net defines them.
+    """Lists the values that may occur in a label file, of the `labels` of a dataset.json as nnU-Net defines them.
 
     Raises:
         UserError: If nnU-Net could not train with these labels.
@@ -199,10 +203,15 @@ def label_values(description: Mapping) -> set[int]:
         raise UserError(f"labels must be 0 for 'background', then 1, 2, ... without a gap, not {labels}")
     if labels.get("ignore", max(values)) != max(values):
         raise UserError(f"the label 'ignore' must have the highest value, {max(values)}, not {labels['ignore']}")
-    num_regions = len(labels.keys() - {"background", "ignore"})
     if any(len(entry) > 1 for entry in lists.values()):
-        if len(description.get("regions_class_order", [])) != num_regions:
-            raise UserError(f"labels that are lists need 'regions_class_order', {num_regions} values, beside 'labels'")
+        number = len(labels.keys() - {"background", "ignore"})
+        order = description.get("regions_class_order")
+        known = sorted(values - {0, labels.get("ignore")})
+        if not isinstance(order, list) or len(order) != number or any(value not in known for value in order):
+            raise UserError(
+                f"labels that are lists need 'regions_class_order', {number} values of {known}, beside "
+                f"'labels', not {order}"
+            )
     elif len(flat) > len(values):
         raise UserError(f"two labels have the same value in {labels}")
     return values
@@ -210,13 +219,12 @@ def label_values(description: Mapping) -> set[int]:
 
 def refuse_other_conversion(path: str, source: list[str]) -> None:
     """Raises UserError if `path`, a dataset.json, exists and is not a conversion of the same source."""
-    if not os.path.exists(path):
+    try:
+        earlier = read_json(path, ConvertedFrom)["converted_from"]
+    except FileNotFoundError:
         return
-    with open(path, encoding="utf-8") as f:
-        try:
-            earlier = json.load(f)["converted_from"]
-        except (ValueError, KeyError, TypeError):
-            earlier = None
+    except UserError:
+        earlier = None
     if earlier != source:
         origin = f"was converted from {earlier}, not {source}" if earlier else "was not written by this command"
         raise UserError(f"{path} exists and {origin}: take another id and name, or remove that folder")
@@ -229,28 +237,38 @@ def refuse_unusable(
     num_threads: int,
     trust_voxels: bool = False,
 ) -> None:
-    """Raises UserError, listing all of them, if labelled cases cannot be used, or if there is none.
+    """Raises UserError, listing all of them, if labeled cases cannot be used, or if there is none.
 
     Args:
         labeled: {case: ([path per channel], label path)}.
         unlabeled: {case: [path per channel]}; only their names are looked at.
-        values: {case: label values that may occur} of every labelled case.
+        values: {case: label values that may occur} of every labeled case.
         num_threads: Cases at a time.
         trust_voxels: As `check_labeled_case` has it.
     """
     if not labeled:
         raise UserError(
-            "no labelled case was found: nnU-Net needs the image and the label of one, or more, for its plan"
+            "no labeled case was found: nnU-Net needs the image and the label of one, or more, for its plan"
         )
-    refuse([f"{case}: is both labelled and unlabelled: remove one" for case in labeled if case in unlabeled])
+    refuse([f"{case}: is both labeled and unlabeled: remove one" for case in labeled if case in unlabeled])
     paths = [path for images, label in labeled.values() for path in (*images, label)]
     paths += [path for images in unlabeled.values() for path in images]
     refuse([f"{path}: nnU-Net would expand the '$': rename it" for path in paths if os.path.expandvars(path) != path])
     tasks = {
-        case: (check_labeled_case, images, label, values[case], trust_voxels)
+        case: (_check_labeled_case, case, images, label, values[case], trust_voxels)
         for case, (images, label) in labeled.items()
     }
-    refuse(list(problems_of(tasks, "labelled cases", num_threads).values()))
+    refuse(list(problems_of(tasks, "labeled cases", num_threads).values()))
+
+
+def _check_labeled_case(case: str, images: list[str], label: str, *options: Any) -> None:
+    safe_name(case, repr(label))  # escaped: the path may hold what made the name unsafe
+    check_labeled_case(images, label, *options)
+
+
+def _check_unlabeled_case(case: str, images: list[str]) -> None:
+    safe_name(case, repr(images[0]))
+    check_channels(images, read_geometry)
 
 
 def refuse(problems: list[str]) -> None:
@@ -331,7 +349,7 @@ def _copy(original: str, folder: str, name: str) -> str:
             if packed:
                 _pack(original, temporary)
             else:
-                shutil.copy2(original, temporary)  # with its time, by which filecmp recognises a copy
+                shutil.copy2(original, temporary)  # with its time, by which filecmp recognizes a copy
     elif not (_unpacks_to(target, original) if packed else filecmp.cmp(original, target)):
         raise UserError(f"{target} exists and is not a copy of {original}: remove it, or take another id and name")
     return name

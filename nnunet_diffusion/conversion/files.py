@@ -22,7 +22,7 @@ def convert_folders(
     file_ending: str | None = None,
     **options: Any,
 ) -> Converted:
-    """Converts a folder of images, one of labels and any number of unlabelled images, named as nnU-Net names them.
+    """Converts a folder of images, one of labels and any number of unlabeled images, named as nnU-Net names them.
 
     Args:
         dataset_id: 1 to 999.
@@ -52,7 +52,7 @@ def convert_folders(
 
 
 def image_files(folder: str, file_ending: str | None = None) -> list[str]:
-    """The paths of the image files in a folder, sorted; hidden files are left out.
+    """Lists the image files in a folder, sorted; hidden files are left out.
 
     Args:
         folder: Is not searched below.
@@ -79,28 +79,28 @@ def image_files(folder: str, file_ending: str | None = None) -> list[str]:
 
 
 def files_below(source: str) -> list[str]:
-    """The absolute paths of all files in a folder and below it, sorted; links to folders are followed.
+    """Lists the absolute paths of all files in a folder and below it, sorted; links to folders are followed.
 
     Raises:
-        UserError: If it is no folder, or one below it cannot be listed.
+        UserError: If it, or a folder below it, cannot be listed.
     """
-    if not os.path.isdir(source):
-        raise UserError(f"{source}: is not a folder: give the one that the data set was unpacked into")
 
     def unreadable(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be listed ({error.strerror}): correct its permissions") from error
+        raise UserError(
+            f"{error.filename}: cannot be listed ({error.strerror}): correct the path or its permissions"
+        ) from error
 
     walk = os.walk(os.path.abspath(source), onerror=unreadable, followlinks=True)
     return sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
 
 
 def is_image(name: str, endings: str | tuple[str, ...] = GEOMETRIC_ENDINGS) -> bool:
-    """Whether a file name looks like an image's, and not like one of those that archives of macOS are littered with."""
+    """Tells an image's file name, also from those of hidden files, which archives of macOS are littered with."""
     return name.endswith(endings) and not name.startswith(".")
 
 
 def the_ending(paths: list[str]) -> str:
-    """The one file ending that all these image files share, as nnU-Net needs it.
+    """Finds the one file ending that all these image files share, as nnU-Net needs it.
 
     Raises:
         UserError: If there are several.
@@ -115,7 +115,7 @@ def the_ending(paths: list[str]) -> str:
 
 
 def files_per_case(images: list[str], file_ending: str, num_channels: int) -> int:
-    """One file a channel; of pictures one for all, unless there are files of a second channel."""
+    """Counts the files of a case: one a channel; of pictures one for all, unless there are some of a second channel."""
     is_whole = file_ending in PICTURE_ENDINGS and not any(path.endswith(f"_0001{file_ending}") for path in images)
     return 1 if is_whole else num_channels
 
@@ -135,7 +135,7 @@ def grouped(paths: list[str], file_ending: str, num_channels: int, problems: lis
     cases: dict[str, dict[int, str]] = {}
     for path in paths:
         stem = os.path.basename(path)[: -len(file_ending)]
-        match = re.fullmatch(r"(.+)_(\d{4})", stem)
+        match = re.fullmatch(r"(.+)_(\d{4})", stem, re.DOTALL)
         if match and int(match[2]) < num_channels:
             case, channel = match[1], int(match[2])
         elif num_channels == 1:
@@ -156,7 +156,7 @@ def grouped(paths: list[str], file_ending: str, num_channels: int, problems: lis
 
 
 def single(paths: list[str], file_ending: str, problems: list[str]) -> dict[str, str]:
-    """The label file of every case, which is called as the case is; duplicates become `problems`."""
+    """Finds the label file of every case, which is called as the case is; duplicates become `problems`."""
     cases: dict[str, str] = {}
     for path in paths:
         case = os.path.basename(path)[: -len(file_ending)]
@@ -168,9 +168,9 @@ def single(paths: list[str], file_ending: str, problems: list[str]) -> dict[str,
 def matched(
     images: dict[str, list[str]], labels: dict[str, str], problems: list[str]
 ) -> dict[str, tuple[list[str], str]]:
-    """{case: (image paths, label path)} of cases that have both; those with only one of them become `problems`."""
+    """Pairs cases that have both, {case: (image paths, label path)}; those with only one become `problems`."""
     for case in sorted(images.keys() - labels.keys()):
-        problems.append(f"{case}: {images[case][0]} has no label: add it, or give the image as an unlabelled one")
+        problems.append(f"{case}: {images[case][0]} has no label: add it, or give the image as an unlabeled one")
     for case in sorted(labels.keys() - images.keys()):
         problems.append(f"{case}: {labels[case]} has no image: add it, or remove the label")
     return {case: (images[case], labels[case]) for case in images if case in labels}

@@ -54,7 +54,7 @@ class Joined:
         return new
 
     def _new_values(self, source: Source, rule: LabelMapping, annotated: Collection[str] | None) -> dict[int, int]:
-        """{value that may be in the label file: value in the joined data set}."""
+        """Maps values that may be in the label file to those in the joined data set."""
         labels = [name for name in source.labels if annotated is None or name in (*annotated, IGNORE)]
         new = {name: self.values[rule.targets[name][0]] if rule.targets[name] else 0 for name in labels}
         return {0: 0, **{source.labels[name]: value for name, value in new.items()}}
@@ -78,7 +78,7 @@ class Joined:
 
 
 def common_channels(sources: Sequence[Source]) -> list[str]:
-    """The channels' names that all sources share; nnU-Net does not tell capitals apart.
+    """Finds the channels' names that all sources share; nnU-Net does not tell capitals apart.
 
     Raises:
         UserError: If they differ in number or name.
@@ -93,7 +93,7 @@ def common_channels(sources: Sequence[Source]) -> list[str]:
 
 
 def common_ending(sources: Sequence[Source]) -> str:
-    """The file ending of the joined data set; .nii and .nii.gz go together, as .nii.gz.
+    """Chooses the file ending of the joined data set; .nii and .nii.gz go together, as .nii.gz.
 
     Raises:
         UserError: If the sources are of different types.
@@ -110,7 +110,7 @@ def common_ending(sources: Sequence[Source]) -> str:
 
 
 def common_reader(sources: Sequence[Source], file_ending: str) -> str | None:
-    """nnU-Net's reader for all scans, None for the one that suits their orientations.
+    """Chooses nnU-Net's reader for all scans, None for the one that suits their orientations.
 
     Raises:
         UserError: If the sources ask for different readers and none suits all.

@@ -28,7 +28,7 @@ class LabelMapping:
     excludes: frozenset[str] = frozenset()
 
     def groups(self) -> dict[Target, list[str]]:
-        """{target: the source's labels that become it}; nothing that is left out or ignored."""
+        """Groups the source's labels by what they become; nothing that is left out or ignored."""
         groups: dict[Target, list[str]] = {}
         for label, target in self.targets.items():
             if target and target != (IGNORE,):
@@ -36,7 +36,7 @@ class LabelMapping:
         return groups
 
     def annotated(self, labels: Collection[str] | None = None) -> list[Target]:
-        """What is annotated in the common table where the source's `labels` are; None means all of them.
+        """Lists what is annotated in the common table where the source's `labels` are; None means all of them.
 
         Raises:
             UserError: If of several labels that become one only some are annotated: nobody knows where that one ends.
@@ -67,7 +67,7 @@ def map_labels(
     - `"spleen": "spleen"`: that label. Several may become one: `"liver": "liver", "tumor": "liver"`.
     - `"kidney": ["left kidney", "right kidney"]`: a union, each of its voxels is one of them, nobody said which.
     - `"x": null`, or no mention: left out, it becomes background; or, if it lies `inside` another label, that one.
-    - `inside = {"tumor": "liver"}`: the source's tumour is a hole in its liver. See `refuse_hidden_parts`.
+    - `inside = {"tumor": "liver"}`: the source's tumor is a hole in its liver. See `refuse_hidden_parts`.
 
     Args:
         source: Its name, for messages.
@@ -98,7 +98,7 @@ def map_labels(
     if not result.groups():
         raise UserError(
             f"{where}: none of its labels {list(labels)} becomes one of {list(common)}: complete its 'mapping', "
-            "or give its scans as unlabelled ones"
+            "or give its scans as unlabeled ones"
         )
     _refuse_contradictions(where, result.groups())
     return result
@@ -107,9 +107,9 @@ def map_labels(
 def refuse_hidden_parts(mappings: Sequence[LabelMapping]) -> None:
     """Refuses an organ that in one source is with, in another without a part that is a common label of its own.
 
-    Where one source's tumour lies inside its liver (`inside`) and is the common label "liver tumor", another one's
-    liver without tumours annotated would teach that tumours are liver, or background. So that source must say
-    what it is: a union, `"liver": ["liver", "liver tumor"]`, or, where its liver has holes for tumours or its scans
+    Where one source's tumor lies inside its liver (`inside`) and is the common label "liver tumor", another one's
+    liver without tumors annotated would teach that tumors are liver, or background. So that source must say
+    what it is: a union, `"liver": ["liver", "liver tumor"]`, or, where its liver has holes for tumors or its scans
     have none, `"excludes": ["liver tumor"]`.
 
     Raises:
@@ -156,7 +156,7 @@ def _target(where: str, label: str, value: object, common: Sequence[str]) -> Tar
 
 
 def _with_surroundings(where: str, label: str, targets: Mapping[str, Target], inside: Mapping[str, str]) -> Target:
-    """The target of a label, or if it is left out that of the next label around it that is not."""
+    """Finds the target of a label, or if it is left out that of the next label around it that is not."""
     path = [label]
     while not targets[path[-1]] and path[-1] in inside:
         path.append(inside[path[-1]])
@@ -166,7 +166,7 @@ def _with_surroundings(where: str, label: str, targets: Mapping[str, Target], in
 
 
 def _one_order(targets: dict[str, Target]) -> dict[str, Target]:
-    """Unions of the same names in the same order, that of the first one: its first name is their value."""
+    """Puts unions of the same names in the same order, that of the first one: its first name is their value."""
     first: dict[frozenset[str], Target] = {}
     return {label: first.setdefault(frozenset(target), target) for label, target in targets.items()}
 

@@ -1,13 +1,10 @@
-"""Published data sets whose files are recognised by their names: one description each, one conversion for all."""
+"""Published data sets whose files are recognized by their names: one description each, one conversion for all."""
 
-import argparse
-import inspect
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from nnunet_diffusion.conversion.dataset import REORIENTING_READER, Converted, convert, refuse
-from nnunet_diffusion.conversion.files import files_below, is_image, the_ending
+from nnunet_diffusion.conversion.files import files_below, is_image, matched, the_ending
 from nnunet_diffusion.errors import UserError
 
 ENDING = r"\.nii(?:\.gz)?"
@@ -17,7 +14,7 @@ ENDING = r"\.nii(?:\.gz)?"
 class Layout:
     """Where a published CT data set keeps its files, and what its labels mean.
 
-    The three patterns are regular expressions for the end of a path, beginning with a whole folder's or file's name;
+    The patterns are regular expressions for the end of a path, beginning with a whole folder's or file's name;
     the group `case` names the case.
     """
 
@@ -27,10 +24,12 @@ class Layout:
     left_out: str  # images that are not trained on, if they have no label
     reference: str
     trust_voxels: bool = False  # headers of label maps are known to be wrong
+    unlabeled: str = r"(?!)"  # scans of the pool
+    reader: str | None = REORIENTING_READER  # they store scans in several orientations; None: as the scans need it
 
 
 def decathlon(prefix: str, labels: tuple[str, ...]) -> Layout:
-    """A CT task of the Medical Segmentation Decathlon: imagesTr, labelsTr and imagesTs with prefix_001.nii.gz."""
+    """Describes a CT task of the Medical Segmentation Decathlon: imagesTr, labelsTr, imagesTs of prefix_001.nii.gz."""
     case = rf"(?P<case>{prefix}_\d+){ENDING}"
     return Layout(labels, f"imagesTr/{case}", f"labelsTr/{case}", f"imagesTs/{case}", "http://medicaldecathlon.com")
 
@@ -54,30 +53,28 @@ def convert_layout(
     """
     files = [path for path in files_below(source) if is_image(path.rpartition("/")[2])]
     problems: list[str] = []
-    images, labels = _found(files, layout.image, problems), _found(files, layout.label, problems)
-    evaluation = {path for path in files if _match(layout.left_out, path)}
-    for case in sorted(images.keys() - labels.keys()):
-        if images[case] not in evaluation:
-            problems.append(f"{case}: {images[case]} has no label: add it, or remove the image")
-    for case in sorted(labels.keys() - images.keys()):
-        problems.append(f"{case}: {labels[case]} has no image: add it, or remove the label")
+    patterns = (layout.image, layout.label, layout.unlabeled)
+    images, labels, pool = (_found(files, pattern, problems) for pattern in patterns)
+    evaluation = {path for path in files if matches(layout.left_out, path)}
+    wanted = {case: [path] for case, path in images.items() if case in labels or path not in evaluation}
+    labeled = matched(wanted, labels, problems)
     refuse(problems)
-    labeled = {case: ([path], labels[case]) for case, path in images.items() if case in labels}
     if not labeled:
         image, label = map(example, (layout.image, layout.label))
         raise UserError(f"{source}: has no case in or below it, an image such as {image} with a label {label}")
-    ending = the_ending([path for (image,), label in labeled.values() for path in (image, label)])
+    unlabeled = {case: [path] for case, path in pool.items()}
+    ending = the_ending([path for (image,), label in labeled.values() for path in (image, label)] + list(pool.values()))
     description = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, **{label: value for value, label in enumerate(layout.labels, start=1)}},
         "file_ending": ending,
-        "overwrite_image_reader_writer": REORIENTING_READER,  # they store scans in several orientations
         "reference": layout.reference,
+        **({"overwrite_image_reader_writer": layout.reader} if layout.reader else {}),
     }
     values = {value: value for value in description["labels"].values()}
     relabeling = dict.fromkeys(labeled, values) if layout.trust_voxels else None
     converted = convert(
-        dataset_id, name, labeled, {}, description, [source], copy, num_threads, relabeling, layout.trust_voxels
+        dataset_id, name, labeled, unlabeled, description, [source], copy, num_threads, relabeling, layout.trust_voxels
     )
     if left := len(evaluation - {image for (image,), _ in labeled.values()}):
         converted.notes.append(f"left {left} scan(s) that are not for this training where they are")
@@ -85,46 +82,20 @@ def convert_layout(
 
 
 def example(pattern: str) -> str:
-    """A pattern of a `Layout` as a person would write it, with CASE for what names the case."""
+    """Writes a pattern of a `Layout` as a person would, with CASE for what names the case."""
     readable = re.sub(r"\(\?P<case>[^()]*(?:\([^()]*\)[^()]*)*\)", "CASE", pattern.replace(ENDING, ".nii.gz"))
     return readable.replace("\\d+", "NUMBER").replace("\\", "")
 
 
-def _match(pattern: str, path: str) -> re.Match | None:
+def matches(pattern: str, path: str) -> re.Match | None:
+    """Finds a pattern of a `Layout` at the end of a path."""
     return re.search(f"(?:^|/)(?:{pattern})$", path)
 
 
 def _found(files: list[str], pattern: str, problems: list[str]) -> dict[str, str]:
     cases: dict[str, str] = {}
     for path in files:
-        if match := _match(pattern, path):
+        if match := matches(pattern, path):
             if (earlier := cases.setdefault(match["case"], path)) != path:
                 problems.append(f"{match['case']}: is there twice, as {earlier} and {path}: remove one")
     return cases
-
-
-def command_line(convert_set: Callable[..., Converted], description: str, **choices: tuple[int, ...]) -> int:
-    """Runs a conversion from the command line, with the defaults of its signature; returns the exit code.
-
-    Args:
-        convert_set: Takes source, dataset_id, name, copy, num_threads and the names of `choices`.
-        description: For --help.
-        **choices: Required options of its own and their values.
-    """
-    defaults = {name: parameter.default for name, parameter in inspect.signature(convert_set).parameters.items()}
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="the folder that the data set was unpacked into")
-    parser.add_argument(
-        "-d", dest="dataset_id", type=int, default=defaults["dataset_id"], help="id (default: %(default)s)"
-    )
-    parser.add_argument("-n", dest="name", default=defaults["name"], help="name (default: %(default)s)")
-    parser.add_argument("--copy", action="store_true", help="copy the files; otherwise they are referred to")
-    parser.add_argument("-np", dest="num_threads", type=int, default=4, help="checks at a time (default: %(default)s)")
-    for option, values in choices.items():
-        parser.add_argument(f"--{option}", type=int, choices=values, required=True)
-    try:
-        converted = convert_set(**vars(parser.parse_args()))
-    except (UserError, OSError) as error:
-        parser.exit(1, f"error: {error}\n")
-    print(converted)
-    return int(bool(converted.skipped))

@@ -1,23 +1,18 @@
 """Several data sets that each annotate some labels, joined into one with a common label table."""
 
-import json
 import os
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
 from nnunet_diffusion.conversion.dataset import Converted, convert, dataset_folder
 from nnunet_diffusion.conversion.joining import Joined, common_channels, common_ending, common_reader
 from nnunet_diffusion.conversion.label_mapping import IGNORE, LabelMapping, map_labels, refuse_hidden_parts
-from nnunet_diffusion.conversion.sources import KEYS, Source, read_source
+from nnunet_diffusion.conversion.sources import Source, read_source
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import read_json
+from nnunet_diffusion.schemas import LabelMappingFile
 
-KINDS = {
-    **dict.fromkeys(("name", "dataset", "images", "labels"), (str, "text")),
-    **dict.fromkeys(("mapping", "inside"), (dict, "an object")),
-    "excludes": (list, "a list"),
-    "unlabeled": ((str, list), "a folder or a list of them"),
-}
+REMEDY = "correct it, `nnunet_diffusion convert partial --help` shows how"
 
 
 def convert_partial(
@@ -33,7 +28,7 @@ def convert_partial(
     A case is called SOURCE_CASE. Images are referred to where they are; label maps are written into labelsTr with the
     values of the common table. What each case annotates goes into dataset.json: `annotated_labels`, {case: [label]} of
     the cases that do not annotate all, and `union_labels`, {case: [[label, label, ...], ...]}: voxels with the value
-    of a union's first label are any one of its labels. A case that annotates nothing joins the unlabelled ones.
+    of a union's first label are any one of its labels. A case that annotates nothing joins the unlabeled ones.
 
     Args:
         mapping: A JSON file, {"labels": [common name, ...], "sources": [...]}: each source has a `name`, its files as
@@ -92,49 +87,22 @@ def _rule(entry: dict[str, Any], source: Source, common: list[str]) -> LabelMapp
 
 
 def read_mapping(path: str) -> dict[str, Any]:
-    """The content of a mapping file, whose keys are known and of the right kind.
+    """Reads a mapping file.
 
     Raises:
         UserError: Naming the key that is wrong.
     """
-    with open(path, encoding="utf-8") as f:
-        try:
-            content = json.load(f)
-        except ValueError as error:
-            raise UserError(f"{path}: is no JSON ({error}): correct it") from error
-    if not isinstance(content, dict) or not {"labels", "sources"} <= content.keys() <= {"labels", "sources", "about"}:
-        raise UserError(f'{path}: must be {{"labels": [common name, ...], "sources": [...]}}, and "about" if you like')
-    labels, sources = content["labels"], content["sources"]
-    if not _are_names(labels) or "background" in labels or IGNORE in labels[:-1]:
+    content = read_json(path, LabelMappingFile, REMEDY)
+    labels, names = content["labels"], [entry["name"] for entry in content["sources"]]
+    if len(set(labels)) < len(labels) or "background" in labels or IGNORE in labels[:-1]:
         raise UserError(f"{path}: 'labels' must be a list of different names, without 'background', 'ignore' last")
-    if not isinstance(sources, list) or not sources or not all(isinstance(entry, dict) for entry in sources):
-        raise UserError(f"{path}: 'sources' must be a list of objects, one for each data set")
-    for number, entry in enumerate(sources):
-        _check_entry(entry, f"{path}: sources[{number}]")
-    names = [entry["name"] for entry in sources]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"{path}: two sources are called {twice}: rename one, cases are named after their source")
     return content
 
 
-def _are_names(names: Any) -> bool:
-    is_list = isinstance(names, list) and bool(names) and all(isinstance(name, str) for name in names)
-    return is_list and len(set(names)) == len(names)
-
-
-def _check_entry(entry: dict[str, Any], where: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", str(entry.get("name", ""))):
-        raise UserError(f"{where}: needs a 'name' of letters, digits, '_', '-' and '.', not {entry.get('name')!r}")
-    if unknown := sorted(entry.keys() - KEYS):
-        raise UserError(f"{where}: has {unknown}, which mean nothing: a source has {sorted(KEYS)}")
-    for key in entry.keys() & KINDS.keys():
-        kind, called = KINDS[key]
-        if not isinstance(entry[key], kind):
-            raise UserError(f"{where}: {key!r} must be {called}, not {entry[key]!r}")
-
-
 def summary(sources: Sequence[Source], rules: Sequence[LabelMapping], joined: Joined) -> list[str]:
-    """A paragraph for each source: its cases, what they annotate, in unions or not, and what was left out."""
+    """Writes a paragraph for each source: its cases, what they annotate, in unions or not, and what was left out."""
     lines = []
     for source, rule in zip(sources, rules, strict=True):
         cases = [case for case, name in joined.source_of.items() if name == source.name]
@@ -143,7 +111,7 @@ def summary(sources: Sequence[Source], rules: Sequence[LabelMapping], joined: Jo
         unions = [" or ".join(target) for target in rule.groups() if len(target) > 1]
         left_out = [label for label, target in rule.targets.items() if not target]
         some = sum(case in source.annotated for case in source.labeled)
-        lines.append(f"{source.name}: {len(labeled)} labelled, {len(cases) - len(labeled)} unlabelled")
+        lines.append(f"{source.name}: {len(labeled)} labeled, {len(cases) - len(labeled)} unlabeled")
         lines.append(f"  annotated  {', '.join(exact) or '-'}" + (f"; fewer in {some} case(s)" if some else ""))
         lines += [f"  union      {union}" for union in unions]
         lines += [f"  left out   {', '.join(left_out)}"] * bool(left_out)
@@ -151,7 +119,7 @@ def summary(sources: Sequence[Source], rules: Sequence[LabelMapping], joined: Jo
 
 
 def unsupervised(common: Sequence[str], rules: Sequence[LabelMapping]) -> list[str]:
-    """A line for each common label that no source annotates."""
+    """Writes a line for each common label that no source annotates."""
     exact = {target[0] for rule in rules for target in rule.groups() if len(target) == 1}
     unions = {name for rule in rules for target in rule.groups() for name in target} - exact
     lines = []

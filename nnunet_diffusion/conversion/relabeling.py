@@ -8,8 +8,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic
-from nnunet_diffusion.preprocessing.scan_checks import NIFTI_ENDINGS, read_geometry
+from nnunet_diffusion.image_files import holds, proven_to_hold, write_scan
+from nnunet_diffusion.preprocessing.scan_checks import NIFTI_ENDINGS, read_geometry, read_voxels
 
 
 def relabel(label: str, image: str, values: Mapping[int, int], target: str) -> None:
@@ -26,15 +26,13 @@ def relabel(label: str, image: str, values: Mapping[int, int], target: str) -> N
         UserError: If `target` exists with other voxels.
         OSError: If it cannot be written; it is then what it was.
     """
-    voxels = mapped(_read(label), values)
-    if os.path.exists(target):
-        if not np.array_equal(_read(target), voxels):
-            raise UserError(
-                f"{target} exists and is not what {label} becomes: remove the data set, or take another id and name"
-            )
-        return
-    with atomic(target) as temporary:
-        _write(voxels, image, temporary)
+    voxels = mapped(read_voxels(label), values)
+    if not os.path.exists(target):
+        _write(voxels, image, target)
+    elif not holds(target, voxels):
+        raise UserError(
+            f"{target} exists and is not what {label} becomes: remove the data set, or take another id and name"
+        )
 
 
 def mapped(voxels: np.ndarray, values: Mapping[int, int]) -> np.ndarray:
@@ -47,18 +45,13 @@ def mapped(voxels: np.ndarray, values: Mapping[int, int]) -> np.ndarray:
     return table[np.rint(voxels).astype(np.uint16)]
 
 
-def _read(path: str) -> np.ndarray:
-    if path.endswith(NIFTI_ENDINGS):
-        return np.asanyarray(nibabel.load(path).dataobj)
-    return sitk.GetArrayFromImage(sitk.ReadImage(path))
-
-
 def _write(voxels: np.ndarray, image: str, path: str) -> None:
     if path.endswith(NIFTI_ENDINGS):
         like = nibabel.load(image)
         header = like.header.copy()
         header.set_data_dtype(voxels.dtype)
-        nibabel.save(type(like)(voxels, None, header), path)
+        with proven_to_hold(voxels, path) as temporary:
+            nibabel.save(type(like)(voxels.reshape(like.shape, order="F"), None, header), temporary)
         return
     geometry = read_geometry(image)
     assert geometry is not None, "SimpleITK's file types have a geometry"
@@ -66,4 +59,4 @@ def _write(voxels: np.ndarray, image: str, path: str) -> None:
     output.SetSpacing(geometry.spacing)
     output.SetOrigin(geometry.origin)
     output.SetDirection(geometry.direction)
-    sitk.WriteImage(output, path, useCompression=True)
+    write_scan(output, path)

@@ -1,20 +1,22 @@
 """The data sets that a partial conversion joins: nnU-Net raw data sets, or folders of images and labels."""
 
-import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from nnunet_diffusion.conversion.dataset import Labeled, Unlabeled, refuse
 from nnunet_diffusion.conversion.files import grouped, image_files, matched, single, the_ending
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import read_json
+from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.preprocessing.cases import absolute_path, unlabeled_cases
 from nnunet_diffusion.preprocessing.scan_checks import GEOMETRIC_ENDINGS
+from nnunet_diffusion.schemas import SourceDataset
 
-DATASET_KEYS = {"dataset"}
 FOLDER_KEYS = {"images", "labels", "label_names", "channel_names"}
-KEYS = {"name", "about", "unlabeled", "mapping", "inside", "excludes", *DATASET_KEYS, *FOLDER_KEYS}
+REMEDY = "convert that data set again"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def read_source(entry: Mapping[str, Any], base: str) -> Source:
         raise UserError(f"{where}: give either 'dataset', or 'images', 'labels' and 'label_names'")
     source = _raw_dataset(entry, base, where) if "dataset" in entry else _folders(entry, base, where)
     more = entry.get("unlabeled", [])
-    folders = [absolute_path(base, os.path.expanduser(path)) for path in ([more] if isinstance(more, str) else more)]
+    folders = [_below(base, path) for path in ([more] if isinstance(more, str) else more)]
     problems: list[str] = []
     paths = [path for folder in folders for path in image_files(folder, source.file_ending)]
     pool = grouped(paths, source.file_ending, len(source.channels), problems)
@@ -76,9 +78,7 @@ def _folders(entry: Mapping[str, Any], base: str, where: str) -> Source:
     if missing := sorted({"images", "labels", "label_names"} - entry.keys()):
         raise UserError(f"{where}: lacks {missing}: give 'images', 'labels' and 'label_names', or 'dataset'")
     channels = entry.get("channel_names", ["CT"])
-    if not isinstance(channels, list) or not channels:
-        raise UserError(f"{where}: 'channel_names' must be a list such as [\"CT\"], not {channels!r}")
-    folders = [absolute_path(base, os.path.expanduser(entry[key])) for key in ("images", "labels")]
+    folders = [_below(base, entry[key]) for key in ("images", "labels")]
     scans, maps = (image_files(folder) for folder in folders)
     ending = the_ending([*scans, *maps])
     labeled = _matched(scans, maps, ending, len(channels), where)
@@ -96,7 +96,7 @@ def _matched(scans: list[str], maps: list[str], ending: str, num_channels: int, 
 def _raw_dataset(entry: Mapping[str, Any], base: str, where: str) -> Source:
     folder = _dataset_folder(entry["dataset"], base, where)
     path = os.path.join(folder, "dataset.json")
-    content = _read_dataset_json(path)
+    content = read_json(path, SourceDataset, REMEDY)
     if content.get("union_labels"):
         raise UserError(f"{path}: has 'union_labels', it was joined already: join its own sources instead")
     channels = [content["channel_names"][key] for key in sorted(content["channel_names"], key=int)]
@@ -104,7 +104,7 @@ def _raw_dataset(entry: Mapping[str, Any], base: str, where: str) -> Source:
     if ending not in GEOMETRIC_ENDINGS:
         raise UserError(f"{path}: {ending} files cannot be joined, only {', '.join(GEOMETRIC_ENDINGS)}: convert them")
     if "dataset" in content:
-        labeled = _table(folder, content["dataset"], len(channels))
+        labeled = _table(path, content["dataset"], len(channels))
     else:
         scans, maps = (image_files(os.path.join(folder, name), ending) for name in ("imagesTr", "labelsTr"))
         labeled = _matched(scans, maps, ending, len(channels), where)
@@ -125,12 +125,16 @@ def _raw_dataset(entry: Mapping[str, Any], base: str, where: str) -> Source:
     )
 
 
+def _below(base: str, path: str) -> str:
+    return absolute_path(base, os.path.expanduser(path))
+
+
 def _dataset_folder(dataset: str, base: str, where: str) -> str:
-    beside = absolute_path(base, os.path.expanduser(dataset))
-    candidates = [beside] if os.path.isabs(os.path.expandvars(os.path.expanduser(dataset))) else []
-    candidates = candidates or [os.path.join(os.path.abspath(os.environ.get("nnUNet_raw", ".")), dataset), beside]
+    raw = os.path.abspath(os.environ.get("nnUNet_raw", "."))
+    candidates = list(dict.fromkeys([_below(raw, dataset), _below(base, dataset)]))
     for folder in candidates:
-        if os.path.isfile(os.path.join(folder, "dataset.json")):
+        with suppress(FileNotFoundError, NotADirectoryError):  # what cannot be read is not missing
+            os.stat(os.path.join(folder, "dataset.json"))
             return folder
     raise UserError(
         f"{where}: {dataset!r} is no nnU-Net data set, there is no dataset.json in {' or '.join(candidates)}: "
@@ -138,37 +142,20 @@ def _dataset_folder(dataset: str, base: str, where: str) -> str:
     )
 
 
-def _read_dataset_json(path: str) -> dict:
-    with open(path, encoding="utf-8") as f:
-        try:
-            content = json.load(f)
-        except ValueError as error:
-            raise UserError(f"{path}: is no JSON ({error}): convert that data set again") from error
-    if missing := sorted({"channel_names", "labels", "file_ending"} - content.keys()):
-        raise UserError(f"{path}: lacks {missing}: nnU-Net could not use it either, convert that data set again")
-    return content
-
-
-def _table(folder: str, table: Mapping[str, Any], num_channels: int) -> dict[str, tuple[list[str], str]]:
-    cases = {}
+def _table(path: str, table: Mapping[str, Any], num_channels: int) -> dict[str, tuple[list[str], str]]:
+    folder, cases = os.path.dirname(path), {}
     for case, files in table.items():
-        if (
-            not isinstance(files, dict)
-            or not {"images", "label"} <= files.keys()
-            or len(files["images"]) != num_channels
-        ):
+        if len(files["images"]) != num_channels:
             raise UserError(
-                f'{folder}/dataset.json: case {case!r} must be {{"images": [path per channel], "label": path}} with '
-                f"{num_channels} channel(s), not {files!r}"
+                f"{path}: dataset.{case}.images: must be {num_channels} file(s), one for each channel, not "
+                f"{files['images']}: {REMEDY}"
             )
-        images = [absolute_path(folder, path) for path in files["images"]]
-        cases[case] = (images, absolute_path(folder, files["label"]))
+        images = [absolute_path(folder, image) for image in files["images"]]
+        cases[safe_name(case, f"{path}: dataset", "rename the case")] = (images, absolute_path(folder, files["label"]))
     return cases
 
 
-def _label_values(labels: Any, where: str) -> dict[str, int]:
-    if not isinstance(labels, dict):
-        raise UserError(f'{where} must be an object such as {{"liver": 1}}, not {labels!r}')
+def _label_values(labels: Mapping[str, Any], where: str) -> dict[str, int]:
     if regions := [name for name, value in labels.items() if isinstance(value, list)]:
         raise UserError(f"{where} has regions {regions}, which cannot be joined: give every value a name of its own")
     table = {name: value for name, value in labels.items() if name != "background"}
@@ -178,18 +165,14 @@ def _label_values(labels: Any, where: str) -> dict[str, int]:
     return table
 
 
-def _annotated(path: str, table: Any, labels: Mapping[str, int], labeled: Labeled) -> dict[str, list[str]]:
-    if not isinstance(table, dict):
-        raise UserError(
-            f"{path}: 'annotated_labels' must map cases to lists of labels, not be a {type(table).__name__}"
-        )
+def _annotated(
+    path: str, table: dict[str, list[str]], labels: Mapping[str, int], labeled: Labeled
+) -> dict[str, list[str]]:
     for case, names in table.items():
         if case not in labeled:
             raise UserError(
                 f"{path}: 'annotated_labels' names case {case!r}, which is not there: correct that data set"
             )
-        if not isinstance(names, list):
-            raise UserError(f"{path}: 'annotated_labels' of {case!r} must be a list of labels, not {names!r}")
         if unknown := [name for name in names if name not in labels and name != "background"]:
             raise UserError(f"{path}: 'annotated_labels' of {case!r} names {unknown}, not among {list(labels)}")
     return table

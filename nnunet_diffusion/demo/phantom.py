@@ -1,9 +1,9 @@
-"""Synthetic torso CTs with labelled organs: the embedded data set of the demo and the tests.
+"""Synthetic torso CTs with labeled organs: the embedded data set of the demo and the tests.
 
-A scan is a stack of implicit surfaces (ellipsoids, tubes, sheets) in the patient's millimetres, drawn in anatomical
+A scan is a stack of implicit surfaces (ellipsoids, tubes, sheets) in the patient's millimeters, drawn in anatomical
 order through one smooth random deformation, so that organs press on one another and no two patients are alike.
 Contrast phase, size, position, shape, lesions, bowel, fat and noise vary from case to case; organs overlap in
-Hounsfield units with one another and with unlabelled tissue, and the kidneys differ only in their side. It is a toy
+Hounsfield units with one another and with unlabeled tissue, and the kidneys differ only in their side. It is a toy
 to try software with, not a model of anybody's anatomy.
 
 Axes: +x is the patient's left, +y posterior, +z superior (LPS, as in DICOM); arrays are (z, y, x) as in SimpleITK.
@@ -18,7 +18,8 @@ from scipy.ndimage import gaussian_filter
 from tqdm import tqdm
 
 from nnunet_diffusion.demo.torso import Torso, all_of
-from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.files import write_json
+from nnunet_diffusion.image_files import write_scan
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "right_kidney": 3, "left_kidney": 4, "stomach": 5, "aorta": 6}
 LIVER, SPLEEN, RIGHT_KIDNEY, LEFT_KIDNEY, STOMACH, AORTA = range(1, 7)
@@ -51,15 +52,15 @@ def draw_trunk(t: Torso) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_bowel(t: Torso, cavity: np.ndarray) -> None:
-    """Unlabelled loops, some with gas or contrast, and a colon at both flanks: what organs are confused with."""
+    """Unlabeled loops, some with gas or contrast, and a colon at both flanks: what organs are confused with."""
     for _ in range(int(t.rng.integers(45, 90))):
-        centre = t.rng.uniform((-105, -95, -175), (105, 15, 5))
+        center = t.rng.uniform((-105, -95, -175), (105, 15, 5))
         radii = t.rng.uniform(9, 17, 3) * (1 + (t.rng.random(3) < 0.35))
         hu, tilt = t.rng.normal(t.tissue["bowel"], 12), t.rng.uniform(-60, 60, 2)
-        t.blob(centre, radii, hu, tilt_deg=tilt, inside=cavity + 2)
+        t.blob(center, radii, hu, tilt_deg=tilt, inside=cavity + 2)
         if t.rng.random() < 0.3:
             content = t.rng.choice([-700.0, -60.0, 180.0], p=[0.6, 0.25, 0.15])
-            t.blob(centre, radii - 6, content, tilt_deg=tilt, inside=cavity + 5)
+            t.blob(center, radii - 6, content, tilt_deg=tilt, inside=cavity + 5)
     for side in (-1, 1):
         phase, x, y = t.rng.uniform((0, 92, -15), (6, 108, 20))
         colon = t.tube(side * x + 8 * np.sin(t.z / 17 + phase), y + 8 * np.cos(t.z / 25), 18 + 3 * np.sin(t.z / 6))
@@ -71,15 +72,15 @@ def draw_bowel(t: Torso, cavity: np.ndarray) -> None:
 def draw_stomach(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
     """A fundus and an antrum with one content of water, food or contrast, and gas in front: the patient lies supine."""
     content = t.rng.choice([15.0, 40.0, 65.0, 220.0], p=[0.35, 0.3, 0.25, 0.1]) + 12 * t.texture
-    centre, radii = t.move((54, -34, 46) + shift, 9), t.vary((42, 34, 50), 0.15)
-    level = centre[1] - radii[1] * t.rng.uniform(0, 1.0)
-    parts = [(centre, radii), (t.move((12, -52, 8) + shift, 9), t.vary((44, 22, 22), 0.15))]
+    center, radii = t.move((54, -34, 46) + shift, 9), t.vary((42, 34, 50), 0.15)
+    level = center[1] - radii[1] * t.rng.uniform(0, 1.0)
+    parts = [(center, radii), (t.move((12, -52, 8) + shift, 9), t.vary((44, 22, 22), 0.15))]
     tilts = [(t.rng.normal(20, 10), t.rng.normal(-25, 10)), (t.rng.normal(10, 10), t.rng.normal(35, 12))]
-    for (centre, radii), tilt in zip(parts, tilts, strict=True):
-        t.blob(centre, radii, 58.0, STOMACH, tilt, cavity + 2)
-    for (centre, radii), tilt in zip(parts, tilts, strict=True):
+    for (center, radii), tilt in zip(parts, tilts, strict=True):
+        t.blob(center, radii, 58.0, STOMACH, tilt, cavity + 2)
+    for (center, radii), tilt in zip(parts, tilts, strict=True):
         filling = np.where(t.y < level, np.float32(-880), content)
-        t.blob(centre, [r - 5 for r in radii], filling, STOMACH, tilt, cavity + 6)
+        t.blob(center, [r - 5 for r in radii], filling, STOMACH, tilt, cavity + 6)
 
 
 def draw_liver(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
@@ -90,8 +91,8 @@ def draw_liver(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
         ((-82, 14, -28), (42, 52, 56), (0, 0)),
         ((-30, -58, 58), (86, 36, 42), (8, 12)),
     )
-    for centre, radii, tilt in lobes:
-        t.blob(t.move(centre + shift, 6), t.vary(radii, 0.1), liver, LIVER, t.move(tilt, 5), cavity + 2)
+    for center, radii, tilt in lobes:
+        t.blob(t.move(center + shift, 6), t.vary(radii, 0.1), liver, LIVER, t.move(tilt, 5), cavity + 2)
     for _ in range(int(t.rng.integers(3, 8))):
         radii = t.rng.uniform((12, 4, 4), (32, 7, 7))
         t.blob(
@@ -110,15 +111,15 @@ def draw_liver(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
 
 def draw_spleen(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
     """A crescent under the left ribs."""
-    centre, tilt = np.array(t.move((98, 36, 44) + shift, 7)), (t.rng.normal(-28, 8), t.rng.normal(14, 8))
-    box = t.box(centre, 60)
-    crescent = t.ellipsoid(centre, t.vary((30, 48, 50), 0.14), tilt, box)
-    hollow = t.ellipsoid(centre - (36, 20, 0), (28, 40, 64), tilt, box)
+    center, tilt = np.array(t.move((98, 36, 44) + shift, 7)), (t.rng.normal(-28, 8), t.rng.normal(14, 8))
+    box = t.box(center, 60)
+    crescent = t.ellipsoid(center, t.vary((30, 48, 50), 0.14), tilt, box)
+    hollow = t.ellipsoid(center - (36, 20, 0), (28, 40, 64), tilt, box)
     t.paint(all_of(crescent, -hollow, cavity[box] + 2), t.tissue["spleen"] + 7 * t.texture[box], SPLEEN, box)
 
 
 def draw_pancreas(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
-    """Unlabelled, and much like the spleen in contrast."""
+    """Unlabeled, and much like the spleen in contrast."""
     hu = t.tissue["spleen"] - 12 + 12 * t.texture
     t.blob(
         t.move((18, -12, 2) + shift, 6),
@@ -130,17 +131,17 @@ def draw_pancreas(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
     t.blob(t.move((-22, -14, -22) + shift, 6), t.vary((18, 15, 26), 0.15), hu, inside=cavity + 2)
 
 
-def draw_kidney(t: Torso, centre, side: int, label: int, cavity: np.ndarray) -> None:
+def draw_kidney(t: Torso, center, side: int, label: int, cavity: np.ndarray) -> None:
     """A kidney in its fat: cortex, medulla, and the sinus that opens to the midline. Both sides are drawn alike."""
     radii = t.vary((29, 24, 54), 0.1)
     tilt = (side * t.rng.normal(35, 8), side * t.rng.normal(-12, 5))
-    t.blob(centre, [r + 7 for r in radii], FAT, tilt_deg=tilt, inside=cavity + 1)
+    t.blob(center, [r + 7 for r in radii], FAT, tilt_deg=tilt, inside=cavity + 1)
     cortex = t.tissue["kidney"] + 7 * t.texture
-    t.blob(centre, radii, cortex, label, tilt, cavity)
-    t.blob(centre, [r - 9 for r in radii], cortex - 0.25 * max(0.0, t.tissue["kidney"] - 40), label, tilt, cavity)
-    t.blob((centre[0] - side * 20, centre[1] - 8, centre[2]), (14, 8, 20), FAT + 30, 0, tilt, only=label)
+    t.blob(center, radii, cortex, label, tilt, cavity)
+    t.blob(center, [r - 9 for r in radii], cortex - 0.25 * max(0.0, t.tissue["kidney"] - 40), label, tilt, cavity)
+    t.blob((center[0] - side * 20, center[1] - 8, center[2]), (14, 8, 20), FAT + 30, 0, tilt, only=label)
     if t.rng.random() < 0.3:
-        t.blob(t.move(centre, 16), [t.rng.uniform(6, 15)] * 3, 6.0, label, only=label)
+        t.blob(t.move(center, 16), [t.rng.uniform(6, 15)] * 3, 6.0, label, only=label)
 
 
 def draw_chest(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
@@ -161,7 +162,7 @@ def draw_chest(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
 
 
 def draw_vessels(t: Torso) -> None:
-    """Aorta, labelled down to where it divides, and the vena cava beside it."""
+    """Aorta, labeled down to where it divides, and the vena cava beside it."""
     x, fork = t.rng.normal(7, 3), t.rng.normal(-108, 6)
     radius, bend, cava_radius = t.vary((10.5, 3.5, 10.5), 0.12)
     blood = t.tissue["aorta"] + 4 * t.texture
@@ -251,14 +252,13 @@ def write_image(path: str | os.PathLike, array: np.ndarray, spacing_mm: tuple[fl
     image = sitk.GetImageFromArray(array)
     image.SetSpacing([float(s) for s in spacing_mm[::-1]])
     image.SetOrigin([-0.5 * s * (n - 1) for s, n in zip(spacing_mm[::-1], array.shape[::-1], strict=True)])
-    with atomic(path) as temporary:
-        sitk.WriteImage(image, temporary, useCompression=True)
+    write_scan(image, path)
 
 
 def write_phantom_dataset(
     folder: str | os.PathLike,
-    labelled: int = 4,
-    unlabelled: int = 32,
+    labeled: int = 4,
+    unlabeled: int = 32,
     test: int = 6,
     seed: int = 0,
     shape: tuple[int, int, int] = (64, 72, 96),
@@ -266,13 +266,13 @@ def write_phantom_dataset(
 ) -> None:
     """Writes a raw nnU-Net data set of phantoms, each case a patient of its own.
 
-    Labelled cases go to imagesTr and labelsTr, unlabelled ones to imagesUn (listed under `unlabeled` in dataset.json),
+    Labelled cases go to imagesTr and labelsTr, unlabeled ones to imagesUn (listed under `unlabeled` in dataset.json),
     and test cases to imagesTs and labelsTs. The number of slices and the spacing vary by a few per cent.
 
     Args:
         folder: DatasetXXX_Name; created, files of the same name are replaced.
-        labelled: Number of cases with labels.
-        unlabelled: Number of cases without.
+        labeled: Number of cases with labels.
+        unlabeled: Number of cases without.
         test: Number of held-out cases with labels.
         seed: Of the data set; case by case the same for any number of cases.
         shape: (z, y, x) voxels of the average scan.
@@ -281,8 +281,8 @@ def write_phantom_dataset(
     Raises:
         OSError: If the folder cannot be written to.
     """
-    unlabelled_table = {}
-    kinds = ("Tr", labelled), ("Un", unlabelled), ("Ts", test)
+    unlabeled_table = {}
+    kinds = ("Tr", labeled), ("Un", unlabeled), ("Ts", test)
     cases = [(kind, split, number) for split, (kind, count) in enumerate(kinds) for number in range(count)]
     for kind, split, number in tqdm(cases, "phantoms", disable=None):
         case = f"phantom_{kind.lower()}_{number:03d}"
@@ -292,21 +292,24 @@ def write_phantom_dataset(
         os.makedirs(os.path.join(folder, f"images{kind}"), exist_ok=True)
         write_image(os.path.join(folder, f"images{kind}", f"{case}_0000.nii.gz"), image, spacing)
         if kind == "Un":
-            unlabelled_table[case] = {"images": [f"imagesUn/{case}_0000.nii.gz"]}
+            unlabeled_table[case] = {"images": [f"imagesUn/{case}_0000.nii.gz"]}
             continue
         os.makedirs(os.path.join(folder, f"labels{kind}"), exist_ok=True)
         write_image(os.path.join(folder, f"labels{kind}", f"{case}.nii.gz"), labels, spacing)
-    description = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": labelled, "file_ending": ".nii.gz"}
-    write_json(os.path.join(folder, "dataset.json"), description | {"unlabeled": unlabelled_table})
+    description = {"channel_names": {"0": "CT"}, "labels": LABELS, "numTraining": labeled, "file_ending": ".nii.gz"}
+    write_json(os.path.join(folder, "dataset.json"), description | {"unlabeled": unlabeled_table})
 
 
 def main() -> None:
     """`python -m nnunet_diffusion.demo.phantom FOLDER`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", help="DatasetXXX_Name")
-    for name, default in (("labelled", 4), ("unlabelled", 32), ("test", 6), ("seed", 0)):
+    for name, default in (("labeled", 4), ("unlabeled", 32), ("test", 6), ("seed", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    write_phantom_dataset(**vars(parser.parse_args()))
+    try:
+        write_phantom_dataset(**vars(parser.parse_args()))
+    except OSError as error:
+        parser.exit(1, f"error: {error}\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Torso:
         """Starts with air.
 
         Args:
-            shape: (z, y, x) voxels; the volume is centred on the upper abdomen.
+            shape: (z, y, x) voxels; the volume is centered on the upper abdomen.
             spacing_mm: (z, y, x).
             rng: Source of the patient's anatomy.
         """
@@ -59,7 +59,7 @@ class Torso:
         """Draws what lies inside `distance` < 0 over what was drawn before.
 
         Args:
-            distance: Signed distance to the surface in millimetres, of the box's shape; the edge is one voxel soft.
+            distance: Signed distance to the surface in millimeters, of the box's shape; the edge is one voxel soft.
             hu: Hounsfield units inside, a number or an array of the box's shape.
             label: What these voxels become; 0 takes labels away.
             box: The part of the volume that is touched; all of it by default.
@@ -71,23 +71,23 @@ class Torso:
         self.hu[box] += weight * (hu - self.hu[box])
         self.labels[box][distance < 0] = label
 
-    def box(self, centre, reach_mm: float) -> tuple[slice, ...]:
+    def box(self, center, reach_mm: float) -> tuple[slice, ...]:
         """The voxels within `reach_mm` of a point, with a margin for the deformation."""
         return tuple(
             slice(max(0, int((c - reach_mm - 25) / s + n / 2)), max(0, int((c + reach_mm + 25) / s + n / 2) + 1))
-            for c, s, n in zip(centre[::-1], self.spacing_mm, self.hu.shape, strict=True)
+            for c, s, n in zip(center[::-1], self.spacing_mm, self.hu.shape, strict=True)
         )
 
-    def ellipsoid(self, centre, radii, tilt_deg=(0.0, 0.0), box=()) -> np.ndarray:
-        """Signed distance in millimetres (first order) to an ellipsoid.
+    def ellipsoid(self, center, radii, tilt_deg=(0.0, 0.0), box=()) -> np.ndarray:
+        """Signed distance in millimeters (first order) to an ellipsoid.
 
         Args:
-            centre: (x, y, z) in millimetres.
-            radii: Half axes (x, y, z) in millimetres.
+            center: (x, y, z) in millimeters.
+            radii: Half axes (x, y, z) in millimeters.
             tilt_deg: Rotation in the axial plane (x towards y), then in the coronal plane (x towards z).
             box: Where to compute it.
         """
-        x, y, z = (a[box] - np.float32(c) for a, c in zip((self.x, self.y, self.z), centre, strict=True))
+        x, y, z = (a[box] - np.float32(c) for a, c in zip((self.x, self.y, self.z), center, strict=True))
         x, y = turn(x, y, tilt_deg[0])
         x, z = turn(x, z, tilt_deg[1])
         u, v, w = (a / np.float32(r) for a, r in zip((x, y, z), radii, strict=True))
@@ -97,25 +97,25 @@ class Torso:
         )
         return near * (near - 1) / np.maximum(slope, np.float32(1e-6))
 
-    def blob(self, centre, radii, hu, label=0, tilt_deg=(0.0, 0.0), inside=None, only: int | None = None) -> None:
+    def blob(self, center, radii, hu, label=0, tilt_deg=(0.0, 0.0), inside=None, only: int | None = None) -> None:
         """Paints an ellipsoid, cut off at the surface `inside`, a signed distance of the whole volume."""
-        box = self.box(centre, max(radii))
-        distance = self.ellipsoid(centre, radii, tilt_deg, box)
+        box = self.box(center, max(radii))
+        distance = self.ellipsoid(center, radii, tilt_deg, box)
         if inside is not None:
             distance = np.maximum(distance, inside[box])
         self.paint(distance, hu[box] if isinstance(hu, np.ndarray) else hu, label, box, only)
 
     def tube(self, x, y, radius_mm) -> np.ndarray:
-        """Signed distance to a tube along z with this centre, which may depend on z, in the plane."""
+        """Signed distance to a tube along z with this center, which may depend on z, in the plane."""
         return np.hypot(self.x - x, self.y - y) - radius_mm
 
     def vary(self, values, deviation: float) -> list[float]:
         """The values, each with a relative deviation of its own."""
         return [float(v * np.exp(self.rng.normal(0, deviation))) for v in values]
 
-    def move(self, centre, deviation_mm: float) -> list[float]:
+    def move(self, center, deviation_mm: float) -> list[float]:
         """The point, moved at random."""
-        return [float(c + self.rng.normal(0, deviation_mm)) for c in centre]
+        return [float(c + self.rng.normal(0, deviation_mm)) for c in center]
 
 
 def turn(a: np.ndarray, b: np.ndarray, degrees: float) -> tuple[np.ndarray, np.ndarray]:

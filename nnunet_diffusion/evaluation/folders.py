@@ -13,6 +13,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.evaluation.rules import Rules, Score, Target, score
 from nnunet_diffusion.evaluation.targets import Targets, case_targets, organ_targets
+from nnunet_diffusion.names import why_unsafe
 from nnunet_diffusion.partial.annotations import TABLES, Annotation, Channels, output_channels, read_annotations
 from nnunet_diffusion.preprocessing.scan_checks import (
     GEOMETRIC_ENDINGS,
@@ -32,7 +33,7 @@ class Evaluation:
     organs: Targets
     scores: dict[str, dict[str, Score]]  # case -> target -> score, for the pairs that count
     unions: Targets = field(default_factory=dict)
-    left_out: dict[str, list[str]] = field(default_factory=dict)  # case -> organs that its reference does not tell
+    left_out: dict[str, list[str]] = field(default_factory=dict)  # case -> organs that it does not annotate
     missing: list[str] = field(default_factory=list)  # references without a prediction
     failed: dict[str, str] = field(default_factory=dict)  # case -> why it could not be compared
     unexpected: list[str] = field(default_factory=list)  # predictions without a reference
@@ -76,9 +77,11 @@ def evaluate_folders(
     files = {c: (os.path.join(references, c + ending), os.path.join(predictions, c + ending)) for c in expected}
     labels = dataset_json["labels"]
     work = partial(evaluate_case, rules=rules, labels=label_values(labels), ignore=labels.get("ignore"))
-    tasks = {case: (*files[case], list(targets[case].values())) for case in expected if case in found}
-    results = dict(run_in_processes(work, tasks, num_processes, "evaluating"))
-    scores = {case: results[case] for case in tasks if not isinstance(results[case], str)}
+    there = [case for case in expected if case in found]
+    failed = {case: f"its name {reason}: rename its files" for case in there if (reason := why_unsafe(case))}
+    tasks = {case: (*files[case], list(targets[case].values())) for case in there if case not in failed}
+    results = failed | dict(run_in_processes(work, tasks, num_processes, "evaluating"))
+    scores = {case: results[case] for case in there if not isinstance(results[case], str)}
     return Evaluation(
         rules,
         organs,
@@ -86,13 +89,13 @@ def evaluate_folders(
         {name: target for case in scores for name, target in targets[case].items() if name not in organs},
         {case: absent for case in scores if (absent := [name for name in organs if name not in targets[case]])},
         [case for case in expected if case not in found],
-        {case: results[case] for case in tasks if isinstance(results[case], str)},
+        {case: results[case] for case in there if isinstance(results[case], str)},
         [case for case in found if case not in expected],
     )
 
 
 def annotations_of(cases: Collection[str], dataset_json: Mapping) -> tuple[dict[str, Annotation], Channels]:
-    """What was annotated in each case, and the `output_channels`; the tables may know more cases.
+    """Returns what was annotated in each case, and the `output_channels`; the tables may name more cases.
 
     Raises:
         UserError: If the tables are faulty.
@@ -103,7 +106,7 @@ def annotations_of(cases: Collection[str], dataset_json: Mapping) -> tuple[dict[
 
 
 def cases_in(folder: str, ending: str) -> list[str]:
-    """The names of a folder's files without their ending, sorted.
+    """Lists the names of a folder's files without their ending, sorted.
 
     Raises:
         UserError: If it is not a folder.
@@ -121,7 +124,7 @@ def evaluate_case(
     labels: Collection[int],
     ignore: int | None = None,
 ) -> dict[str, Score] | str:
-    """Scores of one case by target, or why there are none.
+    """Returns the scores of one case by target, or why there are none.
 
     Args:
         reference_file: A label map.
@@ -143,7 +146,7 @@ def evaluate_case(
 
 
 def read_labels(path: str, labels: Collection[int], like: str | None = None) -> tuple[np.ndarray, tuple[float, ...]]:
-    """A label map and its spacing in mm, both along (z, y, x).
+    """Reads a label map and its spacing in mm, both along (z, y, x).
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Pictures of what was segmented: each arm's labels beside the reference, on the slices that show the most organs."""
+"""Draws what was segmented: each arm's labels beside the reference, on the slices that show the most organs."""
 
 import math
 import os
@@ -8,7 +8,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic
+from nnunet_diffusion.image_files import save_figure
 
 SOFT_TISSUE = (-160.0, 240.0)  # Hounsfield units: level 40, width 400
 LEGEND_COLUMNS = 7
@@ -16,8 +16,8 @@ LEGEND_COLUMNS = 7
 
 def draw_overlay(
     path: str | os.PathLike,
-    image_file: str,
-    reference_file: str,
+    image: str | sitk.Image,
+    reference: str | sitk.Image,
     predictions: Mapping[str, str],
     labels: Mapping[str, int],
     title: str = "",
@@ -31,8 +31,8 @@ def draw_overlay(
 
     Args:
         path: The PNG.
-        image_file: The image, 3-D.
-        reference_file: Its labels.
+        image: The image, 3-D, or its file.
+        reference: Its labels, or their file.
         predictions: Heading of the column (for instance the arm and its Dice) -> file of predicted labels.
         labels: Name -> value in the label maps, for the legend; the background is left out.
         title: Above the picture.
@@ -42,8 +42,8 @@ def draw_overlay(
     """
     from matplotlib.figure import Figure  # without pyplot: needs no display and leaves no state behind
 
-    image, spacing = read_axial(image_file)
-    reference, _ = read_axial(reference_file)
+    image, spacing = read_axial(image)
+    reference, _ = read_axial(reference)
     columns = {"image": None, reference_name: reference} | {arm: read_axial(f)[0] for arm, f in predictions.items()}
     colors = label_colors(labels)
     chosen = slices_to_show(reference, slices)
@@ -65,30 +65,29 @@ def draw_overlay(
                 draw_outlines(axis, reference[crop], colors)
             axis.set_axis_off()
             if number == 0:
-                axis.set_title(heading, fontsize=10)
+                axis.set_title(heading, fontsize=10, parse_math=False)
     add_legend(figure, colors, bool(predictions))
-    figure.suptitle(title, fontsize=12)
+    figure.suptitle(title, fontsize=12, parse_math=False)  # names come from files: a $ is a $
     inches = figure.get_figheight()
     figure.subplots_adjust(0.005, legend_inches / inches, 0.995, 1 - 0.55 / inches, wspace=0.02, hspace=0.02)
-    with atomic(path) as temporary:
-        figure.savefig(temporary)
+    save_figure(figure, path)
 
 
-def read_axial(file: str) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """A (z, y, x) array whose axes run to the patient's head, back and left, and its spacing in millimetres.
+def read_axial(scan: str | sitk.Image) -> tuple[np.ndarray, tuple[float, float, float]]:
+    """Turns a scan or that of a file to a (z, y, x) array, to the patient's head, back and left, and its spacing in mm.
 
     Raises:
         UserError: If the image is not 3-D.
     """
-    image = sitk.ReadImage(file)
+    image = sitk.ReadImage(scan) if isinstance(scan, str) else scan
     if image.GetDimension() != 3:
-        raise UserError(f"{file}: has {image.GetDimension()} dimensions, overlays are drawn of 3-D scans only")
+        raise UserError(f"{scan}: has {image.GetDimension()} dimensions, overlays are drawn of 3-D scans only")
     image = sitk.DICOMOrient(image, "LPS")
     return sitk.GetArrayFromImage(image), image.GetSpacing()[::-1]
 
 
 def slices_to_show(reference: np.ndarray, count: int) -> list[int]:
-    """The axial slices with the largest shares of the organs, each organ counting the same, some distance apart."""
+    """Chooses axial slices with the largest shares of the organs, each organ counting the same, some distance apart."""
     per_slice = np.stack([(reference == value).sum((1, 2)) for value in np.unique(reference) if value > 0] or [[1.0]])
     share = np.broadcast_to((per_slice / per_slice.sum(1, keepdims=True)).mean(0), len(reference)).copy()
     chosen = []
@@ -101,7 +100,7 @@ def slices_to_show(reference: np.ndarray, count: int) -> list[int]:
 
 
 def bounding_box(image: np.ndarray, is_ct: bool) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of what is not air, with a small margin."""
+    """Finds top, bottom, left and right of what is not air, with a small margin."""
     inside = (image > -300 if is_ct else image > np.percentile(image, 50)).mean(0) > 0.1
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     if not rows.size:
@@ -115,7 +114,7 @@ def bounding_box(image: np.ndarray, is_ct: bool) -> tuple[int, int, int, int]:
 
 
 def label_colors(labels: Mapping[str, int]) -> dict[int, tuple[str, tuple[float, ...]]]:
-    """Label value -> name and RGB; the same labels get the same colours in every picture."""
+    """Maps label values to name and RGB; the same labels get the same colors in every picture."""
     from matplotlib import colormaps
 
     names = {value: name for name, value in labels.items() if isinstance(value, int) and value > 0}
@@ -124,7 +123,7 @@ def label_colors(labels: Mapping[str, int]) -> dict[int, tuple[str, tuple[float,
 
 
 def color_image(segmentation: np.ndarray, colors: Mapping[int, tuple[str, tuple[float, ...]]]) -> np.ndarray:
-    """(y, x, 4) translucent picture of a (y, x) label map."""
+    """Draws a (y, x) label map as a translucent (y, x, 4) picture."""
     picture = np.zeros((*segmentation.shape, 4))
     for value, (_, color) in colors.items():
         picture[segmentation == value] = (*color, 0.55)
@@ -132,7 +131,7 @@ def color_image(segmentation: np.ndarray, colors: Mapping[int, tuple[str, tuple[
 
 
 def draw_outlines(axis, reference: np.ndarray, colors: Mapping[int, tuple[str, tuple[float, ...]]]) -> None:
-    """Draws the outline of each label, light enough to be seen on the prediction of the same colour."""
+    """Draws the outline of each label, light enough to be seen on the prediction of the same color."""
     for value, (_, color) in colors.items():
         if (reference == value).any():
             light = tuple(0.5 + 0.5 * c for c in color)
@@ -147,6 +146,8 @@ def add_legend(figure, colors: Mapping[int, tuple[str, tuple[float, ...]]], has_
     handles = [Patch(color=color, label=name.replace("_", " ")) for name, color in colors.values()]
     if has_predictions:
         handles.append(Line2D([], [], color="0.6", label="reference outline"))
-    figure.legend(
+    legend = figure.legend(
         handles=handles, loc="lower center", ncols=min(len(handles), LEGEND_COLUMNS), fontsize=8.5, frameon=False
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)

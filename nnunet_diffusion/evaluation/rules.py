@@ -9,7 +9,7 @@ from nnunet_diffusion.evaluation.surface import hausdorff_distance, surface_dice
 
 
 class Rules(NamedTuple):
-    """What two evaluations do differently."""
+    """The rules in which two evaluations differ."""
 
     name: str
     description: str
@@ -35,7 +35,7 @@ class Score(NamedTuple):
     hd95_mm: float
 
 
-# As the organisers' scripts do (JunMa11/FLARE); the limit of 0.2 is FLARE24's, whose other rules are the same.
+# As the organizers' scripts do (JunMa11/FLARE); the limit of 0.2 is FLARE24's, whose other rules are the same.
 FLARE22 = Rules(
     "flare22",
     "an organ in neither reference nor prediction scores 1, in only one of them 0; aorta, inferior vena cava and "
@@ -84,7 +84,7 @@ ALIASES = {
 
 
 def flare22_organ(name: str) -> str | None:
-    """FLARE22's name for an organ, however a data set writes it (`RightKidney`, `kidney_right`), or None."""
+    """Finds FLARE22's name for an organ, however a data set writes it (`RightKidney`, `kidney_right`), or None."""
     words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower())
     for organ in FLARE22_TOLERANCES_MM:
         if any(sorted(words) == sorted(alias.split()) for alias in (organ, *ALIASES.get(organ, ()))):
@@ -119,7 +119,7 @@ def score(
 
 
 def in_reference_slices(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both masks in the slices from the reference's first to its last, without the last, as FLARE's scripts cut them.
+    """Cuts both masks to the reference's slices, from its first to its last, without the last, as FLARE's scripts do.
 
     An organ in a single slice, where those scripts fail, is compared in that slice.
     """

@@ -1,21 +1,20 @@
-"""What an evaluation found, for a person and for programs: a table, CSV and JSON."""
+"""Writes what an evaluation found, for a person and for programs: a table, CSV and JSON."""
 
 import csv
 import math
 import os
-from collections.abc import Iterable, Mapping
-
-import numpy as np
+from collections.abc import Mapping
 
 from nnunet_diffusion.evaluation.folders import Evaluation
 from nnunet_diffusion.evaluation.rules import Score
 from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.tables import Scores, defined, deviation, figure, mean, text_table
 
-SHOWN = 20  # names in a line
+MOST_NAMES = 20  # in a line
 
 
 def summarize(evaluation: Evaluation) -> dict[str, dict]:
-    """Mean, standard deviation over the cases (of two or more) and number of counted pairs, by organ or union.
+    """Returns mean, standard deviation over the cases (of two or more) and number of counted pairs, by organ or union.
 
     Returns:
         Target -> measure -> {"mean", "sd", "pairs"}; NaN for what is not defined.
@@ -23,29 +22,35 @@ def summarize(evaluation: Evaluation) -> dict[str, dict]:
     names = [*evaluation.organs, *evaluation.unions]
     scores = {name: [case[name] for case in evaluation.scores.values() if name in case] for name in names}
     return {
-        name: {measure: _statistics(getattr(s, measure) for s in scores[name]) for measure in Score._fields}
+        name: {measure: _statistics([getattr(s, measure) for s in scores[name]]) for measure in Score._fields}
         for name in names
     }
 
 
 def organ_mean(evaluation: Evaluation, summary: Mapping[str, dict]) -> dict[str, float]:
-    """Mean over the organs of each measure's mean: every organ counts the same, unions do not count."""
+    """Averages each measure's mean over the organs: every organ counts the same, unions do not count."""
+    return {m: mean(summary[organ][m]["mean"] for organ in evaluation.organs) for m in Score._fields}
+
+
+def dice_scores(evaluation: Evaluation) -> Scores:
+    """Returns the DSC of each case and organ, without unions; NaN where it is not defined."""
     return {
-        measure: _statistics(summary[organ][measure]["mean"] for organ in evaluation.organs)["mean"]
-        for measure in Score._fields
+        case: {name: score.dsc for name, score in scores.items() if name in evaluation.organs}
+        for case, scores in evaluation.scores.items()
     }
 
 
 def summary_table(evaluation: Evaluation) -> str:
-    """A line for each organ and union, then the mean over the organs."""
+    """Writes a line for each organ and union, then the mean over the organs."""
     summary, targets = summarize(evaluation), evaluation.organs | evaluation.unions
-    mean = organ_mean(evaluation, summary)
+    means = organ_mean(evaluation, summary)
 
     def measured(measure: str, digits: int) -> list[str]:
-        return [*(_mean_and_sd(summary[name][measure], digits) for name in targets), _cell(mean[measure], digits)]
+        found = [summary[name][measure] for name in targets]
+        return [*(figure(s["mean"], s["sd"], digits) for s in found), figure(means[measure], digits=digits)]
 
-    def pairs(measure: str) -> list[str]:
-        return [*(str(summary[name][measure]["pairs"]) for name in targets), ""]
+    def pairs(measure: str) -> list:
+        return [*(summary[name][measure]["pairs"] for name in targets), ""]
 
     return text_table(
         {
@@ -60,23 +65,8 @@ def summary_table(evaluation: Evaluation) -> str:
     )
 
 
-def text_table(columns: Mapping[str, list[str]]) -> str:
-    """Columns of text beside each other, the first to the left, the others to the right; rules around the body.
-
-    Args:
-        columns: Heading -> cells; the last row is a footer.
-    """
-    padded = []
-    for number, (heading, cells) in enumerate(columns.items()):
-        width = max(map(len, [heading, *cells]))
-        padded.append([text.rjust(width) if number else text.ljust(width) for text in [heading, *cells]])
-    lines = ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
-    rule = "-" * max(map(len, lines))
-    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
-
-
 def remarks(evaluation: Evaluation) -> list[str]:
-    """What a reader of the table must know: the rules, and what does not count."""
+    """Lists what a reader of the table must know: the rules, and what does not count."""
     lines = [f"Rules {evaluation.rules.name}: {evaluation.rules.description}."]
     lines.append("DSC and NSD: mean ± standard deviation; HD95 of the pairs where both have the organ.")
     for organ in evaluation.organs:
@@ -87,8 +77,9 @@ def remarks(evaluation: Evaluation) -> list[str]:
 
 
 def problems(evaluation: Evaluation) -> list[str]:
-    """What was not compared, and why."""
-    lines = [f"{case}: {problem}" for case, problem in evaluation.failed.items()]
+    """Lists what was not compared, and why."""
+    failed = evaluation.failed.items()
+    lines = [f"{case}: {problem}".encode("utf-8", "backslashreplace").decode() for case, problem in failed]
     if evaluation.missing:
         lines.append(f"no prediction for {len(evaluation.missing)} reference(s): {listed(evaluation.missing)}")
     if evaluation.unexpected:
@@ -97,8 +88,17 @@ def problems(evaluation: Evaluation) -> list[str]:
 
 
 def listed(names: list[str]) -> str:
-    """Names in a line, not more than a person reads."""
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    """Writes names in a line, not more than a person reads."""
+    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
+
+
+def write_results(folder: str, evaluation: Evaluation) -> list[str]:
+    """Writes evaluation_RULES.csv and .json to a folder, created if need be; returns their paths."""
+    os.makedirs(folder, exist_ok=True)
+    files = [os.path.join(folder, f"evaluation_{evaluation.rules.name}.{ending}") for ending in ("csv", "json")]
+    write_csv(files[0], evaluation)
+    write_summary(files[1], evaluation)
+    return files
 
 
 def write_csv(path: str | os.PathLike, evaluation: Evaluation) -> None:
@@ -132,26 +132,11 @@ def write_summary(path: str | os.PathLike, evaluation: Evaluation) -> None:
     write_json(path, _without_nan(content))
 
 
-def _statistics(values: Iterable[float]) -> dict[str, float]:
-    defined = [value for value in values if not math.isnan(value)]
-    return {
-        "mean": float(np.mean(defined)) if defined else math.nan,
-        "sd": float(np.std(defined, ddof=1)) if len(defined) > 1 else math.nan,
-        "pairs": len(defined),
-    }
+def _statistics(values: list[float]) -> dict[str, float]:
+    return {"mean": mean(values), "sd": deviation(values), "pairs": len(defined(values))}
 
 
 def _without_nan(content):
     if isinstance(content, Mapping):
         return {key: _without_nan(value) for key, value in content.items()}
     return None if isinstance(content, float) and math.isnan(content) else content
-
-
-def _mean_and_sd(statistics: Mapping[str, float], digits: int) -> str:
-    if math.isnan(statistics["sd"]):
-        return _cell(statistics["mean"], digits)
-    return f"{_cell(statistics['mean'], digits)} ± {statistics['sd']:.{digits}f}"
-
-
-def _cell(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"

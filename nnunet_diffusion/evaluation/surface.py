@@ -50,7 +50,7 @@ def surface_distances(reference: np.ndarray, prediction: np.ndarray, spacing_mm:
 
 
 def surface_dice(distances: SurfaceDistances, tolerance_mm: float) -> float:
-    """Share of both surfaces that is at most a tolerance away from the other (NSD); NaN if there is no surface."""
+    """Returns the share of both surfaces within a tolerance of the other (NSD); NaN if there is no surface."""
     near = distances.reference_mm2[distances.reference_mm <= tolerance_mm].sum()
     near += distances.prediction_mm2[distances.prediction_mm <= tolerance_mm].sum()
     total = distances.reference_mm2.sum() + distances.prediction_mm2.sum()
@@ -58,7 +58,7 @@ def surface_dice(distances: SurfaceDistances, tolerance_mm: float) -> float:
 
 
 def hausdorff_distance(distances: SurfaceDistances, share: float = 0.95) -> float:
-    """Distance in mm within which a share of each surface lies of the other (HD95); infinite if a mask is empty."""
+    """Returns the distance in mm within which a share of each surface lies (HD95); infinite if a mask is empty."""
     return max(
         _quantile(distances.reference_mm, distances.reference_mm2, share),
         _quantile(distances.prediction_mm, distances.prediction_mm2, share),
@@ -66,7 +66,7 @@ def hausdorff_distance(distances: SurfaceDistances, share: float = 0.95) -> floa
 
 
 def corner_codes(mask: np.ndarray) -> np.ndarray:
-    """For each of the (X+1, Y+1, Z+1) corners of voxels, which of the eight voxels around it are in the mask: 0 to 255.
+    """Encodes, for (X+1, Y+1, Z+1) corners of voxels, which of the eight voxels around are in the mask: 0 to 255.
 
     Args:
         mask: (X, Y, Z) bool.
@@ -76,7 +76,7 @@ def corner_codes(mask: np.ndarray) -> np.ndarray:
 
 
 def element_areas(spacing_mm: Sequence[float]) -> np.ndarray:
-    """(256,) area in mm^2 of the element of surface at a corner, by the corner's code."""
+    """Returns the (256,) area in mm^2 of the element of surface at a corner, by the corner's code."""
     codes, normals = element_normals()
     x, y, z = spacing_mm
     return np.bincount(codes, np.linalg.norm(normals * (y * z, x * z, x * y), axis=1), minlength=256)
@@ -84,7 +84,7 @@ def element_areas(spacing_mm: Sequence[float]) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def element_normals() -> tuple[np.ndarray, np.ndarray]:
-    """The triangles of surface among the eight voxels of each code, in units of voxels.
+    """Returns the triangles of surface among the eight voxels of each code, in units of voxels.
 
     They are those of marching cubes (Lorensen and Cline 1987), where a code and its complement have the same surface.
 

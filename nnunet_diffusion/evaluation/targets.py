@@ -1,4 +1,4 @@
-"""What is compared in which case: the organs that somebody looked for there, and unions that were drawn as one."""
+"""What is compared in which case: the organs that are annotated there, and unions that were drawn as one."""
 
 from collections.abc import Mapping
 
@@ -18,7 +18,7 @@ Targets = dict[str, Target]
 
 
 def organ_labels(dataset_json: Mapping) -> dict[str, tuple[int, ...]]:
-    """Name -> values of each label or region of a dataset.json, without background and ignore label."""
+    """Maps names to the values of each label or region of a dataset.json, without background and ignore label."""
     return {
         name: tuple(value) if isinstance(value, (list, tuple)) else (value,)
         for name, value in dataset_json["labels"].items()
@@ -27,7 +27,7 @@ def organ_labels(dataset_json: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def organ_targets(dataset_json: Mapping, rules: Rules, tolerance_mm: float | None = None) -> Targets:
-    """The targets of a fully annotated case.
+    """Returns the targets of a fully annotated case.
 
     Args:
         dataset_json: nnU-Net's description of the data set.
@@ -54,7 +54,7 @@ def organ_targets(dataset_json: Mapping, rules: Rules, tolerance_mm: float | Non
 
 
 def case_targets(annotation: Annotation, channels: Channels, organs: Targets) -> Targets:
-    """The targets of one case: what it annotates, and each of its unions as one target, with the smallest tolerance.
+    """Returns the targets of one case: what it annotates, and each union as one target, with the smallest tolerance.
 
     Args:
         annotation: From `read_annotations`.

@@ -15,7 +15,6 @@ from typing_extensions import TypedDict
 
 from nnunet_diffusion.commands import MadeFrom
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.evaluation.summary import text_table
 from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.marks import mark, refuse_foreign
 from nnunet_diffusion.partial.annotations import Channels, output_channels, read_annotations
@@ -41,6 +40,7 @@ from nnunet_diffusion.rounds.pseudo_labels import (
     save_pseudo_label,
 )
 from nnunet_diffusion.schemas import Dataset
+from nnunet_diffusion.tables import text_table
 
 REPORT = "completed.json"
 

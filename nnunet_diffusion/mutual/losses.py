@@ -7,7 +7,7 @@ import torch
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from torch import Tensor, nn
 
-from nnunet_diffusion.mutual.network import MemberOutput, claims
+from nnunet_diffusion.mutual.network import MemberOutput, predicted_labels
 from nnunet_diffusion.mutual.terms import (
     OrganFeatures,
     feature_difference,
@@ -132,8 +132,8 @@ class DifferenceLoss(MembersLoss):
     def _feature_difference(self, k: int, output: MemberOutput, true: OrganFeatures, batch: GroupedBatch) -> Tensor:
         is_other = batch.group != k
         logits = output.logits[0].detach()[is_other]
-        claimed = claims(logits, self.owned[k].to(logits.device))
-        seen = organ_features(output.features[is_other], claimed, self.owned.shape[1])
+        labels = predicted_labels(logits, self.owned[k].to(logits.device))
+        seen = organ_features(output.features[is_other], labels, self.owned.shape[1])
         return feature_difference(seen, OrganFeatures(true.means[is_other], true.is_present[is_other]))
 
 

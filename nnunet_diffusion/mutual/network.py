@@ -27,7 +27,7 @@ def decode(network: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def log_odds(logits: Tensor, owned: Tensor) -> Tensor:
-    """Log odds of each owned class against all that is not owned: what a member knows that was taught these only.
+    """Log odds of each owned class against all that is not owned: the output of a member that learned these only.
 
     Args:
         logits: (B, C, X, Y[, Z]).
@@ -40,8 +40,8 @@ def log_odds(logits: Tensor, owned: Tensor) -> Tensor:
     return logits - logits.masked_fill(mask, -torch.inf).logsumexp(1, keepdim=True)
 
 
-def claims(logits: Tensor, owned: Tensor) -> Tensor:
-    """(B, 1, X, Y[, Z]) the owned class that a member sees there, 0 where everything else is more probable."""
+def predicted_labels(logits: Tensor, owned: Tensor) -> Tensor:
+    """Returns (B, 1, X, Y[, Z]) the owned class of each voxel, 0 where everything else is more probable."""
     odds = log_odds(logits, owned).masked_fill(~owned.reshape(1, -1, *[1] * (logits.ndim - 2)), -torch.inf)
     best, label = odds.max(1, keepdim=True)
     return torch.where(best > 0, label, 0)

@@ -15,7 +15,6 @@ from nnunet_diffusion.commands import Step, Steps, command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
 from nnunet_diffusion.locks import locked
-from nnunet_diffusion.model_folder import own_results
 from nnunet_diffusion.mutual.completion import (
     Report,
     complete_cases,
@@ -29,6 +28,7 @@ from nnunet_diffusion.mutual.groups import find_groups
 from nnunet_diffusion.partial.annotations import output_channels, read_annotations
 from nnunet_diffusion.plans import read_plans
 from nnunet_diffusion.preprocessing.cases import LABELED_FILES, fold_of
+from nnunet_diffusion.pretraining.start import SCRATCH, find_start
 from nnunet_diffusion.records import digest, made_from, refuse_other, size_and_time
 from nnunet_diffusion.rounds.cases import COPY
 from nnunet_diffusion.rounds.gate import GateSettings
@@ -36,7 +36,7 @@ from nnunet_diffusion.rounds.prediction import CHECKPOINT, Teacher
 from nnunet_diffusion.rounds.pseudo_labels import ENDING, pseudo_cases
 from nnunet_diffusion.rounds.state import State, load_state
 from nnunet_diffusion.schemas import Dataset
-from nnunet_diffusion.settings import BLOCK
+from nnunet_diffusion.settings import BLOCK, SettingsOf, given_settings
 
 STAGES = ("MutualDifferenceTrainer", "MutualSimilarityTrainer")
 
@@ -45,7 +45,7 @@ class MutualLearning:
     """Both stages on one fold, with logs and the state in a results folder of their own."""
 
     def __init__(self, dataset: str, configuration: str, fold: str, plans: str, device: str, gate: list[str],
-                 num_gpus: int = 1):  # fmt: skip
+                 num_gpus: int = 1, settings_of: SettingsOf = given_settings):  # fmt: skip
         """Checks what was asked for.
 
         Args:
@@ -56,6 +56,7 @@ class MutualLearning:
             device: cpu or cuda.
             gate: Settings of the gate, as KEY=VALUE.
             num_gpus: Of each training.
+            settings_of: Says what settings the plan gives a trainer.
 
         Raises:
             UserError: If there is no such data set, plan, configuration or fold, or mutual learning is not for it.
@@ -65,7 +66,7 @@ class MutualLearning:
         except (RuntimeError, ValueError) as error:
             raise UserError(f"-d {dataset}: {error}") from error
         self.configuration, self.fold, self.plans, self.device = configuration, fold, plans, device
-        self.num_gpus = num_gpus
+        self.num_gpus, self.settings_of = num_gpus, settings_of
         self.gate = GateSettings.from_pairs(gate)
         self.base = os.path.join(nnUNet_preprocessed, self.dataset)
         if not (fold.isdigit() or fold == "all"):
@@ -172,7 +173,7 @@ class MutualLearning:
 
     def settings(self, trainer: str) -> dict[str, Any]:
         """Those that the plan gives for a trainer."""
-        return self.content.get(BLOCK, {}).get(trainer, {})
+        return self.settings_of(self.content, trainer)
 
     def plan(self) -> dict[str, Any]:
         """The plan without other configurations and without settings."""
@@ -181,12 +182,10 @@ class MutualLearning:
 
     def denoiser(self, settings: dict[str, Any]) -> dict[str, str]:
         """The denoiser that a training starts from, by content; none from random weights, as by default."""
-        if settings.get("scratch", True):
+        if (start := settings.get("start", SCRATCH)) == SCRATCH:
             return {}
-        manager, pretraining = PlansManager(self.content), "DenoisingDiffusionTrainer"
-        own = own_results(manager, self.plans, self.configuration, self.fold, pretraining, "denoiser.pth")
-        candidates = [settings["denoiser"]] if settings.get("denoiser") else own
-        return {path: self.state.sha256(path) for path in list(filter(os.path.isfile, candidates))[:1]}
+        path = find_start(start, PlansManager(self.content), self.configuration, self.fold)
+        return {path: self.state.sha256(path)}
 
     # ---------------------------------------------------------------- completion
 

@@ -77,7 +77,7 @@ def feature_difference(own: OrganFeatures, other: OrganFeatures) -> Tensor:
     """|cosine| between each organ that a network sees and each true organ, as the network that owns it sees that.
 
     Args:
-        own: The network's features of the organs that it claims.
+        own: The network's features of the organs that it predicts.
         other: The owner's features of the annotated organs, constant here.
 
     Returns:
@@ -116,11 +116,11 @@ def feature_similarity(features: Sequence[OrganFeatures], errors: Tensor) -> lis
     """
     best = errors.argmin(0)  # (B, C)
     means = torch.stack([seen.means.detach() for seen in features])
-    taught = means.gather(0, best[None, ..., None].expand(1, *means.shape[1:]))[0]
+    target = means.gather(0, best[None, ..., None].expand(1, *means.shape[1:]))[0]
     losses = []
     for k, seen in enumerate(features):
         learns = seen.is_present & (best != k)
-        distance = 1 - F.cosine_similarity(seen.means, taught, dim=2)
+        distance = 1 - F.cosine_similarity(seen.means, target, dim=2)
         losses.append(torch.where(learns, distance, 0).sum() / learns.sum().clamp_min(1))
     return losses
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.partial.annotations import Annotation, Channels, annotated_mask
+from nnunet_diffusion.tables import mean
 
 
 def hard_counts(
@@ -76,11 +77,11 @@ def restrict_summary(path: str, file_ending: str, annotations: Mapping[str, Anno
                 entry["metrics"][label] = {}
         figures = [entry["metrics"][label] for entry in cases if entry["metrics"][label]]
         keys = figures[0] if figures else summary["mean"][label]
-        summary["mean"][label] = {key: _mean([figure[key] for figure in figures]) for key in keys}
+        summary["mean"][label] = {key: mean(figure[key] for figure in figures) for key in keys}
         dice = [figure["Dice"] for figure in figures]
         counted[names[values]] = {"annotated": len(figures), "with_dice": int(np.isfinite(dice).sum())}
     foreground = [figures for label, figures in summary["mean"].items() if label != 0]
-    summary["foreground_mean"] = {key: _mean([figures[key] for figures in foreground]) for key in foreground[0]}
+    summary["foreground_mean"] = {key: mean(figures[key] for figures in foreground) for key in foreground[0]}
     summary["counted_pairs"] = counted
     for part in (summary["mean"], summary["foreground_mean"]):
         recursive_fix_for_json_export(part)
@@ -89,7 +90,3 @@ def restrict_summary(path: str, file_ending: str, annotations: Mapping[str, Anno
             part[label_or_region_to_key(label)] = part.pop(label)
     write_json(path, summary)
     return summary
-
-
-def _mean(values: list[float]) -> float:
-    return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")

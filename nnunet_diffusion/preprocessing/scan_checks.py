@@ -36,6 +36,7 @@ def read_geometry(path: str) -> Geometry | None:
     Raises:
         UserError: If the file is missing, empty or unreadable, or does not hold one 3-D image or picture.
     """
+    _require_readable_name(path)
     _require_content(path)
     if not path.endswith((*GEOMETRIC_ENDINGS, *PICTURE_ENDINGS)):
         return None
@@ -66,7 +67,7 @@ def number_of_channels(images: Sequence[str]) -> int:
     Raises:
         UserError: If a picture cannot be read.
     """
-    shapes = [_voxels(path).shape if path.endswith(PICTURE_ENDINGS) else () for path in images]
+    shapes = [read_voxels(path).shape if path.endswith(PICTURE_ENDINGS) else () for path in images]
     return sum(shape[2] if len(shape) == 3 else 1 for shape in shapes)
 
 
@@ -83,7 +84,7 @@ def check_image(path: str) -> Geometry | None:
             or all its voxels have the same value.
     """
     if geometry := read_geometry(path):
-        check_values(path, _voxels(path))
+        check_values(path, read_voxels(path))
     return geometry
 
 
@@ -116,7 +117,7 @@ def check_label(path: str, label_values: Collection[int]) -> Geometry | None:
         return None
     if (channels := number_of_channels([path])) != 1:
         raise UserError(f"{path}: a label map has one value a pixel, not {channels}: save it in grey levels")
-    found = np.sort(pd.unique(_voxels(path).ravel()))  # hashing: much faster than np.unique on a scan
+    found = np.sort(pd.unique(read_voxels(path).ravel()))  # hashing: much faster than np.unique on a scan
     if fractions := [float(value) for value in found if not float(value).is_integer()]:
         raise UserError(f"{path}: label values must be whole numbers, not {_some(fractions)}: is this an image?")
     if unknown := [int(value) for value in found if value not in label_values]:
@@ -212,11 +213,14 @@ def _require_content(path: str) -> None:
         raise UserError(f"{path}: is an empty file: copy or download it again")
 
 
-def _voxels(path: str) -> np.ndarray:
-    """All values of an image file, in any order and shape; of a picture as nnU-Net reads it, channels last.
+def read_voxels(path: str) -> np.ndarray:
+    """Reads all values of an image file, in any order and shape; of a picture as nnU-Net reads it, channels last.
 
     NIfTI files are read here because SimpleITK, without a word, makes up what is missing of a truncated one and turns
     NaN and infinity into 0; other formats it refuses, or reads as they are.
+
+    Raises:
+        UserError: If it cannot be read to its end.
     """
     try:
         if path.endswith(NIFTI_ENDINGS):
@@ -260,3 +264,9 @@ def _rounded(values: Sequence[float]) -> tuple[float, ...]:
 
 def _some(values: list, limit: int = 10) -> str:
     return str(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")
+
+
+def _require_readable_name(path: str) -> None:
+    """Refuses a path that is no UTF-8 (SimpleITK ends the program) or has a null character, which no file can have."""
+    if "\0" in path or path.encode(errors="replace").decode() != path:
+        raise UserError(f"{path!r}: is no UTF-8, which image readers need: rename the file or its folder")

@@ -1,9 +1,7 @@
 """denoiser.pth: what pre-training leaves behind; plain tensors and plain values only."""
 
 import json
-import pickle
 import re
-import zipfile
 from importlib.metadata import version
 from typing import Any
 
@@ -11,8 +9,10 @@ import torch
 from torch import nn
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic
+from nnunet_diffusion.files import atomic, check_shape
+from nnunet_diffusion.model_folder import load_plain
 from nnunet_diffusion.pretraining.conditioning import Denoiser, condition, fold
+from nnunet_diffusion.schemas import Denoiser as DenoiserContent
 
 FORMAT = "nnunet_diffusion denoiser"
 FORMAT_VERSION = 1
@@ -79,51 +79,69 @@ def save_denoiser(path: str, denoiser: Denoiser, timestep: int, process: dict, p
 
 
 def load_denoiser(path: str) -> dict[str, Any]:
-    """The content of a denoiser file as `save_denoiser` wrote it; for the errors see `load_plain`."""
-    return load_plain(path, FORMAT, FORMAT_VERSION, "DenoisingDiffusionTrainer")
-
-
-def load_plain(path: str, file_format: str, format_version: int, trainer: str) -> dict[str, Any]:
-    """Reads a file of ours without running anything that it may contain.
-
-    Args:
-        path: The file.
-        file_format: What it says that it is, such as "nnunet_diffusion denoiser".
-        format_version: Which version of that this library reads.
-        trainer: What writes such files.
-
-    Returns:
-        The content as it was written, tensors on the CPU.
+    """Loads the content of a denoiser file as `save_denoiser` wrote it.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        UserError: If it is truncated, holds anything but tensors and plain values, is another kind of checkpoint, or
-            comes from a later version.
+        UserError: If it is damaged or holds code, and as `check_own`.
     """
-    what = file_format.split()[-1]
+    content = load_own(path, "denoiser", "DenoisingDiffusionTrainer")
+    check_denoiser(content, path)
+    return content
+
+
+def is_denoiser(content: Any) -> bool:
+    """Says whether a loaded file calls itself a denoiser."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def check_denoiser(content: Any, path: str) -> None:
+    """Refuses what is no denoiser; for the errors see `check_own`."""
+    check_own(content, path, FORMAT, FORMAT_VERSION, "DenoisingDiffusionTrainer", DenoiserContent)
+    scale = content["denoiser_weights"].get("input_scale")
+    if scale is None or scale.shape != (len(content["plan"]["channel_names"]),) or not (0 < scale).all():
+        raise UserError(
+            f"{path}: denoiser_weights.input_scale: must be a positive number for each channel of plan.channel_names, "
+            f"not {scale}: {remedy_for('denoiser', 'DenoisingDiffusionTrainer')}"
+        )
+
+
+def load_own(path: str, what: str, trainer: str) -> Any:
+    """Loads a file that one of our trainers writes; see `model_folder.load_plain`."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        return load_plain(path, remedy_for(what, trainer))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no {what} {path}: check the path, or pre-train one") from None
-    except pickle.UnpicklingError:
-        raise UserError(
-            f"{path} holds more than tensors and plain values, as nnU-Net's checkpoints and harmful files do; nothing "
-            f"in it was run: give a {what}.pth that {trainer} wrote"
-        ) from None
-    except (EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} cannot be read, it is truncated or no PyTorch file ({error}): copy it again, or delete it and "
-            "repeat the pre-training command with --val"
-        ) from None
+
+
+def remedy_for(what: str, trainer: str) -> str:
+    """Returns what to do about a file that cannot be used."""
+    return f"give a {what}.pth that {trainer} wrote, or delete it and repeat the pre-training command with --val"
+
+
+def check_own(content: Any, path: str, file_format: str, format_version: int, trainer: str, schema: Any) -> None:
+    """Refuses the content of a file that is not what one of our trainers writes.
+
+    Args:
+        content: What it holds.
+        path: The file, for the message.
+        file_format: What it says that it is, such as "nnunet_diffusion denoiser".
+        format_version: Which version of that this library reads.
+        trainer: What writes such files.
+        schema: What it holds, of `nnunet_diffusion.schemas`.
+
+    Raises:
+        UserError: If it is another kind of checkpoint, comes from a later version, or lacks something; names it.
+    """
+    what = file_format.split()[-1]
     if not isinstance(content, dict) or content.get("format") != file_format:
         raise UserError(f"{path} is no {what} of nnunet_diffusion: give a file that {trainer} wrote")
     if content.get("format_version") != format_version:
         raise UserError(
-            f"{path} has format version {content.get('format_version')} (nnunet_diffusion "
-            f"{content.get('versions', {}).get('nnunet_diffusion')}), this library reads {format_version}: install the "
-            "version that wrote it, or pre-train again"
+            f"{path} has format version {content.get('format_version')} (versions {content.get('versions')}), this "
+            f"library reads {format_version}: install the version that wrote it, or pre-train again"
         )
-    return content
+    check_shape(content, schema, path, remedy_for(what, trainer))
 
 
 def rebuild(content: dict[str, Any], network: nn.Module) -> Denoiser:
@@ -152,19 +170,29 @@ def refuse_other_topology(what: str, weights: dict, expected: dict, plan: dict) 
         expected: The network's state dict.
         plan: The file's plan identity.
     """
+    if table := differing_weights(what, weights, expected):
+        raise UserError(
+            f"the {what} was made for another topology ({plan['dataset_name']}, {plan['plans_name']}, "
+            f"{plan['configuration']}): {table}\npre-train with this plan, or move the pre-training plan to this data "
+            "set (nnUNetv2_move_plans_between_datasets)"
+        )
+
+
+def differing_weights(what: str, weights: dict, expected: dict) -> str:
+    """Returns a table of the weights whose shapes are not as expected; empty if all are.
+
+    Args:
+        what: The weights are of, for the table.
+        weights: A state dict.
+        expected: The network's state dict.
+    """
     rows = [
         f"  {name}: {what} {_shape(weights.get(name))}, planned network {_shape(expected.get(name))}"
         for name in sorted({**weights, **expected})
         if _shape(weights.get(name)) != _shape(expected.get(name))
     ]
-    if rows:
-        raise UserError(
-            f"the {what} was made for another topology ({plan['dataset_name']}, {plan['plans_name']}, "
-            f"{plan['configuration']}): {len(expected) - len(rows)} of {len(expected)} parameters match, these do not\n"
-            + "\n".join(rows[:20] + [f"  and {len(rows) - 20} more"] * (len(rows) > 20))
-            + "\npre-train with this plan, or move the pre-training plan to this data set "
-            "(nnUNetv2_move_plans_between_datasets)"
-        )
+    shown = "\n".join(rows[:20] + [f"  and {len(rows) - 20} more"] * (len(rows) > 20))
+    return f"{len(expected) - len(rows)} of {len(expected)} weights match, these do not\n{shown}" if rows else ""
 
 
 def build(content: dict[str, Any]) -> Denoiser:
@@ -181,19 +209,22 @@ def build(content: dict[str, Any]) -> Denoiser:
 
     plan, channels = content["plan"], len(content["denoiser_weights"]["input_scale"])
     imported = plan["network_kwargs_requiring_import"]
-    modules = [plan["network_kwargs"][key] for key in imported if plan["network_kwargs"][key] is not None]
+    modules = [str(plan["network_kwargs"][key]) for key in imported if plan["network_kwargs"].get(key) is not None]
     strange = [name for name in [plan["network_class"]] if not NETWORKS.fullmatch(name)]
     strange += [name for name in modules if not MODULES.fullmatch(name)]
     if strange:
         raise UserError(f"the denoiser asks for {', '.join(strange)}: only nnU-Net's U-Nets are built from a file")
-    network = get_network_from_plans(
-        plan["network_class"], plan["network_kwargs"], imported, channels, channels, deep_supervision=False
-    )
+    try:
+        network = get_network_from_plans(
+            plan["network_class"], plan["network_kwargs"], imported, channels, channels, deep_supervision=False
+        )
+    except Exception as error:  # the network's own, of whatever kind
+        raise UserError(f"the denoiser's plan.network_kwargs make no network ({error!r}): take another file") from error
     return rebuild(content, network)
 
 
-def _shape(tensor: torch.Tensor | None) -> str:
-    return "missing" if tensor is None else str(tuple(tensor.shape))
+def _shape(tensor: Any) -> str:
+    return "missing" if tensor is None else str(tuple(tensor.shape)) if hasattr(tensor, "shape") else repr(tensor)
 
 
 def _nnssl_adaptation_plan(denoiser: Denoiser, plan: dict) -> dict[str, Any]:

@@ -17,7 +17,7 @@ class Diffusion:
 
     Attributes:
         prior: Mean and standard deviation of the mean of a patch of x_0, each (C,) or for all channels (1,); see
-            `process.patch_mean`. `know_images` measures them.
+            `process.patch_mean`. `calibrate` measures them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Diffusion:
         """What makes the same process again, as plain values."""
         return {**self.choices, "prior": [values.tolist() for values in self.prior]}
 
-    def know_images(
+    def calibrate(
         self, networks: Sequence[nn.Module], statistics: ImageStatistics, patches: Iterable[Tensor], noise: float = 1.0
     ) -> None:
         """Measures noise in what varies inside the body, and learns what mean a patch has.

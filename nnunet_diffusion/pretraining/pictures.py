@@ -3,7 +3,7 @@
 import matplotlib
 import numpy as np
 
-from nnunet_diffusion.files import atomic
+from nnunet_diffusion.image_files import save_figure
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -53,6 +53,5 @@ def _chunks(images: np.ndarray, size: int) -> list[np.ndarray]:
 
 
 def _save(figure, path: str) -> None:
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=110, bbox_inches="tight")
+    save_figure(figure, path, dpi=110, bbox_inches="tight")
     plt.close(figure)

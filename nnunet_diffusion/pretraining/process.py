@@ -5,6 +5,7 @@ Symbols follow Ho et al. 2020 (DDPM, arXiv 2006.11239): x_t = sqrt(alpha_bar_t) 
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -165,3 +166,19 @@ def draw_timesteps(batch_size: int, timesteps: int, antithetic: bool, device: to
         return torch.randint(timesteps, (batch_size,), device=device)
     half = torch.randint(timesteps, ((batch_size + 1) // 2,), device=device)
     return torch.stack([half, timesteps - 1 - half], 1).flatten()[:batch_size]
+
+
+def held_out_draw(shape: Sequence[int], number: int, count: int, timesteps: int) -> tuple[Tensor, Tensor]:
+    """Returns timesteps spread over the schedule, and noise: the same for a batch whenever the loss is measured on it.
+
+    Args:
+        shape: Of the batch, (B, C, X, Y[, Z]).
+        number: Of the batch.
+        count: How many batches there are.
+        timesteps: T.
+
+    Returns:
+        (B,) int64 and standard normal noise, on the CPU.
+    """
+    timestep = ((torch.arange(shape[0]) * count + number + 0.5) / (shape[0] * count) * timesteps).long()
+    return timestep, torch.randn(shape, generator=torch.Generator().manual_seed(number))

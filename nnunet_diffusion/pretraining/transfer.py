@@ -1,6 +1,5 @@
 """Transfer of a denoiser's weights into the planned segmentation network, with a report that hides nothing."""
 
-import sys
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -21,7 +20,7 @@ class TransferReport:
         missing: Left as they were initialised.
         unexpected: In the denoiser, but not used.
         source: The file.
-        timestep: t*, at which it was folded.
+        timestep: t*, at which a denoiser was folded here; None for other weights.
         warnings: Differences between the two plans that do not prevent the transfer.
     """
 
@@ -30,7 +29,7 @@ class TransferReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     source: str = ""
-    timestep: int = 0
+    timestep: int | None = None
     warnings: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict:
@@ -39,7 +38,8 @@ class TransferReport:
 
     def __str__(self) -> str:
         """A few lines for the log."""
-        lines = [f"Transferred {self.source}, folded at timestep {self.timestep}:"]
+        folded = "" if self.timestep is None else f", folded at timestep {self.timestep}"
+        lines = [f"Starts from {self.source}{folded}:"]
         for name in ("matched", "adapted", "missing", "unexpected"):
             entries = getattr(self, name)
             detail = "" if name == "matched" or not entries else ": " + ", ".join(entries)
@@ -129,16 +129,22 @@ def plan_differences(trained: dict, now: dict) -> list[str]:
     return differences
 
 
-def pretrained_weights_argument() -> str | None:
-    """The file given to `nnUNetv2_train -pretrained_weights`, which nnU-Net does not tell its trainers.
+def parameter_sums(network: nn.Module) -> dict[str, float]:
+    """Returns the sum of each parameter, by which weights are known that somebody else has loaded since."""
+    return {name: parameter.detach().double().sum().item() for name, parameter in network.named_parameters()}
 
-    It reads that file itself, with pickle, after the trainer is initialised; a trainer that knows the name can check
-    it before, and choose t* afterwards.
+
+def report_loaded(network: nn.Module, before: dict[str, float]) -> TransferReport | None:
+    """Reports the weights that nnU-Net loaded (`-pretrained_weights`), which it does not tell its trainers.
+
+    Args:
+        network: As it is now.
+        before: Its `parameter_sums` as it was initialized.
+
+    Returns:
+        The report, or None if nothing was loaded.
     """
-    flag = "-pretrained_weights"  # argparse would take `-p PLANS` for an abbreviation of it
-    for argument, following in zip(sys.argv, [*sys.argv[1:], None], strict=True):
-        if argument == flag:
-            return following
-        if argument.startswith(flag + "="):
-            return argument.removeprefix(flag + "=")
-    return None
+    now = parameter_sums(network)
+    loaded = [name for name in now if now[name] != before[name]]
+    kept = [f"{name} (as initialized, or loaded with the same values)" for name in now if name not in loaded]
+    return TransferReport(matched=loaded, missing=kept, source="-pretrained_weights") if loaded else None

@@ -8,22 +8,38 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from nnunet_diffusion import schemas
+from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
 from nnunet_diffusion.preprocessing.cases import read_splits
+from nnunet_diffusion.report.slices import Picture, read_picture
+from nnunet_diffusion.tables import Scores
 
-MODEL = re.compile(r"(?P<trainer>.+)__(?P<plans>.+)__(?P<configuration>.+)")
-FOLD = re.compile(r"fold_(\d+|all)")
-CASE_SCORES = dict[str, dict[str, float]]  # case -> organ -> value; what is not defined is not there
+MODEL = re.compile(r"(?P<trainer>.+)__(?P<plans>.+)__(?P<configuration>.+)", re.DOTALL)
+FOLD = re.compile(r"fold_([0-9]+|all)")
+NO_MODELS = ("rounds", "mutual")  # folders of these commands, named like a trainer's
+MEASURES = {"DSC": "dsc", "NSD": "nsd"}
+# File -> its schema, and what the user can do if it cannot be read.
+FILES = {
+    "plans.json": (schemas.ModelPlans, "copy it from nnUNet_preprocessed"),
+    "transfer_report.json": (schemas.Transfer, "train the fold again to have it"),
+    "summary.json": (schemas.Summary, "make it anew with nnUNetv2_train ... --val"),
+    "evaluation": (schemas.EvaluationFile, "make it anew with nnunet_diffusion evaluate"),
+    "quality": (schemas.Quality, "make it anew with nnunet_diffusion evaluate_samples"),
+    "benchmark": (schemas.Benchmark, "run the benchmark again"),
+    "report.json": (schemas.RoundReport, "run nnunet_diffusion rounds again to have it"),
+}
 
 
 @dataclass
-class Scores:
-    """What a set of predictions scored."""
+class Evaluated:
+    """Scores of a set of predictions."""
 
     source: str  # by which rules, of which cases
-    measures: dict[str, CASE_SCORES] = field(default_factory=dict)  # "DSC", "NSD" -> scores
+    measures: dict[str, Scores] = field(default_factory=dict)  # "DSC", "NSD" -> scores; undefined ones are not there
 
 
 @dataclass
@@ -35,10 +51,10 @@ class Fold:
     is_finished: bool = False
     curves: dict[str, dict[int, float]] = field(default_factory=dict)  # train_loss, val_loss, pseudo_dice -> epoch
     transfer: dict[str, Any] | None = None
-    validation: CASE_SCORES = field(default_factory=dict)
-    evaluations: dict[str, dict] = field(default_factory=dict)  # rules -> content of evaluation_RULES.json
-    denoiser: dict[str, Any] | None = None  # process, plan and training of denoiser.pth
-    samples: dict[str, Any] = field(default_factory=dict)  # picture, description, qualities
+    validation: Scores = field(default_factory=dict)
+    evaluations: dict[str, Evaluated] = field(default_factory=dict)  # by the name of the rules
+    denoiser: dict[str, Any] | None = None  # what its denoiser.pth says of its training
+    qualities: list[dict[str, Any]] = field(default_factory=list)  # figures of its samples
 
 
 @dataclass
@@ -67,19 +83,50 @@ class Results:
     models: list[Model] = field(default_factory=list)
     splits: list[dict[str, list[str]]] = field(default_factory=list)
     benchmarks: dict[str, dict] = field(default_factory=dict)  # label_efficiency or partial_labels folder -> content
-    evaluations: dict[str, dict] = field(default_factory=dict)  # file -> content
+    evaluations: dict[str, Evaluated] = field(default_factory=dict)  # by file
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def organs(self) -> list[str]:
+        """The labels or regions but background and the ignore label."""
+        return [name for name, value in self.dataset_json["labels"].items() if value != 0 and name != "ignore"]
+
     def attempt(self, path: str, read: Callable[[str], Any]) -> Any:
-        """What `read` makes of a file; None if there is none, or, which is noted, if it cannot be read."""
-        if not os.path.isfile(path):
-            return None
+        """Returns what `read` makes of a file or folder; None if there is none or, which is noted, it cannot be read.
+
+        Whatever a file holds must not cost the rest of the page: every error of `read` is a problem of this file.
+        """
         try:
             return read(path)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            said = f"{type(error).__name__}: {error}".replace(f"{path}: ", "").splitlines()[0][:200]
-            self.problems.append(f"{path}: cannot be read, it is not whole or of another version ({said}): left out")
-            return None
+        except FileNotFoundError:
+            if not os.path.islink(path):
+                return None
+            problem = f"{path}: is a link to nothing"
+        except UserError as error:
+            problem = str(error) if path in str(error) else f"{path}: {error}"
+        except OSError as error:
+            problem = f"{path}: cannot be read ({error.strerror or error})"
+        except Exception as error:
+            problem = f"{path}: cannot be read ({type(error).__name__}: {error})"
+        self.note(f"{' '.join(problem.split())[:500]}: left out")
+        return None
+
+    def note(self, problem: str) -> None:
+        """Adds a problem; names of files that are not UTF-8 are written so that they can be printed."""
+        self.problems.append(problem.encode("utf-8", "backslashreplace").decode())
+
+    def json(self, path: str, kind: str = "") -> Any:
+        """Returns the content of a JSON file of a `kind` of FILES, by default its name's, by `attempt`."""
+        schema, remedy = FILES[kind or os.path.basename(path)]
+        return self.attempt(path, partial(read_json, schema=schema, remedy=remedy))
+
+    def picture(self, path: str, alt: str) -> Picture | None:
+        """Returns a picture of the results, by `attempt`."""
+        return self.attempt(path, partial(read_picture, alt=alt))
+
+    def entries(self, folder: str) -> list[str]:
+        """Returns the names in a folder, sorted, by `attempt`."""
+        return sorted(self.attempt(folder, os.listdir) or ())
 
 
 def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations: list[str]) -> Results:
@@ -93,70 +140,60 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
         evaluations: More files of `nnunet_diffusion evaluate`.
     """
     found = Results(dataset, {})
-    for folder in (raw, preprocessed):
+    names = found.entries(results)
+    models = [match for name in names if (match := MODEL.fullmatch(name)) and match["trainer"] not in NO_MODELS]
+    for folder in (raw, preprocessed, *(os.path.join(results, match[0]) for match in models)):
         found.dataset_json = found.dataset_json or found.attempt(os.path.join(folder, "dataset.json"), _dataset) or {}
     found.splits = found.attempt(os.path.join(preprocessed, "splits_final.json"), read_splits) or []
-    for name in sorted(os.listdir(results)) if os.path.isdir(results) else ():
-        folder, match = os.path.join(results, name), MODEL.fullmatch(name)
+    for name in filter(lambda name: os.path.isdir(os.path.join(results, name)), names):
         for benchmark in ("label_efficiency", "partial_labels"):
-            if content := found.attempt(os.path.join(folder, benchmark + ".json"), _benchmark):
+            if content := found.json(os.path.join(results, name, benchmark + ".json"), "benchmark"):
                 found.benchmarks[name] = content
-        is_model = match and match["trainer"] not in ("rounds", "mutual")
-        if is_model and (model := _model(found, folder, match)).folds:
-            found.models.append(model)
+    candidates = (_model(found, os.path.join(results, match[0]), match) for match in models)
+    found.models = [model for model in candidates if model.folds]
     for path in evaluations:
-        if content := found.attempt(path, _evaluation):
-            found.evaluations[path] = content
-        elif not os.path.isfile(path):
-            found.problems.append(f"{path}: there is no such file: left out")
+        if evaluated := _evaluated(found, path):
+            found.evaluations[path] = evaluated
+        elif not os.path.lexists(path):
+            found.note(f"{path}: there is no such file: left out")
     return found
+
+
+def _dataset(path: str) -> dict:
+    return read_json(path, schemas.Dataset)
 
 
 def _model(found: Results, folder: str, match: re.Match) -> Model:
     model = Model(*match.groups(), folder)
-    if not found.dataset_json:
-        found.dataset_json = found.attempt(os.path.join(folder, "dataset.json"), _dataset) or {}
-    plans = found.attempt(os.path.join(folder, "plans.json"), read_json) or {}
-    block = plans.get("nnunet_diffusion", {})
-    model.settings = dict(block.get(model.trainer, {})) if isinstance(block, Mapping) else {}
-    for name in sorted(os.listdir(folder)):
-        if (fold := FOLD.fullmatch(name)) and os.path.isdir(os.path.join(folder, name)):
-            model.folds.append(_fold(found, os.path.join(folder, name), fold[1]))
+    names, plans = found.entries(folder), found.json(os.path.join(folder, "plans.json")) or {}
+    model.settings = plans.get("nnunet_diffusion", {}).get(model.trainer, {})
+    for fold in filter(None, map(FOLD.fullmatch, names)):
+        if (files := found.attempt(os.path.join(folder, fold[0]), os.listdir)) is not None:
+            model.folds.append(_fold(found, os.path.join(folder, fold[0]), fold[1], sorted(files)))
     return model
 
 
-def _fold(found: Results, folder: str, name: str) -> Fold:
+def _fold(found: Results, folder: str, name: str, files: list[str]) -> Fold:
     def at(*parts: str) -> str:
         return os.path.join(folder, *parts)
 
-    files = sorted(os.listdir(folder))
     fold = Fold(name, folder, bool({"checkpoint_final.pth", "denoiser.pth"} & set(files)))
     for log in (file for file in files if re.fullmatch(r"training_log_.*\.txt", file)):
         _merge(fold.curves, found.attempt(at(log), read_log) or {})
-    fold.transfer = found.attempt(at("transfer_report.json"), _transfer)
-    organs = organ_keys(found.dataset_json)
-    ending = found.dataset_json.get("file_ending", "")
-    fold.validation = found.attempt(at("validation", "summary.json"), lambda p: _summary(p, organs, ending)) or {}
+    fold.transfer = found.json(at("transfer_report.json"))
+    if summary := found.json(at("validation", "summary.json")):
+        fold.validation = _dice(summary, found.dataset_json)
     for rules in ("flare22", "nnunet"):
-        if content := found.attempt(at("validation", f"evaluation_{rules}.json"), _evaluation):
-            fold.evaluations[rules] = content
+        if evaluated := _evaluated(found, at("validation", f"evaluation_{rules}.json")):
+            fold.evaluations[rules] = evaluated
     fold.denoiser = found.attempt(at("denoiser.pth"), _denoiser)
-    if fold.denoiser is not None:
-        fold.samples = _samples(found, folder)
+    qualities = (found.json(at("samples", f"quality_{name}.json"), "quality") for name in ("encoder", "inception"))
+    fold.qualities = [content for content in qualities if content]
     return fold
 
 
-def _samples(found: Results, folder: str) -> dict[str, Any]:
-    pictures = [os.path.join(folder, "samples", "samples.png"), os.path.join(folder, "samples.png")]
-    qualities = [os.path.join(folder, "samples", f"quality_{name}.json") for name in ("encoder", "inception")]
-    return {
-        "picture": next(filter(os.path.isfile, pictures), None),
-        "qualities": [content for path in qualities if (content := found.attempt(path, _quality))],
-    }
-
-
 def read_log(path: str) -> dict[str, dict[int, float]]:
-    """Curves of one of nnU-Net's training logs: epoch -> train_loss, val_loss, pseudo_dice (mean over the labels)."""
+    """Reads the curves of one of nnU-Net's logs: epoch -> train_loss, val_loss, pseudo_dice (mean over the labels)."""
     patterns = {
         "train_loss": re.compile(r"\btrain_loss (\S+?),?\s"),
         "val_loss": re.compile(r"\b(?:val_loss|held-out loss) (\S+?),?\s"),
@@ -166,12 +203,12 @@ def read_log(path: str) -> dict[str, dict[int, float]]:
     epoch = None
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            if start := re.search(r": Epoch (\d+)\s*$", line):
+            if start := re.search(r": Epoch ([0-9]{1,9})\s*$", line):
                 epoch = int(start[1])
             for name, pattern in patterns.items():
                 if epoch is not None and (match := pattern.search(line)):
                     numbers = [float(n) for n in re.findall(r"(?<![\w.])-?\d+\.?\d*(?:e[-+]?\d+)?(?![\w.])", match[1])]
-                    if numbers:
+                    if numbers and math.isfinite(sum(numbers)):
                         curves[name][epoch] = sum(numbers) / len(numbers)
     return curves
 
@@ -185,87 +222,50 @@ def _merge(curves: dict[str, dict[int, float]], later: dict[str, dict[int, float
         curves.setdefault(name, {}).update(values)
 
 
-def organ_keys(dataset_json: Mapping) -> dict[str, str]:
-    """Key in nnU-Net's summary.json, "1" or "(1, 2)" -> name of the label or region."""
-    labels = dataset_json.get("labels", {})
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in labels.items()}
-    return {str(value): name for name, value in values.items() if value != 0 and name != "ignore"}
+def _dice(summary: Mapping, dataset_json: Mapping) -> Scores:
+    """Returns the Dice of nnU-Net's summary.json, whose keys are values: "1" of a label, "(1, 2)" of a region."""
+    labels, ending = dataset_json.get("labels", {}), dataset_json.get("file_ending", "")
+    organs = {str(tuple(v) if isinstance(v, list) else v): name for name, v in labels.items()}
+    return {
+        os.path.basename(entry["prediction_file"]).removesuffix(ending): {
+            organs.get(key, key): figures["Dice"]
+            for key, figures in entry["metrics"].items()
+            if figures.get("Dice") is not None and not math.isnan(figures["Dice"])
+        }
+        for entry in summary["metric_per_case"]
+    }
 
 
-def _summary(path: str, organs: Mapping[str, str], ending: str) -> CASE_SCORES:
-    scores = {}
-    for entry in read_json(path)["metric_per_case"]:
-        case = os.path.basename(entry["prediction_file"]).removesuffix(ending)
-        dice = {organs.get(key, key): figures["Dice"] for key, figures in entry["metrics"].items() if "Dice" in figures}
-        scores[case] = {name: value for name, value in dice.items() if value is not None and math.isfinite(value)}
-    return scores
+def _evaluated(found: Results, path: str) -> Evaluated | None:
+    content = found.json(path, "evaluation")
+    return evaluated_scores(content) if content else None
 
 
-def evaluation_scores(content: Mapping) -> Scores:
-    """Scores of a file of `nnunet_diffusion evaluate`."""
-    scores = Scores(f"By the rules {content['rules']['name']}: {content['rules']['description']}")
-    for measure, key in (("DSC", "dsc"), ("NSD", "nsd")):
-        scores.measures[measure] = {
-            case: {organ: float(value[key]) for organ, value in organs.items() if value[key] is not None}
+def evaluated_scores(content: Mapping) -> Evaluated:
+    """Returns the scores of a file of `nnunet_diffusion evaluate`."""
+    measures = {
+        measure: {
+            case: {organ: value[key] for organ, value in organs.items() if value[key] is not None}
             for case, organs in content["cases"].items()
         }
-    return scores
+        for measure, key in MEASURES.items()
+    }
+    return Evaluated(f"By the rules {content['rules']['name']}: {content['rules']['description']}", measures)
 
 
-def model_scores(model: Model) -> Scores:
-    """Validation scores of all folds: by the rules that most cases were evaluated by, else nnU-Net's own Dice."""
-    folds = [fold for fold in model.folds if fold.validation or fold.evaluations]
-    validation = {case: dice for fold in folds for case, dice in fold.validation.items()}
-    best = Scores("nnU-Net's validation, Dice only; nnunet_diffusion evaluate adds NSD", {"DSC": validation})
+def model_scores(model: Model) -> Evaluated:
+    """Returns the validation scores of all folds: by the rules that most cases were evaluated by, else nnU-Net's."""
+    validation = {case: dice for fold in model.folds for case, dice in fold.validation.items()}
+    best = Evaluated("nnU-Net's validation, Dice only; nnunet_diffusion evaluate adds NSD", {"DSC": validation})
     for rules in ("nnunet", "flare22"):
-        parts = [evaluation_scores(fold.evaluations[rules]) for fold in folds if rules in fold.evaluations]
-        merged = {m: {c: s for part in parts for c, s in part.measures[m].items()} for m in ("DSC", "NSD")}
+        parts = [fold.evaluations[rules] for fold in model.folds if rules in fold.evaluations]
+        merged = {m: {c: s for part in parts for c, s in part.measures[m].items()} for m in MEASURES}
         if parts and len(merged["DSC"]) >= len(best.measures["DSC"]):
-            best = Scores(parts[0].source, merged)
+            best = Evaluated(parts[0].source, merged)
     return best
-
-
-def _dataset(path: str) -> dict:
-    content = read_json(path)
-    names = [*content["labels"], *content["channel_names"].values()]
-    if not all(isinstance(name, str) for name in names):
-        raise ValueError("names that are no text")
-    return content
-
-
-def _transfer(path: str) -> dict[str, Any]:
-    content = read_json(path)
-    lists = {key: [str(e) for e in content[key]] for key in ("matched", "adapted", "missing", "unexpected", "warnings")}
-    return {**lists, "source": str(content["source"]), "timestep": int(content["timestep"])}
-
-
-def _benchmark(path: str) -> dict:
-    content = read_json(path)
-    for group in content["summary"]:
-        str(group["arm"]), str(group["budget"]), float(group["mean"]), float(group["sd"] or 0)
-    for run in content["runs"]:
-        str(run["arm"]), str(run["budget"]), float(run["dice"]), run["dice_per_organ"].items()
-    content["summary"][0], len(content["test_cases"])
-    return content
-
-
-def _evaluation(path: str) -> dict:
-    content = read_json(path)
-    evaluation_scores(content)
-    return content
-
-
-def _quality(path: str) -> dict:
-    content = read_json(path)
-    values = {name: float(content["values"][name]) for name in ("FID", "sFID", "precision", "recall", "F1")}
-    numbers = {key: int(content[key]) for key in ("samples", "real", "k")}
-    warnings = [str(warning) for warning in content["warnings"]]
-    return {**numbers, "values": values, "features": str(content["features"]), "warnings": warnings}
 
 
 def _denoiser(path: str) -> dict[str, Any]:
     from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
 
-    content = load_denoiser(path)
-    training, process = content["training"], content["process"]
-    return {"timestep": int(content["timestep"]), "process": dict(process), "training": dict(training)}
+    return dict(load_denoiser(path)["training"])

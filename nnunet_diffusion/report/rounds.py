@@ -1,20 +1,20 @@
-"""Section of the report about pseudo-label rounds; reads the files that `nnunet_diffusion rounds` leaves."""
+"""Pseudo-label rounds in the report; reads the files that `nnunet_diffusion rounds` leaves."""
 
 import glob
 import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
-from nnunet_diffusion.files import read_json
-from nnunet_diffusion.report.charts import line_chart, share_bar
+from nnunet_diffusion.report.charts import chart, draw_lines
 from nnunet_diffusion.report.collect import Results
-from nnunet_diffusion.report.html import Html, element, join, table
-from nnunet_diffusion.report.training import picture
 from nnunet_diffusion.rounds.state import load_state
+from nnunet_diffusion.tables import figure
 
-DECISIONS = ("keep", "wait", "drop")
-FOLDER = re.compile(r"rounds__(?P<model>.+__.+)")
+KINDS = {"keep": ("kept", "full"), "wait": ("waiting", "union"), "drop": ("dropped", "none")}
+FOLDER, FOLD, ROUND = (re.compile(p) for p in ("rounds__(.+__.+)", r"fold_([0-9]+|all)", "round_([0-9]+)"))
+PICTURES = 4  # of the last round
 
 
 @dataclass
@@ -30,76 +30,58 @@ class Round:
 
 
 def find_rounds(results: Results, folder: str, preprocessed: str) -> dict[str, list[Round]]:
-    """Every run of rounds, by plan, configuration and fold; round 0 is the model that the first round started from."""
+    """Finds every run of rounds, by plan, configuration and fold; round 0 is the model that the first one started from.
+
+    Args:
+        results: Gets the problems.
+        folder: The data set's in nnUNet_results.
+        preprocessed: The data set's in nnUNet_preprocessed.
+    """
     found = {}
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "rounds__*", "fold_*"))):
-        match, fold = FOLDER.fullmatch(os.path.basename(os.path.dirname(path))), os.path.basename(path)
-        run = os.path.join("*_pseudo", glob.escape(f"{match['model']}__{fold}"), "state.json")
-        rounds = {}
-        for file in glob.glob(os.path.join(glob.escape(preprocessed), run)):
-            for number, dice in enumerate(results.attempt(file, _dice) or []):
-                rounds[number] = Round(number, dice=dice)
-        for entry in glob.glob(os.path.join(glob.escape(path), "round_*")):
-            if (number := os.path.basename(entry).removeprefix("round_")).isdigit():
-                known = rounds.setdefault(int(number), Round(int(number)))
-                known.folder = entry
-                known.decisions, known.organs, known.reasons = results.attempt(
-                    os.path.join(entry, "report.json"), _report
-                ) or (Counter(), Counter(), Counter())
-        if rounds:
-            name = f"{match['model']}__{fold}".replace("__", ", ").replace("fold_", "fold ")
-            found[name] = [rounds[number] for number in sorted(rounds)]
+    for match in filter(None, map(FOLDER.fullmatch, results.entries(folder))):
+        for fold in filter(None, map(FOLD.fullmatch, results.entries(os.path.join(folder, match[0])))):
+            run = os.path.join(folder, match[0], fold[0])
+            states = os.path.join("*_pseudo", glob.escape(f"{match[1]}__{fold[0]}"), "state.json")
+            if rounds := _read_run(results, run, glob.glob(os.path.join(glob.escape(preprocessed), states))):
+                found[f"{match[1]}__fold {fold[1]}".replace("__", ", ")] = rounds
     return found
 
 
-def rounds_section(results: Results, runs: dict[str, list[Round]]) -> Html:
-    """Kept, waiting and dropped scans and the Dice of each round."""
-    parts = [element("h2", "Pseudo-label rounds")]
-    for name, rounds in runs.items():
-        parts += [element("h3", name), _rounds_table(rounds)]
-        line = [(r.number, r.dice) for r in rounds if r.dice is not None]
-        if len(line) > 1:
-            title = "Mean validation Dice by round; 0: before the first"
-            parts.append(line_chart(title, {"Dice": [line]}, "round", "Dice"))
-        last = rounds[-1]
-        if last.organs:
-            rows = [[organ, str(count)] for organ, count in last.organs.most_common()]
-            parts.append(table(f"Round {last.number}: scans in which each label is believed", ["label", "scans"], rows))
-        if last.reasons:
-            reasons = element("ul", *(element("li", f"{why}: {n}") for why, n in last.reasons.most_common(12)))
-            parts.append(element("details", element("summary", "Why labels were not believed"), reasons))
-        for file in sorted(glob.glob(os.path.join(glob.escape(last.folder), "**", "*.png"), recursive=True))[:4]:
-            parts.append(picture(results, file, f"Pseudo labels of {os.path.basename(file)[:-4]}, round {last.number}"))
-    key = join(element("span", element("span", class_="key", style="background:#007a5a"), "kept"),
-               element("span", element("span", class_="key", style="background:#a86500"), "waiting"),
-               element("span", element("span", class_="key", style="background:#7f8b92"), "dropped"))  # fmt: skip
-    return element("section", parts[0], element("div", key, class_="organs"), *parts[1:], id="rounds")
+def describe_run(results: Results, rounds: list[Round]) -> dict[str, Any]:
+    """Describes a run: kept, waiting and dropped scans and the Dice of each round, and what the last one believed."""
+    line, last, title = [(r.number, r.dice) for r in rounds if r.dice is not None], rounds[-1], "Mean validation Dice"
+    charts = [chart(title, 2.5, draw_lines, {"Dice": [line]}, "round", "Dice", (0, 1))] if len(line) > 1 else []
+    pictures = glob.glob(os.path.join(glob.escape(last.folder), "**", "*.png"), recursive=True) if last.folder else []
+    alts = {path: f"{os.path.basename(path)[:-4]}, round {last.number}" for path in sorted(pictures)[:PICTURES]}
+    return {
+        "rows": [_row(entry) for entry in rounds],
+        "charts": charts,
+        "last": last,
+        "pictures": [found for p, alt in alts.items() if (found := results.picture(p, f"Pseudo labels of {alt}"))],
+    }
 
 
-def _rounds_table(rounds: list[Round]) -> Html:
-    rows = []
-    for entry in rounds:
-        counts = [entry.decisions[decision] for decision in DECISIONS]
-        kinds = zip(("kept", "waiting", "dropped"), counts, ("full", "union", "none"), strict=True)
-        bar = share_bar({what: (count, kind) for what, count, kind in kinds}, sum(counts)) if sum(counts) else "–"
-        dice = "–" if entry.dice is None else f"{entry.dice:.3f}"
-        rows.append([str(entry.number), *map(str, counts), dice, bar])
-    return table("What the gate did with the scans, and the Dice of the model trained on them",
-                 ["round", "kept", "waiting", "dropped", "mean validation Dice", "share"], rows)  # fmt: skip
+def _row(entry: Round) -> list:
+    counts = [entry.decisions[decision] for decision in KINDS]
+    shares = [(name, count, color) for (name, color), count in zip(KINDS.values(), counts, strict=True)]
+    return [entry.number, *counts, figure(entry.dice), shares if sum(counts) else "-"]
+
+
+def _read_run(results: Results, folder: str, states: list[str]) -> list[Round]:
+    rounds = {}
+    for file in states:
+        for number, dice in enumerate(results.attempt(file, _dice) or []):
+            rounds[number] = Round(number, dice=dice)
+    for match in filter(None, map(ROUND.fullmatch, results.entries(folder))):
+        entry = rounds.setdefault(int(match[1]), Round(int(match[1])))
+        entry.folder = os.path.join(folder, match[0])
+        has_report = "report.json" in results.entries(entry.folder)
+        if report := has_report and results.json(os.path.join(entry.folder, "report.json")):
+            entry.decisions, entry.organs = Counter(report["decisions"]), Counter(report["organs"])
+            reasons = (why for case in report["cases"].values() for found in case["reasons"].values() for why in found)
+            entry.reasons = Counter(re.sub(r"-?\d+(\.\d+)?", "N", why) for why in reasons)  # which limit, not how much
+    return [rounds[number] for number in sorted(rounds)]
 
 
 def _dice(path: str) -> list[float | None]:
-    values = [entry.validation_dice for entry in load_state(path).rounds]
-    return values
-
-
-def _report(path: str) -> tuple[Counter, Counter, Counter]:
-    content = read_json(path)
-    reasons = Counter(
-        re.sub(r"-?\d+(\.\d+)?", "N", str(reason))  # which limit it was, not by how much
-        for case in content["cases"].values()
-        for found in case["reasons"].values()
-        for reason in found
-    )
-    decisions = {decision: int(content["decisions"][decision]) for decision in DECISIONS}
-    return Counter(decisions), Counter({str(o): int(n) for o, n in content["organs"].items()}), reasons
+    return [entry.validation_dice for entry in load_state(path).rounds]

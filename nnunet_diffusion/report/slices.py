@@ -11,9 +11,20 @@ from scipy import ndimage
 
 from nnunet_diffusion.evaluation.overlays import SOFT_TISSUE, bounding_box, label_colors, read_axial
 
+WIDEST = 1400  # pixels of a picture that is embedded as it is
 LONGEST = 300  # pixels of the longest axis of a case; all its planes have the same scale
 PLANES = {"axial": ("R", "L", "A", "P"), "coronal": ("R", "L", "S", "I"), "sagittal": ("A", "P", "S", "I")}
 FILL, OUTLINE = 110, 255  # opacity of the layers, of 255
+
+
+@dataclass
+class Picture:
+    """A picture of the results; its address is a data URI."""
+
+    address: str
+    alt: str
+    width: int
+    height: int
 
 
 @dataclass
@@ -42,7 +53,7 @@ class Plane:
 def case_planes(
     image_file: str, reference_file: str, prediction_file: str, labels: Mapping, is_ct: bool, most: int
 ) -> list[Plane]:
-    """Three planes of a case as radiologists look at them: the patient's right on the left, the front or head on top.
+    """Cuts three planes of a case as radiologists look at them: the patient's right on the left, front or head on top.
 
     Args:
         image_file: The scan's first channel, 3-D.
@@ -68,7 +79,7 @@ def case_planes(
 
 
 def organ_colors(labels: Mapping) -> dict[int, tuple[str, tuple[float, ...]]]:
-    """Label value -> name and RGB; with regions the name is that of the smallest one with the value."""
+    """Maps label values to name and RGB; with regions the name is that of the smallest one with the value."""
     regions = sorted(((len(v), name, v) for name, v in labels.items() if isinstance(v, list)), reverse=True)
     values = {name: value for name, value in labels.items() if isinstance(value, int) and name != "ignore"}
     if regions:
@@ -77,8 +88,16 @@ def organ_colors(labels: Mapping) -> dict[int, tuple[str, tuple[float, ...]]]:
     return label_colors(values)
 
 
+def read_picture(path: str, alt: str) -> Picture:
+    """Reads a picture of the results and makes it anew in a smaller format."""
+    with Image.open(path) as image:
+        image = image.convert("RGB")
+    image.thumbnail((WIDEST, WIDEST * 4))
+    return Picture(data_uri(image, quality=75), alt, *image.size)
+
+
 def data_uri(picture: Image.Image, **options) -> str:
-    """The picture itself in the place of its address; WebP unless `format` is given."""
+    """Encodes a picture in the place of its address; WebP unless `format` is given."""
     buffer = io.BytesIO()
     options = {"format": "webp", "method": 4, **options}
     picture.save(buffer, **options)
@@ -110,14 +129,14 @@ def _plane(name: str, axis: int, volumes: Mapping, spacing, scale: float, colors
 
 
 def slices_to_show(reference: np.ndarray, prediction: np.ndarray, most: int) -> list[int]:
-    """Slices spread evenly over what is segmented and one beyond on each side; over everything if nothing is."""
+    """Spreads slices evenly over what is segmented and one beyond on each side; over everything if nothing is."""
     found, last = np.flatnonzero((reference | prediction).any((1, 2))), len(reference) - 1
     first, last = (max(0, found[0] - 1), min(last, found[-1] + 1)) if found.size else (0, last)
     return sorted(set(np.linspace(first, last, most).round().astype(int).tolist()))
 
 
 def _layer(labels: np.ndarray, size: tuple[int, int], colors: Mapping, outline: bool) -> str:
-    """A transparent picture, a colour an organ; organs are enlarged one by one, so that their edges are smooth."""
+    """Draws a transparent picture, a color an organ; organs are enlarged one by one, so that their edges are smooth."""
     picture = np.zeros(size[::-1], np.uint8)
     palette, opacity = [0, 0, 0], [0]
     for index, (value, (_, color)) in enumerate(colors.items(), start=1):

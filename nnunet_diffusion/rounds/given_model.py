@@ -6,11 +6,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
-from nnunet_diffusion.model_folder import first_existing, own_results
+from nnunet_diffusion.pretraining.start import DENOISER, SCRATCH, find_start
 from nnunet_diffusion.rounds.cases import Cases
 from nnunet_diffusion.rounds.places import TRAINER, Places
 from nnunet_diffusion.schemas import Dataset, Plans
-from nnunet_diffusion.settings import BLOCK
 
 INTENSITIES = "foreground_intensity_properties_per_channel"
 IN_DATASET = ("labels", "channel_names")
@@ -65,15 +64,13 @@ def refuse_unusable_start(places: Places, plans: dict) -> None:
         raise UserError(f"--from {places.model(0)}: is where the outcome goes: copy it to another place first")
     if request.start == "previous" and places.folds(0) != [request.fold]:
         raise UserError("--start previous: an ensemble has no weights to go on from: take denoiser or scratch")
-    settings = plans.get(BLOCK, {}).get(TRAINER, {})
-    if request.start != "denoiser" or settings.get("scratch") or settings.get("start_from"):
+    start = request.settings_of(plans, TRAINER).get("start", DENOISER)
+    if request.start != DENOISER or start == SCRATCH:
         return
-    manager, configuration = PlansManager(plans), request.configuration
-    fold, pretraining = request.fold, "DenoisingDiffusionTrainer"
-    own = own_results(manager, request.plans, configuration, fold, pretraining, "denoiser.pth")
-    first_existing(
-        [settings["denoiser"]] if settings.get("denoiser") else own,
-        f"make one with\n  nnUNetv2_train {request.dataset} {configuration} all -tr {pretraining} "
-        f"-p {request.plans}\nor let the rounds start elsewhere with --start scratch or --start previous, "
-        "and the first model with -tr PartialLabelTrainer",
-    )
+    try:
+        find_start(start, PlansManager(plans), request.configuration, request.fold)
+    except UserError as error:
+        raise UserError(
+            f"{error}\nor let the rounds start elsewhere with --start scratch or --start previous, and the first model "
+            "with -tr PartialLabelTrainer"
+        ) from error

@@ -175,7 +175,7 @@ class Rounds:
         folder = os.path.join(self.places.model(0), f"fold_{request.fold}")
         if not is_begun and os.path.isdir(folder):
             raise UserError(f"{folder}: holds a training that is not finished: finish it (--c), or remove it")
-        settings = self.plans.get(BLOCK, {}).get(request.trainer, {})
+        settings = request.settings_of(self.plans, request.trainer)
         return training(self.places, 0, FIRST, settings, {"plan": digest(self.plans)}, **hooks)
 
     def round_training(self, entry: Round, rounds: int) -> Step:

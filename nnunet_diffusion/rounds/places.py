@@ -8,6 +8,7 @@ from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunet_diffusion.rounds.gate import GateSettings
 from nnunet_diffusion.rounds.prediction import CHECKPOINT
 from nnunet_diffusion.rounds.pseudo_labels import pseudo_folder
+from nnunet_diffusion.settings import SettingsOf, given_settings
 
 TRAINER = "PseudoLabelTrainer"
 
@@ -29,6 +30,7 @@ class Request:
     device: str = "cuda"
     num_gpus: int = 1
     mirroring: bool = True  # when the pool is predicted
+    settings_of: SettingsOf = given_settings
 
     @property
     def base(self) -> str:

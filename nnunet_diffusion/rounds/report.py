@@ -1,7 +1,6 @@
 """What a round kept and dropped, and why: for a person, for programs, in pictures."""
 
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 
@@ -77,17 +76,14 @@ def draw(
         properties = load_properties(cases[case].image.removesuffix(".b2nd") + ".pkl")
         prediction, image = load_prediction(predicted, case), read_preprocessed(cases[case].image)[0]
         spacing = [cases[case].spacing_mm[axis] for axis in plans.transpose_backward]
-        with tempfile.TemporaryDirectory() as temporary:
-            files = []
-            for name, array in (("image", image), ("labels", np.maximum(prediction.labels, 0))):
-                written = sitk.GetImageFromArray(array.transpose(plans.transpose_backward))
-                written.SetSpacing(spacing[::-1])
-                if "sitk_stuff" in properties:
-                    written.SetDirection(properties["sitk_stuff"]["direction"])
-                files.append(os.path.join(temporary, name + ".nii.gz"))
-                sitk.WriteImage(written, files[-1])
-            picture = os.path.join(folder, case + ".png")
-            draw_overlay(picture, *files, {}, labels, f"{case}: {heading}", is_ct=False, reference_name="predicted")
+        scans = []
+        for array in (image, np.maximum(prediction.labels, 0)):
+            scans.append(sitk.GetImageFromArray(array.transpose(plans.transpose_backward)))
+            scans[-1].SetSpacing(spacing[::-1])
+            if "sitk_stuff" in properties:
+                scans[-1].SetDirection(properties["sitk_stuff"]["direction"])
+        picture = os.path.join(folder, case + ".png")
+        draw_overlay(picture, *scans, {}, labels, f"{case}: {heading}", is_ct=False, reference_name="predicted")
 
 
 def to_draw(verdicts: Mapping[str, Verdict], evidence: Mapping[str, Mapping[str, Evidence]]) -> dict[str, str]:

@@ -46,16 +46,15 @@ def write_plans(places: Places, plans: dict, number: int | str, before: int) -> 
         The settings.
     """
     request, block = places.request, dict(plans.get(BLOCK, {}))
-    settings = {**block.get(TRAINER, {}), "plans_of_denoiser": request.plans}
+    settings = dict(block.get(TRAINER, {}))
     settings["pseudo_labels"] = "" if number == "finetune" else places.pseudo_labels(number)
     if request.start == "previous" or number == "finetune":
-        settings["start_from"] = os.path.join(places.model(before), "fold_{fold}", CHECKPOINT)
-        settings.pop("scratch", None)
+        settings["start"] = os.path.join(places.model(before), "fold_{fold}", CHECKPOINT)
     elif request.start == "scratch":
-        settings["scratch"] = True
+        settings["start"] = "scratch"
     content = {**plans, "plans_name": places.plans(number), BLOCK: block | {TRAINER: settings}}
     write_json(os.path.join(places.base, places.plans(number) + ".json"), content)
-    return settings
+    return request.settings_of(content, TRAINER)
 
 
 def training(places: Places, number: int | str, title: str, settings: dict, depends_on: dict, **hooks) -> Step:

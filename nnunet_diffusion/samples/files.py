@@ -4,7 +4,6 @@ Sample 7 is `sample_00007_0000.nii.gz`, with a file for each channel. They lie a
 axes transposed back; the orientation is not in a plan and taken to be LPS. A 2-D sample is one slice, 1 mm thick.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,11 +13,15 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.files import read_json, write_json
+from nnunet_diffusion.image_files import write_scan
+from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.records import made_from, refuse_other
 from nnunet_diffusion.samples.intensities import plan_scales, to_intensities, to_normalised
+from nnunet_diffusion.schemas import Samples
 
 DESCRIPTION = "samples.json"
+REMEDY = "draw them again with nnunet_diffusion sample"
 SLICE_THICKNESS_MM = 1.0
 FILE = re.compile(r"sample_(\d{5})_0000\.nii\.gz")
 
@@ -42,22 +45,28 @@ def begin(folder: str, description: Mapping[str, Any]) -> None:
 
 
 def read_description(folder: str) -> dict[str, Any]:
-    """The content of samples.json.
+    """Reads samples.json.
 
     Raises:
-        UserError: If there is none, or it is not one.
+        UserError: If there is none, or it is not one; with file and key.
     """
     path = os.path.join(folder, DESCRIPTION)
     try:
-        with open(path, encoding="utf-8") as f:
-            content = json.load(f)
-        plan_scales(content["plan"])
-        content.setdefault("body_share", 0.0)
+        content = read_json(path, Samples, REMEDY)
     except FileNotFoundError:
         raise UserError(f"{folder} has no {DESCRIPTION}: draw samples with nnunet_diffusion sample first") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not what nnunet_diffusion sample writes ({error!r}): draw them again") from error
-    return content
+    plan = content["plan"]
+    for key in ("dataset_name", "plans_name"):
+        safe_name(plan[key], f"{path}: plan.{key}", REMEDY)
+    if sorted(plan["transpose_forward"]) != [0, 1, 2]:
+        raise UserError(f"{path}: plan.transpose_forward: must be an order of 3 axes: {REMEDY}")
+    if len(plan["normalization_schemes"]) != len(plan["channel_names"]):
+        raise UserError(f"{path}: plan.normalization_schemes: must be one for each of plan.channel_names: {REMEDY}")
+    try:
+        plan_scales(plan)
+    except KeyError as error:
+        raise UserError(f"{path}: plan.intensities: a channel has no {error}: {REMEDY}") from error
+    return {"body_share": 0.0, **content}
 
 
 def numbers_in(folder: str, channels: int) -> list[int]:
@@ -82,8 +91,7 @@ def write_sample(folder: str, number: int, image: np.ndarray, plan: Mapping[str,
     for channel in reversed(range(len(volumes))):  # with its first channel a sample is complete
         scan = sitk.GetImageFromArray(np.ascontiguousarray(volumes[channel].transpose(backward)))
         scan.SetSpacing([float(spacing_mm[axis]) for axis in backward[::-1]])
-        with atomic(os.path.join(folder, file_name(number, channel))) as temporary:
-            sitk.WriteImage(scan, temporary)
+        write_scan(scan, os.path.join(folder, file_name(number, channel)))
 
 
 def read_samples(folder: str, numbers: Sequence[int], plan: Mapping[str, Any]) -> Iterator[np.ndarray]:

@@ -1,0 +1,167 @@
+"""Where a training's first weights come from: a denoiser, a checkpoint of nnU-Net, or nothing but chance."""
+
+import os
+from collections.abc import Sequence
+from os.path import basename, dirname
+from typing import Any
+
+from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.files import check_shape
+from nnunet_diffusion.model_folder import first_existing, load_plain, own_results
+from nnunet_diffusion.plans import without_round
+from nnunet_diffusion.pretraining.conditioning import fold
+from nnunet_diffusion.pretraining.denoiser_file import (
+    check_denoiser,
+    differing_weights,
+    is_denoiser,
+    plan_identity,
+    rebuild,
+)
+from nnunet_diffusion.pretraining.transfer import TransferReport, plan_differences, transfer
+from nnunet_diffusion.schemas import Checkpoint
+
+DENOISER, SCRATCH = "denoiser", "scratch"  # values of the setting `start`; anything else is a path
+
+
+def find_start(start: str, plans: PlansManager, configuration: str, fold: int | str) -> str:
+    """Finds the file that a training starts from.
+
+    Args:
+        start: "denoiser" for this data set's own, or a path, absolute or below nnUNet_results/DATASET, in which
+            `{fold}` stands for the fold.
+        plans: Of the training.
+        configuration: Its name.
+        fold: A number, or all.
+
+    Raises:
+        UserError: If there is none, with what makes one; never silently from scratch.
+    """
+    if start == DENOISER:
+        return first_existing(
+            own_pretraining(plans, configuration, fold, "DenoisingDiffusionTrainer", "denoiser.pth"),
+            f"make one with\n  {pretraining_command(plans, configuration, 'DenoisingDiffusionTrainer')}\nor give the "
+            f'path of a denoiser or a checkpoint with the setting start, or train from random weights with "{SCRATCH}"',
+        )
+    path = os.path.join(nnUNet_results, plans.dataset_name, start.replace("{fold}", str(fold)))
+    if not os.path.isfile(path):
+        raise UserError(
+            f"the setting start is {start!r}, but there is no {path}: give {DENOISER}, {SCRATCH}, or the path of a "
+            "denoiser.pth or of a checkpoint"
+        )
+    return path
+
+
+def own_pretraining(plans: PlansManager, configuration: str, fold: int | str, trainer: str, file: str) -> list[str]:
+    """Lists where a data set's own result of a pre-training may be; plans of rounds have that of the plans below."""
+    names = dict.fromkeys((plans.plans_name, without_round(plans.plans_name)))
+    return [path for name in names for path in own_results(plans, name, configuration, fold, trainer, file)]
+
+
+def pretraining_command(plans: PlansManager, configuration: str, trainer: str) -> str:
+    """Returns the command that makes the result of a pre-training for a plan."""
+    dataset_id = plans.dataset_name[len("Dataset") : len("Dataset") + 3]
+    return f"nnUNetv2_train {dataset_id} {configuration} all -tr {trainer} -p {without_round(plans.plans_name)}"
+
+
+def seen_images(path: str, fold: int | str) -> str:
+    """Says in words that a pre-training of fold `all` has seen the images of the validation cases; empty if not."""
+    if fold == "all" or basename(dirname(path)) != "fold_all":
+        return ""
+    return (
+        f"{path} has seen the images (no labels) of all cases, those of fold {fold}'s validation among them: for "
+        f"validation on unseen images pre-train with fold {fold}"
+    )
+
+
+def load_first_weights(
+    path: str,
+    network: nn.Module,
+    planned: Sequence[nn.Module],
+    plans: PlansManager,
+    configuration: str,
+    dataset_json: dict,
+    timestep: int,
+) -> TransferReport:
+    """Loads a denoiser into planned networks, or a checkpoint into the network that trains.
+
+    Args:
+        path: Of the file; what it is, its content says.
+        network: The network that trains, whose weights a checkpoint holds, output heads included.
+        planned: What of it, or beside it, has the planned topology: each starts from a denoiser, with its own heads.
+        plans: Of the training.
+        configuration: Its name.
+        dataset_json: The content of dataset.json.
+        timestep: t*, at which a denoiser is folded.
+
+    Returns:
+        What became of every parameter; of several planned networks, of the first one.
+
+    Raises:
+        UserError: If the file is neither, is damaged or holds code, or does not fit.
+    """
+    content = load_plain(path, "give a denoiser.pth, or a checkpoint that nnU-Net wrote")
+    if not is_denoiser(content):
+        check_shape(content, Checkpoint, path, "give a denoiser.pth, or a checkpoint that nnU-Net wrote")
+        return load_checkpoint_weights(path, content["network_weights"], network)
+    check_denoiser(content, path)
+    folded = fold_for_plan(path, content, plans, configuration, timestep)
+    reports = [transfer(each, folded, len(dataset_json["channel_names"])) for each in planned]
+    now = plan_identity(plans, configuration, dataset_json)
+    reports[0].source, reports[0].timestep = path, timestep
+    reports[0].warnings = plan_differences(content["plan"], now)
+    return reports[0]
+
+
+def load_checkpoint_weights(path: str, weights: dict[str, Tensor], network: nn.Module) -> TransferReport:
+    """Loads all weights of a checkpoint; raises UserError if they are not those that the network has."""
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} does not fit the network of this training: {error}\nA model of other labels can be given with "
+            "-pretrained_weights, which leaves its output heads out"
+        ) from error
+    return TransferReport(matched=[name for name, _ in network.named_parameters()], source=path)
+
+
+def fold_for_plan(
+    path: str, content: dict[str, Any], plans: PlansManager, configuration: str, timestep: int
+) -> dict[str, Tensor]:
+    """Returns the weights of a denoiser folded at t*; refuses one whose topology or timesteps are others."""
+    timesteps = content["process"]["timesteps"]
+    if not 0 <= timestep < timesteps:
+        raise UserError(f"the setting timestep is {timestep}: {path} knows 0 to {timesteps - 1}")
+    channels = len(content["plan"]["channel_names"])
+    chosen = plans.get_configuration(configuration)
+    planned = nnUNetTrainer.build_network_architecture(plans, chosen, channels, channels, False)
+    try:
+        return fold(rebuild(content, planned), timestep).state_dict()
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def refuse_misfit(path: str, network: nn.Module) -> None:
+    """Refuses a file of `-pretrained_weights` of which nnU-Net would only say which of its assertions failed.
+
+    Args:
+        path: A checkpoint of nnU-Net, or a denoiser.
+        network: The network that trains, without wrappers; output heads are not compared, nnU-Net leaves them out.
+
+    Raises:
+        UserError: If it is damaged, holds code, is something else, or has other weights; names them.
+    """
+    content = load_plain(path, "give a checkpoint that nnU-Net wrote, or a denoiser.pth")
+    weights = content.get("network_weights") if isinstance(content, dict) else None
+    if not isinstance(weights, dict):
+        raise UserError(f"{path} has no network_weights: give a checkpoint that nnU-Net wrote, or a denoiser.pth")
+    sides = ({k: v for k, v in state.items() if ".seg_layers." not in k} for state in (weights, network.state_dict()))
+    if table := differing_weights("file", *sides):
+        raise UserError(
+            f"-pretrained_weights {path} does not fit the network of this training: {table}\ngive weights of the same "
+            "plan; a denoiser with other input channels can be given with the setting start, which adapts them"
+        )

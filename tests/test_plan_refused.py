@@ -1,0 +1,137 @@
+"""What `nnunet_diffusion plan_and_preprocess` refuses before it writes or removes anything."""
+
+import functools
+import json
+import os
+import re
+
+import minimal
+import pytest
+import tiny_dataset
+from tqdm import tqdm
+
+from nnunet_diffusion import locks
+from nnunet_diffusion.cli import main
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.preprocessing.cases import fold_of, read_splits
+
+
+@pytest.fixture
+def planned(nnunet_folders):
+    """A raw data set and a plan for it, as if preprocessed; returns both folders."""
+    raw = tiny_dataset.make(nnunet_folders / "nnUNet_raw", labeled=2, unlabeled=1)
+    preprocessed = nnunet_folders / "nnUNet_preprocessed" / tiny_dataset.NAME
+    for name in ("nnUNetCompactPlans_2d", "gt_segmentations"):
+        (preprocessed / name).mkdir(parents=True)
+        (preprocessed / name / "l0.b2nd").write_bytes(b"x")
+    plans = minimal.plans("2d", name="nnUNetCompactPlans") | {"dataset_name": tiny_dataset.NAME}
+    (preprocessed / "nnUNetCompactPlans.json").write_text(json.dumps(plans))
+    return raw, preprocessed
+
+
+def edit(path, change) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def contents(folder) -> dict:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"}
+
+
+def run(*arguments: str) -> int:
+    return main(["plan_and_preprocess", "-d", "9", "-np", "1", "-pl", "CompactPlanner", "-c", "2d", *arguments])
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("data_identifier", "../../nnUNet_raw/Dataset009_Tiny", "2d.data_identifier: '../../.* separator of paths"),
+    ("data_identifier", ".", r"2d.data_identifier: '\.' .* begins with a dot"),
+    ("data_identifier", "/tmp", "2d.data_identifier: '/tmp' .* separator of paths"),
+    ("data_identifier", "", "2d.data_identifier: '' .* is empty"),
+    ("data_identifier", "gt_segmentations", "'gt_segmentations' is the folder of the ground truth"),
+    ("spacing", 5, "2d.spacing: .* not 5"),
+    ("spacing", [3.0, 0.0], r"2d.spacing\[1\]: .* greater than 0, not 0.0"),
+    ("spacing", [3.0, float("nan")], r"2d.spacing\[1\]: .*not nan"),
+])  # fmt: skip
+@pytest.mark.parametrize("part", [[], ["--num_parts", "2", "--part_id", "0"]])
+def test_a_plan_that_leads_elsewhere_or_is_no_plan(planned, capsys, key, value, message, part):
+    raw, preprocessed = planned
+    edit(preprocessed / "nnUNetCompactPlans.json", lambda c: c["configurations"]["2d"].update({key: value}))
+    before = contents(raw.parent.parent)
+    assert run(*part) == 1
+    captured = capsys.readouterr()
+    assert "nnUNetCompactPlans.json: configurations." in captured.err and "--replan" in captured.err
+    assert re.search(message, captured.err), captured.err
+    assert contents(raw.parent.parent) == before
+
+
+@pytest.mark.parametrize("name", ["../../../evil", "", ".", "a/b", "a\nb", ".hidden"])
+@pytest.mark.parametrize("table", ["dataset", "unlabeled"])
+def test_a_case_whose_name_leads_elsewhere(planned, capsys, name, table):
+    raw, preprocessed = planned
+    edit(raw / "dataset.json", lambda c: c[table].update({name: c[table].pop(min(c[table]))}))
+    before = contents(raw.parent.parent)
+    assert run() == 1
+    error = capsys.readouterr().err
+    assert f"dataset.json: {table}: {name!r} cannot be the name of a file" in error and "rename the case" in error
+    assert contents(raw.parent.parent) == before
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda c: c.pop("numTraining"), "numTraining: Field required"),
+    (lambda c: c.pop("labels"), "labels: Field required"),
+    (lambda c: c.update(file_ending="/../x"), "file_ending: "),
+    (lambda c: c["dataset"].update(l0={"images": "l0.nii.gz"}), "dataset.l0"),
+    (lambda c: c["dataset"].update(l0=[]), "dataset.l0: "),
+])  # fmt: skip
+def test_a_malformed_dataset_json(planned, capsys, change, message):
+    raw, _ = planned
+    edit(raw / "dataset.json", change)
+    before = contents(raw.parent.parent)
+    assert run() == 1
+    error = capsys.readouterr().err
+    assert "dataset.json: " in error and message in error and "Traceback" not in error
+    assert contents(raw.parent.parent) == before
+
+
+def test_another_command_on_the_same_data_set_is_named(planned, capsys, monkeypatch):
+    raw, preprocessed = planned
+    file = str(preprocessed / ".nnunet_diffusion" / "plan_and_preprocess.lock")
+    before = contents(raw.parent.parent)
+    monkeypatch.setattr(locks, "locked", functools.partial(locks.locked, patience_s=0.1))
+    for arguments in ((), ("--num_parts", "2", "--part_id", "0")):
+        with locks.locked(file, "it"):
+            assert run(*arguments) == 1
+        error = capsys.readouterr().err
+        assert f"another command works on the folder {preprocessed} (process {os.getpid()} on " in error
+    assert contents(raw.parent.parent) == before
+
+
+@pytest.mark.parametrize("error", [UserError("no scan"), OSError("no disk"), KeyboardInterrupt()])
+def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch, error):
+    def stop(_):
+        for step in tqdm(range(3), "working"):
+            if step == 1:
+                raise error
+
+    monkeypatch.setattr("nnunet_diffusion.cli.env.run", stop)
+    assert main(["env"]) in (1, 130)
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last == f"nnunet_diffusion: {f'error: {error}' if str(error) else 'interrupted'}"
+
+
+def test_folds(tmp_path):
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([{"train": ["a", "b"], "val": ["c"]}]))
+    assert fold_of(str(path), "0") == (["a", "b"], ["c"])
+    with pytest.raises(UserError, match="-f 1: .*splits_final.json has folds 0 to 0"):
+        fold_of(str(path), 1)
+    for content, message in [
+        ('[{"train": [', "is no JSON"),
+        ("[]", "at least 1 item"),
+        ('[{"train": ["a"]}]', r"\[0\].val: Field required"),
+        ('[{"train": ["../a"], "val": []}]', r"\[0\].train: '../a' cannot be the name of a file"),
+    ]:
+        path.write_text(content)
+        with pytest.raises(UserError, match=f"splits_final.json: .*{message}.*: (take it out|.*nnUNetv2_train splits)"):
+            read_splits(str(path))
