@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, not_written
-from nnunet_diffusion.preprocessing.scan_checks import read_voxels, require_readable_name
+from nnunet_diffusion.voxels import read_voxels, require_readable_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -123,7 +123,7 @@ def build(box: Path) -> World:
         block = {name: {**SHORT, "start": "scratch"} for name in (MODEL, "PseudoLabelTrainer")}
         block |= {name: SHORT for name in STAGES}
         tiny.write_plans(plans, **block)
-        own = {MODEL: {**SHORT, "denoiser": str(world.given / "denoiser.pth"), "timestep": 5}}
+        own = {MODEL: {**SHORT, "start": str(world.given / "denoiser.pth"), "timestep": 5}}
         tiny.write_plans(plans, "FromDenoiser", **own)
         split = {"train": sorted(ANNOTATED)[:4], "val": sorted(ANNOTATED)[4:]}
         (world.preprocessed / "splits_final.json").write_text(json.dumps([split] * 5))

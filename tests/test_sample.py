@@ -258,8 +258,8 @@ def test_samples_of_two_denoisers_are_not_mixed(tmp_path, capsys):
     common = ("-n", 1, "--steps", 2, "-o", tmp_path / "samples")
     assert run("--denoiser", denoisers.write(tmp_path / "a.pth"), *common) == 0
     assert run("--denoiser", denoisers.write(tmp_path / "b.pth"), *common) == 1
-    said = capsys.readouterr().err
-    assert re.search(r"made from something else.*\n  denoiser: was .*\n  denoiser_sha256: was ", said)
+    says = r"made from something else.*\n  denoiser: was .*\n  denoiser_sha256: was "
+    assert re.search(says, capsys.readouterr().err)
 
 
 def test_a_denoiser_with_learned_statistics_draws_too(tmp_path):
