@@ -214,6 +214,7 @@ def test_readme(openkbp):
     write_scans(folder / "imagesTr", "kbp", range(1, 7), 5, folder / "labelsTr")
     write_scans(folder / "imagesUn", "kbp", range(7, 10), 5)
     write_scans(folder / "new_scans", "kbp", range(10, 12), 5, folder / "labelsTs")
+    write_scans(folder / "flare22" / "images", "FLARE22_Tr", range(1, 3), 13, folder / "flare22" / "labels")
     (folder / "kits23").mkdir()
     kits(folder / "kits23" / "dataset", "segmentation", 3)
     run(openkbp, folder, ["nnunet_diffusion convert flare22 ~/FLARE22 -d 22"])

@@ -109,6 +109,8 @@ def test_overlay_of_scans_that_are_in_no_file(tmp_path):
     scans = [sitk.GetImageFromArray(array) for array in (VOXELS, (VOXELS > 0).astype(np.uint8))]
     paths = [str(tmp_path / name) for name in ("image.nii.gz", "labels.nii.gz")]
     for scan, path in zip(scans, paths, strict=True):
+        scan.SetSpacing((1.0, 1.5, 3.0))
+        scan.SetDirection((-1, 0, 0, 0, 0, 1, 0, -1, 0))
         sitk.WriteImage(scan, path)
     draw_overlay(tmp_path / "scans.png", *scans, {}, {"background": 0, "organ": 1}, "a", is_ct=False)
     draw_overlay(tmp_path / "files.png", *paths, {}, {"background": 0, "organ": 1}, "a", is_ct=False)
