@@ -60,13 +60,13 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
         "num_epochs": args.num_epochs,
         "num_iterations_per_epoch": args.num_iterations_per_epoch,
         "num_val_iterations_per_epoch": VALIDATION_ITERATIONS,
-        "scratch": trainer == TWIN or not args.denoiser,
+        "start": "denoiser" if args.denoiser and trainer != TWIN else "scratch",
         **settings,
     }
     protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, "settings": dict(settings)}
     files = {}
-    if not settings["scratch"]:
-        files["denoiser"] = find_pretrained(args, base, test, "DenoisingDiffusionTrainer", "denoiser.pth")
+    if settings["start"] == "denoiser":
+        files["start"] = find_pretrained(args, base, test, "DenoisingDiffusionTrainer", "denoiser.pth")
     if settings["method"] == "co_training" and not args.no_teacher:
         files["teacher_file"] = find_pretrained(args, base, test, "DiffusionTeacherTrainer", "teacher.pth")
     for setting, file in files.items():

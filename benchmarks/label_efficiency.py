@@ -8,7 +8,7 @@ example, from a preprocessed data set:
   python benchmarks/label_efficiency.py -d 501 -c 2d -p nnUNetCompactPlans --test_cases 20 --make_split
   nnUNetv2_train 501 2d 0 -tr DenoisingDiffusionTrainer -p nnUNetCompactPlans
   python benchmarks/label_efficiency.py -d 501 -c 2d -p nnUNetCompactPlans --budgets 2 8 10% 4slices --jobs 2
-An arm takes settings of its own after commas: --arms scratch full full,timestep=150 decoder,scratch=true
+An arm takes settings of its own after commas: --arms scratch full full,timestep=150 decoder,start=scratch
 """
 
 import argparse
@@ -107,10 +107,10 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
     }
     protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, **planned(args, base, trainer)}
     protocol["settings"] |= settings
-    if trainer != "nnUNetTrainer" and not settings.get("scratch"):
-        settings["denoiser"] = str(find_pretrained(args, base, test, "DenoisingDiffusionTrainer", "denoiser.pth"))
-        protocol["denoiser_sha256"] = hashlib.sha256(Path(settings["denoiser"]).read_bytes()).hexdigest()
-        training = load_denoiser(settings["denoiser"])["training"]
+    if trainer != "nnUNetTrainer" and settings.get("start") != "scratch":
+        settings["start"] = str(find_pretrained(args, base, test, "DenoisingDiffusionTrainer", "denoiser.pth"))
+        protocol["denoiser_sha256"] = hashlib.sha256(Path(settings["start"]).read_bytes()).hexdigest()
+        training = load_denoiser(settings["start"])["training"]
         protocol["pretraining"] = {key: value for key, value in training.items() if key != "held_out_loss"}
     return {"arm": arm, "trainer": trainer, "settings": settings, "protocol": protocol, "test_cases": test,
             "preprocessed": str(base), "configuration": args.c, "plans": args.p, "device": args.device}

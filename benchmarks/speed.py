@@ -55,7 +55,7 @@ def load(dataset: str, plans: str, settings: dict | None = None) -> tuple[dict, 
     """
     folder = Path(str(nnUNet_preprocessed), dataset)
     content = json.loads((folder / f"{plans}.json").read_text())
-    content.setdefault("nnunet_diffusion", {}).setdefault(FINE_TUNING, {})["scratch"] = True
+    content.setdefault("nnunet_diffusion", {}).setdefault(FINE_TUNING, {})["start"] = "scratch"
     content["nnunet_diffusion"]["DiffusionCoTrainingTrainer"] = {"start": "scratch", **(settings or {})}
     return content, json.loads((folder / "dataset.json").read_text())
 

@@ -17,15 +17,23 @@ PAGE = Path(__file__).with_name("settings.md")
 HEAD = """\
 # Settings
 
-Written by `docs/settings.py` from the trainers. A setting is a class attribute; plans.json overrides it, for the
-trainer that it names alone, and is saved with the model. An unknown trainer or setting, or a value of another type, is
-an error.
+Written by `docs/settings.py` from the trainers. A setting is a class attribute; plans.json overrides it, and is saved
+with the model. A block counts for the class that it names and for those that derive from it, as if the class itself had
+these values: a nearer class's block, or its own default, wins. So `{"ConfiguredTrainer": {"num_epochs": 500}}` is for
+all trainers. An unknown trainer or setting, a value of another type, or a number that is not finite is an error.
 
 The file to edit is the plan that trainings read, `nnUNet_preprocessed/DATASET/PLANS.json`; `plans.json` in a model
 folder is the copy that was trained with. To train one plan in two ways, copy it to `PLANS_scratch.json`, set
 `"plans_name": "PLANS_scratch"` in the copy, and train with `-p PLANS_scratch`: results are named after that key, and
 with the old one the second training replaces the first. A plan of another name does not find the first one's denoiser:
-give it with the setting `denoiser` or with `-pretrained_weights`.
+give its path with the setting `start`.
+
+**Where the weights come from** is one setting, `start`: `denoiser` (the data set's own pre-training, of the same fold
+or of fold `all`), `scratch`, or the path of a denoiser.pth or of a checkpoint, absolute or below
+`nnUNet_results/DATASET`; `{fold}` stands for the fold. What the file is, its content says: a denoiser is folded at
+`timestep`, a checkpoint is taken as it is, output heads and all. Nothing silently starts from scratch, and
+`transfer_report.json` says what became of every parameter. `-pretrained_weights` is nnU-Net's: it takes all weights but
+the output heads, of a denoiser those folded at the file's own timestep; it and `start` contradict each other.
 
 ```json
 "nnunet_diffusion": {"DenoisingDiffusionTrainer": {"num_epochs": 500, "schedule": "cosine"}}
@@ -33,8 +41,7 @@ give it with the setting `denoiser` or with `-pretrained_weights`.
 
 `CompactPlanner` writes such a block, with settings for short trainings on a laptop, into the plans that it makes.
 
-Inherited settings without effect: `weighting`, `min_snr_gamma`, `timestep`, `sample_steps` of DiffusionTeacherTrainer;
-`denoiser` of DiffusionCoTrainingTwinTrainer.
+Inherited settings without effect: `weighting`, `min_snr_gamma`, `timestep`, `sample_steps` of DiffusionTeacherTrainer.
 """
 
 

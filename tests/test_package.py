@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -60,14 +61,102 @@ def test_plug_in_imports_by_its_package_name(path):
     assert os.path.samefile(module.__file__, path)
 
 
-@pytest.mark.parametrize("path", LIBRARY, ids=lambda path: str(path.relative_to(ROOT)))
-def test_library_imports_no_trainer(path):
-    assert {name for name in imports(path) if name.startswith("nnunet_diffusion.trainers")} == set()
+def dynamic_imports(path: Path) -> set[str]:
+    """What a file gives to import_module; `*` stands for what an f-string fills in."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module":
+            parts = node.args[0].values if isinstance(node.args[0], ast.JoinedStr) else [node.args[0]]
+            names.add("".join(str(part.value) if isinstance(part, ast.Constant) else "*" for part in parts))
+    return names
 
 
-@pytest.mark.parametrize("path", PLUG_IN_FILES, ids=lambda path: f"{path.parent.name}.{path.stem}")
-def test_plug_in_imports_no_command(path):
-    assert {name for name in imports(path) if name.startswith("nnunet_diffusion.cli")} == set()
+def room(path: Path) -> str:
+    """The folder of a file, as the package calls it; a module of the library's root is a room of its own."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[0] if parts[0] in PLUG_INS else parts[1]
+
+
+def rooms_that_are_imported() -> dict[str, dict[str, str]]:
+    """{room: {room that it imports: an example}}, of every import, wherever it stands and however it is written."""
+    found = {}
+    for path in (*LIBRARY, *PLUG_IN_FILES, *(ROOT / folder / "__init__.py" for folder in PLUG_INS)):
+        known = found.setdefault(room(path), {})
+        for name in (*imports(path), *dynamic_imports(path)):
+            if name == "*" and path.name == "checkup.py":
+                continue  # torch, torchvision and nnunetv2, to see whether they can be imported
+            assert name != "*", f"{path}: import_module of a name that cannot be read"
+            if name.startswith("nnunet_diffusion.") and name.split(".")[1] not in (room(path), "__version__"):
+                known[name.split(".")[1]] = f"{path.relative_to(ROOT)} imports {name}"
+    return found
+
+
+def test_rooms_import_no_circle():
+    graph = rooms_that_are_imported()
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        circle = error.args[1]  # from what is imported to what imports it
+        steps = [graph[after][before] for before, after in zip(circle, circle[1:], strict=False)]
+        pytest.fail("a circle of rooms:\n" + "\n".join(steps))
+
+
+def test_no_arrow_points_up():
+    """Commands on top, then plug-ins, then the library, of which rooms may import its root, never the other way."""
+    graph = rooms_that_are_imported()
+    rooms = [path.name for path in (ROOT / "nnunet_diffusion").iterdir() if path.is_dir()]
+    level = dict.fromkeys(rooms, 1) | dict.fromkeys(PLUG_INS, 2) | {"cli": 3}
+    up = [said for name in graph for other, said in graph[name].items() if level.get(other, 0) > level.get(name, 0)]
+    up += [said for name in PLUG_INS for other, said in graph[name].items() if other in PLUG_INS and other != name]
+    assert up == []
+
+
+def test_a_circle_is_told_with_its_path(monkeypatch):
+    graph = {"a": {"b": "a/x.py imports b.y"}, "b": {"a": "b/y.py imports a.x"}}
+    monkeypatch.setitem(globals(), "rooms_that_are_imported", lambda: graph)
+    with pytest.raises(pytest.fail.Exception, match="(?s)a circle of rooms.*imports"):
+        test_rooms_import_no_circle()
+
+
+# What removes, moves or replaces files: {file: functions}. A new one must be added here, by somebody who has made sure
+# that it never touches what this program did not make and mark.
+REMOVES = {
+    "nnunet_diffusion/commands.py": {"link"},
+    "nnunet_diffusion/export.py": {"export_stock"},
+    "nnunet_diffusion/files.py": {"atomic"},
+    "nnunet_diffusion/marks.py": {"remove_marked"},
+    "nnunet_diffusion/preprocessing/planning.py": {"make_plan"},
+    "nnunet_diffusion/preprocessing/preprocess.py": {
+        "_finish_replacing", "_preprocess", "_remove_unlisted", "_replace", "preprocess_case",
+    },
+    "nnunet_diffusion/rounds/outcome.py": {"copy_fold"},
+    "nnunet_diffusion/rounds/pseudo_labels.py": {"remove_pseudo_labels"},
+    "nnunet_diffusion/rounds/stale.py": {"remove_stale"},
+}  # fmt: skip
+
+
+def removals(path: Path) -> set[str]:
+    """The functions of a file, `Class.method` without the class, that call anything which removes or moves files."""
+    calls = {"rmtree", "remove", "unlink", "rename", "replace", "move", "rmdir", "removedirs", "renames"}
+    found = set()
+
+    def walk(node: ast.AST, function: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            inner = child.name if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) else function
+            if isinstance(child, ast.Call):
+                name = getattr(child.func, "attr", getattr(child.func, "id", ""))
+                owner = getattr(getattr(child.func, "value", None), "id", "")
+                if name in calls and (owner in ("os", "shutil") or name in ("rmtree", "unlink", "rmdir", "rename")):
+                    found.add(inner)
+            walk(child, inner)
+
+    walk(ast.parse(path.read_text(encoding="utf-8")), "")
+    return found
+
+
+def test_every_removal_is_known():
+    found = {str(path.relative_to(ROOT)): removals(path) for path in (*LIBRARY, *PLUG_IN_FILES)}
+    assert {path: names for path, names in found.items() if names} == REMOVES
 
 
 def test_every_package_that_we_import_is_a_dependency():

@@ -168,11 +168,11 @@ def test_voxels_of_a_label_that_was_not_annotated_teach_nothing(world):
     trainer.initialize()
     data, target = torch.randn(2, 1, 16, 16), torch.randint(0, 2, (2, 1, 16, 16)) * 3  # background and box
     targets = [target[:, :, ::s, ::s].float() for s in (1, 2, 4)][: len(trainer._get_deep_supervision_scales())]
-    with trainer.knowing({"keys": cases[:2]}):
+    with trainer.with_annotations({"keys": cases[:2]}):
         outputs = [out.detach().requires_grad_() for out in trainer.network(data)]
         trainer.loss(outputs, targets).backward()
     swapped = [out.detach()[:, [0, 2, 1, 3]].requires_grad_() for out in outputs]
-    with trainer.knowing({"keys": cases[:2]}):
+    with trainer.with_annotations({"keys": cases[:2]}):
         trainer.loss(swapped, targets).backward()
     for out, other in zip(outputs, swapped, strict=True):
         if out.grad is not None:

@@ -85,12 +85,12 @@ def test_ignored_voxels_and_labels_that_a_pseudo_label_is_silent_about_teach_not
     target = torch.randint(0, 2, (2, 1, 16, 16)) * 3
     target[:, :, :8] = 4
     targets = [target[:, :, :: 2**s, :: 2**s] for s in range(len(trainer._get_deep_supervision_scales()))]
-    with trainer.knowing({"keys": ["tiny_101", "tiny_101"]}):
+    with trainer.with_annotations({"keys": ["tiny_101", "tiny_101"]}):
         outputs = [out.detach().requires_grad_() for out in trainer.network(torch.randn(2, 1, 16, 16))]
         trainer.loss(outputs, targets).backward()
     assert (outputs[0].grad[:, :, :8] == 0).all() and (outputs[0].grad[:, :, 8:] != 0).any()
     swapped = [out.detach()[:, [0, 2, 1, 3]].requires_grad_() for out in outputs]
-    with trainer.knowing({"keys": ["tiny_101", "tiny_101"]}):
+    with trainer.with_annotations({"keys": ["tiny_101", "tiny_101"]}):
         trainer.loss(swapped, targets).backward()
     assert torch.allclose(outputs[0].grad[:, [0, 2, 1, 3]], swapped[0].grad, atol=1e-7), "the balls are exchangeable"
 

@@ -6,7 +6,7 @@ import random
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import join, load_pickle
+from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +17,7 @@ from nnunet_diffusion.model_folder import load_checkpoint, load_nothing_but_plai
 from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs
 from nnunet_diffusion.plans import check_plans
 from nnunet_diffusion.preprocessing.cases import read_splits
+from nnunet_diffusion.preprocessing.properties import load_properties
 from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.settings import above, at_least
 from nnunet_diffusion.trainers import our_trainers
@@ -96,7 +97,7 @@ class ConfiguredTrainer(nnUNetTrainer):
             folder = self.preprocessed_dataset_folder
             cases = infer_dataset_class(folder).get_identifiers(folder)
             lateral = axes_not_to_mirror(
-                (load_pickle(join(folder, f"{case}.pkl")) for case in cases),
+                (load_properties(join(folder, f"{case}.pkl")) for case in cases),
                 self.plans_manager.transpose_forward,
                 len(self.configuration_manager.patch_size),
             )

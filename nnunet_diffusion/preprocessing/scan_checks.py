@@ -1,9 +1,7 @@
 """What makes a scan or a label unusable, told before it costs hours of preprocessing or training."""
 
-import gzip
 import math
 import os
-import zlib
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -11,14 +9,16 @@ import nibabel
 import numpy as np
 import pandas as pd
 import SimpleITK as sitk
-import skimage.io
 
 from nnunet_diffusion.errors import UserError
-
-# What SimpleITK reads and nnU-Net calls an image with a geometry; other files (tif) are only looked at for size 0.
-NIFTI_ENDINGS = (".nii.gz", ".nii")
-GEOMETRIC_ENDINGS = (*NIFTI_ENDINGS, ".nrrd", ".mha", ".gipl")
-PICTURE_ENDINGS = (".png", ".bmp")  # 2-D, without a geometry; one file may hold several channels, such as RGB
+from nnunet_diffusion.voxels import (
+    GEOMETRIC_ENDINGS,
+    NIFTI_ENDINGS,
+    PICTURE_ENDINGS,
+    read_voxels,
+    require_readable_name,
+    unreadable,
+)
 
 
 class Geometry(NamedTuple):
@@ -36,7 +36,7 @@ def read_geometry(path: str) -> Geometry | None:
     Raises:
         UserError: If the file is missing, empty or unreadable, or does not hold one 3-D image or picture.
     """
-    _require_readable_name(path)
+    require_readable_name(path)
     _require_content(path)
     if not path.endswith((*GEOMETRIC_ENDINGS, *PICTURE_ENDINGS)):
         return None
@@ -45,7 +45,7 @@ def read_geometry(path: str) -> Geometry | None:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise UserError(_unreadable(path, error)) from error
+        raise UserError(unreadable(path, error)) from error
     if path.endswith(PICTURE_ENDINGS):
         return Geometry(reader.GetSize(), (1.0, 1.0), (0.0, 0.0), (1.0, 0.0, 0.0, 1.0))
     size, components = reader.GetSize(), reader.GetNumberOfComponents()
@@ -213,38 +213,6 @@ def _require_content(path: str) -> None:
         raise UserError(f"{path}: is an empty file: copy or download it again")
 
 
-def read_voxels(path: str) -> np.ndarray:
-    """Reads all values of an image file, in any order and shape; of a picture as nnU-Net reads it, channels last.
-
-    NIfTI files are read here because SimpleITK, without a word, makes up what is missing of a truncated one and turns
-    NaN and infinity into 0; other formats it refuses, or reads as they are.
-
-    Raises:
-        UserError: If it cannot be read to its end.
-    """
-    try:
-        if path.endswith(NIFTI_ENDINGS):
-            return _nifti_voxels(path)
-        if path.endswith(PICTURE_ENDINGS):
-            return skimage.io.imread(path)
-        return sitk.GetArrayFromImage(sitk.ReadImage(path))
-    except (RuntimeError, OSError, EOFError, SyntaxError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
-        raise UserError(_unreadable(path, error)) from error
-
-
-def _nifti_voxels(path: str) -> np.ndarray:
-    header = nibabel.load(path).dataobj
-    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as f:
-        content = f.read()  # to the end, where gzip compares the checksum
-    count = math.prod(header.shape)
-    expected = header.offset + count * header.dtype.itemsize
-    if len(content) < expected:
-        raise EOFError(f"{len(content)} bytes where its header announces {expected}")
-    voxels = np.frombuffer(content, header.dtype, count, header.offset)
-    voxels = voxels.astype(header.dtype.newbyteorder("="), copy=False)  # pandas refuses the other byte order
-    return voxels if (header.slope, header.inter) == (1, 0) else voxels * header.slope + header.inter
-
-
 def _nifti_spacing(path: str) -> tuple[float, ...]:
     """As the header says; SimpleITK and nibabel, without a word, make 1 of a spacing of 0, SimpleITK of NaN as well."""
     kind = nibabel.Nifti2Image if nibabel.Nifti2Image.path_maybe_image(path)[0] else nibabel.Nifti1Image
@@ -253,20 +221,9 @@ def _nifti_spacing(path: str) -> tuple[float, ...]:
     return tuple(float(length) for length in header["pixdim"][1:4])
 
 
-def _unreadable(path: str, error: Exception | str) -> str:
-    reason = " ".join(str(error).split()).rpartition("ERROR: ")[2]  # SimpleITK tells its own source lines first
-    return f"{path}: cannot be read, truncated or no image ({reason.rstrip('.')}): copy or download it again"
-
-
 def _rounded(values: Sequence[float]) -> tuple[float, ...]:
     return tuple(float(f"{value:.6g}") for value in values)
 
 
 def _some(values: list, limit: int = 10) -> str:
     return str(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")
-
-
-def _require_readable_name(path: str) -> None:
-    """Refuses a path that is no UTF-8 (SimpleITK ends the program) or has a null character, which no file can have."""
-    if "\0" in path or path.encode(errors="replace").decode() != path:
-        raise UserError(f"{path!r}: is no UTF-8, which image readers need: rename the file or its folder")
