@@ -29,6 +29,7 @@ from nnunet_diffusion.commands import command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.locks import locked
 from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.pretraining.start import find_start
 from nnunet_diffusion.records import digest
 from nnunet_diffusion.rounds import places
 from nnunet_diffusion.rounds.constrained import most_probable
@@ -544,7 +545,7 @@ def test_a_model_that_may_have_seen_the_validation_cases_is_refused(world, resul
         ("unvalidated", lambda model: shutil.rmtree(model / "fold_0" / "validation"), "may have learned from them"),
         (
             "other",
-            lambda model: edit_json(model / "dataset.json", labels={"background": 0}),
+            lambda model: edit_json(model / "dataset.json", labels={"background": 0, "other": 1}),
             "labels differ from this run",
         ),
         ("empty", lambda model: (model / "plans.json").unlink(), "is no model folder"),
@@ -618,7 +619,8 @@ def test_a_round_starts_from_the_denoiser_of_the_plan_that_it_was_made_from(worl
     denoiser.touch()
     refuse_unusable_start(rounds.places, rounds.plans)
     write_plans(rounds.places, rounds.plans, 1, 0)
-    assert tiny.trainer(PseudoLabelTrainer, plans="D_round1").find_denoiser() == str(denoiser)
+    trainer = tiny.trainer(PseudoLabelTrainer, plans="D_round1")
+    assert find_start(trainer.start, trainer.plans_manager, "2d", 0) == str(denoiser)
 
 
 @pytest.mark.slow
@@ -635,8 +637,8 @@ def test_what_changed_is_named_and_not_mixed(world, results, tmp_path, capsys):
     with pytest.raises(UserError, match="trainer: was 'DiffusionPretrainedTrainer', now 'PartialLabelTrainer'"):
         the_run(trainer="PartialLabelTrainer")
     changes = {
-        folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_101.b2nd": "pool cases .*changed: tiny_101",
-        folder / "nnUNetCompactPlans_2d" / "tiny_002_seg.b2nd": "annotated cases .*changed: tiny_002",
+        folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_101.b2nd": "pool cases: changed: tiny_101",
+        folder / "nnUNetCompactPlans_2d" / "tiny_002_seg.b2nd": "annotated cases: changed: tiny_002",
         results / "PseudoLabelTrainer__R_round1__2d" / "fold_0" / "checkpoint_final.pth": "that round 1 ended with",
         denoiser: "denoiser.pth: is not the denoiser that round 0 started from",
     }
@@ -649,7 +651,7 @@ def test_what_changed_is_named_and_not_mixed(world, results, tmp_path, capsys):
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     description = (folder / "dataset.json").read_text()
     edit_json(folder / "dataset.json", annotated_labels={"tiny_001": ["left ball"]})
-    with pytest.raises(UserError, match="annotated cases .*changed: tiny_001"):
+    with pytest.raises(UserError, match="annotated cases: changed: tiny_001"):
         the_run()
     (folder / "dataset.json").write_text(description)
     with pytest.raises(UserError, match="mirroring: was True, now False"):
@@ -839,7 +841,8 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     shutil.copy(next(images.glob("tiny_003*")), tmp_path / "in")
     predict = ["nnUNetv2_predict", "-d", str(tiny.ID), "-c", "2d", "-f", "0", "-tr", "PseudoLabelTrainer", "-p", "P"]
     predict += ["-i", tmp_path / "in", "-o", tmp_path / "out", "-device", "cpu", "-npp", "1", "-nps", "1"]
-    run_command(predict, env=os.environ | command_environment(None, "cpu")).check_returncode()
+    stock = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_WEIGHTS_ONLY_LOAD"}
+    run_command(predict, env=stock | command_environment(None, "cpu")).check_returncode()
     assert (tmp_path / "out" / "tiny_003.nii.gz").is_file()
 
 
