@@ -84,7 +84,7 @@ def without_cases(dataset_json: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_member(checkpoint: dict[str, Any], member: int) -> None:
-    """Leaves of a checkpoint of several networks the weights of one, and no optimiser.
+    """Leaves of a checkpoint of several networks the weights of one, and no optimizer.
 
     Raises:
         UserError: If there is no such member, or the members know a part of the labels only.

@@ -31,7 +31,7 @@ class ConfiguredTrainer(nnUNetTrainer):
     """
 
     num_epochs: int = 1000  # an epoch is a number of steps, not a pass over the data
-    num_iterations_per_epoch: int = 250  # optimisation steps
+    num_iterations_per_epoch: int = 250  # optimization steps
     num_val_iterations_per_epoch: int = 50  # batches that the online validation looks at
     initial_lr: float = 1e-2  # learning rate, falling to 0 over the epochs
     weight_decay: float = 3e-5  # L2 penalty; of AdamW, decoupled
@@ -158,7 +158,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         return [self.network]
 
     def optimize(self, loss: torch.Tensor, max_norm: float) -> None:
-        """One optimiser step; as nnU-Net's train_step ends, with a gradient norm of the caller's choice."""
+        """One optimizer step; as nnU-Net's train_step ends, with a gradient norm of the caller's choice."""
         self.backward(loss)
         self.update(max_norm)
 

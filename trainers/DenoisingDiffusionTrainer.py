@@ -1,4 +1,4 @@
-"""Pre-trains the planned network on every image of the data set, labelled or not, by denoising diffusion."""
+"""Pre-trains the planned network on every image of the data set, labeled or not, by denoising diffusion."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     """Denoising diffusion (Ho et al. 2020) with the very network that nnU-Net planned; writes `denoiser.pth`.
 
     Fold k leaves fold k's validation images out; fold `all` leaves a small share of the pool out. On these the loss is
-    measured, at fixed timesteps and noise, with the averaged weights. Pre-training on unlabelled slices is Huang et
+    measured, at fixed timesteps and noise, with the averaged weights. Pre-training on unlabeled slices is Huang et
     al. 2024 (arXiv 2402.15216), abstract; conditioning through the norms, and folding, are ours.
     """
 
@@ -53,7 +53,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     ema_decay: float = 0.999  # of the average of the weights, which is what is kept
     timestep: int = 50  # t*, at which `network_weights` of denoiser.pth is folded
     noise_scale: float = 1.0  # noise of unit variance is this many times the spread of intensities in the body
-    body_share: float = 0.67  # of the patches are centred on the body, which is brighter than what is around it
+    body_share: float = 0.67  # of the patches are centered on the body, which is brighter than what is around it
     augment: bool = True  # small rotations and scalings; never mirrors, which would make impossible anatomy
     held_out: float = 0.05  # share of the pool that fold `all` does not train on
     sample_every: int = 50  # epochs between two sheets of samples; 0 for none
@@ -107,7 +107,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         """A denoiser has none."""
 
     def get_tr_and_val_datasets(self):
-        """All images of the data set, labelled and pool."""
+        """All images of the data set, labeled and pool."""
         training, validation = self.do_split()
         train = [join(self.preprocessed_dataset_folder, case) for case in training]
         held_out = [join(self.preprocessed_dataset_folder, case) for case in validation]

@@ -1,4 +1,4 @@
-"""Trains the planned network together with a diffusion teacher, on labelled cases and on the unlabelled pool."""
+"""Trains the planned network together with a diffusion teacher, on labeled cases and on the unlabeled pool."""
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
             )
 
     def configure_optimizers(self):
-        """One optimiser for student and teacher."""
+        """One optimizer for student and teacher."""
         self.teacher = self.build_teacher().to(self.device)
         if self._do_i_compile():
             for network in self.teacher.children():
@@ -152,17 +152,17 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
         return super().get_dataloaders()
 
     def get_pool_loader(self):
-        """Random patches of the unlabelled images; refuses a pool that is missing or does not fit."""
+        """Random patches of the unlabeled images; refuses a pool that is missing or does not fit."""
         folder = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
         masked = self.configuration_manager.use_mask_for_norm
         pool = ImageDataset([join(folder, case) for case in pool_identifiers(folder)], any(masked))
         if not pool.identifiers:
             raise UserError(
-                f"there is no unlabelled image in {folder}: name some (nnunet_diffusion convert ... --unlabeled) and "
+                f"there is no unlabeled image in {folder}: name some (nnunet_diffusion convert ... --unlabeled) and "
                 "run nnunet_diffusion plan_and_preprocess, or set method to supervised"
             )
         refuse_other_channels(pool, self.num_input_channels)
-        self.print_to_log_file(f"{self.method} with {len(pool.identifiers)} unlabelled images")
+        self.print_to_log_file(f"{self.method} with {len(pool.identifiers)} unlabeled images")
         patch_size = self.configuration_manager.patch_size
         if self.method == "co_training" and not self.is_resumed:
             patches = fixed_batches(pool, 20, self.batch_size, patch_size, self.label_manager, seed=1234)
@@ -183,7 +183,7 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
         self.pool_weight = self.unlabeled_weight * ramp_up(self.current_epoch, self.num_epochs, self.ramp)
 
     def train_step(self, batch: dict) -> dict:
-        """A labelled batch, then one of the pool; their gradients add up."""
+        """A labeled batch, then one of the pool; their gradients add up."""
         images = batch["data"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         with self.with_annotations(batch), self.mixed_precision():

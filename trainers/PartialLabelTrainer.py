@@ -97,7 +97,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         return [unwrap(self.network)]
 
     def configure_optimizers(self):
-        """The chosen optimiser for what trains, with a rate of their own for the heads."""
+        """The chosen optimizer for what trains, with a rate of their own for the heads."""
         networks = [unwrap(network) for network in self.trained_networks()]
         named = [(name, p) for network in networks for name, p in network.named_parameters() if p.requires_grad]
         rest = {"params": [p for name, p in named if HEADS not in name]}

@@ -67,7 +67,7 @@ def draw_rounds(images: Tensor, classes: int, rounds: int, timesteps: int) -> Ro
 
 
 def segment(pathway: nn.Module, images: Tensor, draw: Draw, alpha_bar: Tensor) -> Tensor:
-    """Logits (B, classes, X, Y[, Z]) of the mask pathway; images (B, C, X, Y[, Z]) in the plan's normalisation."""
+    """Logits (B, classes, X, Y[, Z]) of the mask pathway; images (B, C, X, Y[, Z]) in the plan's normalization."""
     noised_blank = (1 - per_sample(alpha_bar[draw.timestep], images)).sqrt() * draw.noise
     return pathway(torch.cat([noised_blank, images], 1), draw.timestep)
 
@@ -100,7 +100,7 @@ class MaskDiffusion(nn.Module):
         """Noises images and restores them by the image pathway.
 
         Args:
-            images: (B, C, X, Y[, Z]) in the plan's normalisation.
+            images: (B, C, X, Y[, Z]) in the plan's normalization.
             mask: (B, classes, X, Y[, Z]) probabilities.
             draw: Timesteps and noise of the shape of `images`.
             diffusion: The process.

@@ -1,7 +1,7 @@
 """Teachers of a student network: what each method of semi-supervised training learns from a batch.
 
 A step is two losses, each a function of the student, the teacher and one batch: `labeled` and `unlabeled`. The
-student is called as the function that it is; whoever trains it decides how it is wrapped and optimised.
+student is called as the function that it is; whoever trains it decides how it is wrapped and optimized.
 """
 
 from collections.abc import Callable

@@ -58,7 +58,7 @@ def organ_features(features: Tensor, labels: Tensor, classes: int) -> OrganFeatu
 
     Args:
         features: (B, F, x, y[, z]); half precision is averaged in float32.
-        labels: (B, 1, X, Y[, Z]) label map, scaled to the features by nearest neighbour. Values from `classes` on, such
+        labels: (B, 1, X, Y[, Z]) label map, scaled to the features by nearest neighbor. Values from `classes` on, such
             as an ignore label, are no organ.
         classes: Number of outputs of the network, C.
     """

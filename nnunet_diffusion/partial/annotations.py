@@ -46,11 +46,11 @@ def output_channels(label_manager: LabelManager) -> Channels:
 
 
 def read_annotations(dataset_json: dict, cases: Collection[str], channels: Channels) -> dict[str, Annotation]:
-    """What was annotated in each labelled case.
+    """What was annotated in each labeled case.
 
     Args:
         dataset_json: The content of dataset.json.
-        cases: The names of all labelled cases.
+        cases: The names of all labeled cases.
         channels: The `output_channels`.
 
     Returns:
@@ -64,7 +64,7 @@ def read_annotations(dataset_json: dict, cases: Collection[str], channels: Chann
     _refuse([f"{key!r} must be {{case: list}}, not a {type(tables[key]).__name__}" for key in wrong])
     annotated, unions = tables.values()
     problems = [
-        f"{key} names case {case!r}, which is not a labelled case of the data set: correct its name or remove it"
+        f"{key} names case {case!r}, which is not a labeled case of the data set: correct its name or remove it"
         for key, table in tables.items()
         for case in table
         if case not in cases

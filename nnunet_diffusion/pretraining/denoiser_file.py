@@ -29,7 +29,7 @@ def plan_identity(plans_manager, configuration_name: str, dataset_json: dict) ->
         dataset_json: The content of dataset.json.
 
     Returns:
-        Names, spacing (mm), patch size (voxels), normalisation with its intensity statistics, and the topology.
+        Names, spacing (mm), patch size (voxels), normalization with its intensity statistics, and the topology.
     """
     configuration = plans_manager.get_configuration(configuration_name)
     identity = {

@@ -55,7 +55,7 @@ class Diffusion:
         Args:
             networks: Denoisers or pairs of pathways, whose buffers `input_scale` and `image_range` are set.
             statistics: Of the images.
-            patches: Batches (B, C, X, Y[, Z]) in the plan's normalisation, as they are trained on.
+            patches: Batches (B, C, X, Y[, Z]) in the plan's normalization, as they are trained on.
             noise: Noise of unit variance is this many times the spread in the body.
         """
         scale = torch.as_tensor(statistics.spread, dtype=torch.float32) * noise

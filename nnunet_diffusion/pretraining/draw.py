@@ -58,7 +58,7 @@ def draw_images(
         progress: Whether to show a bar of all steps.
 
     Yields:
-        (B, C, X, Y[, Z]) on the CPU, in the plan's normalisation.
+        (B, C, X, Y[, Z]) on the CPU, in the plan's normalization.
     """
     device = denoiser.input_scale.device
     clip = tuple((denoiser.image_range / denoiser.input_scale.mean()).tolist())

@@ -76,7 +76,7 @@ def prediction_target(prediction: str, x_0: Tensor, noise: Tensor, alpha_bar: Te
 def patch_mean(prediction: str, x_t: Tensor, alpha_bar: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
     """The patch mean of what is predicted, estimated from that of the noised image; our reconstruction.
 
-    Instance normalisation removes the mean of a patch, so a normalised network can neither see nor predict it; samples
+    Instance normalization removes the mean of a patch, so a normalized network can neither see nor predict it; samples
     would keep the brightness of the noise that they started from. mean(x_t) = sqrt(a) mean(x_0) + sqrt(1 - a)
     mean(eps), where mean(eps) has variance 1 / N over N voxels and mean(x_0) is taken to be normally distributed over
     patches, with mean m and standard deviation s: the Wiener estimate of mean(eps) follows, and with it that of
