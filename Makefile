@@ -26,6 +26,7 @@ $(VENV)/.installed: setup.py pyproject.toml
 	$(BIN)/python -m pip install -e .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: setup.py pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -e ".[dev,reference]"
-	touch $@
+	touch $(VENV)/.installed $@

@@ -66,7 +66,7 @@ if __name__ == "__main__":
                 "pytest",
                 "pytest-timeout",
                 "pytest-xdist",
-                "ruff",
+                "ruff==0.17.6",  # another one formats otherwise
                 "setuptools",
             ],
             # Other implementations of the diffusion process and of figures: tests compare ours with them.

@@ -18,8 +18,6 @@ import os
 import sys
 from pathlib import Path
 
-from report import write_spread
-
 from nnunet_diffusion.cli.plan_and_preprocess import find_planner
 from nnunet_diffusion.commands import Step, Steps, command_environment, number_of_cores
 from nnunet_diffusion.errors import UserError
@@ -27,6 +25,7 @@ from nnunet_diffusion.files import atomic, write_json
 from nnunet_diffusion.installation import require_folders
 from nnunet_diffusion.preprocessing.planning import default_plans_name, find_dataset
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
+from nnunet_diffusion.tables import figure
 
 BUDGETS = ("4slices", "1%", "10%")
 PAPER = dict(zip(BUDGETS, (0.5181, 0.7156, 0.7851), strict=True))  # arXiv 2402.15216, abstract
@@ -126,7 +125,7 @@ def describe_run(denoiser: Path, fine_tuning_steps: int) -> str:
 def comparison(content: dict, run: str = "") -> str:
     """A Markdown table: a line for each arm, a column for each budget, the paper's figures above, `run` below."""
     arms, budgets = (list(dict.fromkeys(group[key] for group in content["summary"])) for key in ("arm", "budget"))
-    cells = {(g["arm"], g["budget"]): write_spread(g["mean"], g["sd"]) for g in content["summary"]}
+    cells = {(g["arm"], g["budget"]): figure(g["mean"], g["sd"]) for g in content["summary"]}
     paper = [f"{PAPER[budget]:.3f}" if budget in PAPER else "" for budget in budgets]
     protocol = next(iter(content["arms"].values()))
     lines = [f"| Dice | {' | '.join(budgets)} |", "|---" * (len(budgets) + 1) + "|"]

@@ -21,7 +21,7 @@ import json
 import random
 
 from regimes import draw
-from report import mean_per_organ, summarize, write_arms_figure
+from report import rounded, summarize, write_arms_figure
 from runs import (
     VALIDATION_ITERATIONS,
     argument_parser,
@@ -37,6 +37,7 @@ from runs import (
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
+from nnunet_diffusion.tables import organ_means
 
 STAGE_1 = {
     "none": {"prediction_weight": 0.0, "feature_weight": 0.0},
@@ -120,7 +121,7 @@ def report(args: argparse.Namespace, stage: int, runs: list[dict]) -> None:
     if stage == 1:
         summary["gated"] = [
             {"arm": run["arm"], "seed": run["seed"], "ignored": round(run["ignored"], 5),
-             "dice_per_organ": {o: v and round(v, 4) for o, v in mean_per_organ(run["gated"]).items()}}
+             "dice_per_organ": {o: rounded(v) for o, v in organ_means(run["gated"]).items()}}
             for run in runs
         ]  # fmt: skip
         summary["claims"] = [{"arm": run["arm"], "seed": run["seed"], **share_of_claims(run)} for run in runs]

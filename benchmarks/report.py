@@ -5,23 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from nnunet_diffusion.files import atomic
+from nnunet_diffusion.tables import defined, deviation, figure, mean, mean_over_organs, organ_means
 
 
-def mean_per_organ(dice: dict[str, dict[str, float | None]]) -> dict[str, float | None]:
-    """Mean over the test cases that have the organ or predict it; None if there is none."""
-    organs = dict.fromkeys(organ for case in dice.values() for organ in case)
-    values = {organ: [case[organ] for case in dice.values() if case.get(organ) is not None] for organ in organs}
-    return {organ: float(np.mean(found)) if found else None for organ, found in values.items()}
-
-
-def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, None for a single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
-
-
-def write_spread(mean: float, spread: float | None, sign: str = "") -> str:
-    """Mean and spread for a reader."""
-    return f"{mean:{sign}.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+def rounded(value: float) -> float | None:
+    """Four digits, for JSON; None for what is not defined."""
+    return round(value, 4) if defined([value]) else None
 
 
 def compare(seeds: dict[int, float], control: dict[int, float]) -> list[float]:
@@ -31,11 +20,10 @@ def compare(seeds: dict[int, float], control: dict[int, float]) -> list[float]:
 
 def short(run: dict) -> dict:
     """What is worth committing of a run."""
-    organs = mean_per_organ(run["dice"])
     return {
         "arm": run["arm"], "budget": run["budget"], "seed": run["seed"], "training_cases": run["training_cases"],
-        "dice": round(float(np.mean([v for v in organs.values() if v is not None])), 4),
-        "dice_per_organ": {organ: None if v is None else round(v, 4) for organ, v in organs.items()},
+        "dice": rounded(mean_over_organs(run["dice"])),
+        "dice_per_organ": {organ: rounded(value) for organ, value in organ_means(run["dice"]).items()},
         "train_seconds": run["seconds"]["train"],
     }
 
@@ -52,17 +40,17 @@ def summarize(runs: list[dict], control: str) -> tuple[str, dict]:
     lines = ["| labels | arm | seeds | Dice | minus " + control + ", paired | better |", "|---|---|---|---|---|---|"]
     groups = []
     for (budget, arm), seeds in scores.items():
-        mean, spread = mean_and_spread(list(seeds.values()))
-        group = {"budget": budget, "arm": arm, "seeds": sorted(seeds), "mean": round(mean, 4),
-                 "sd": None if spread is None else round(spread, 4)}
+        dice = seeds.values()
+        group = {"budget": budget, "arm": arm, "seeds": sorted(seeds), "mean": rounded(mean(dice)),
+                 "sd": rounded(deviation(dice))}
         paired = compare(seeds, scores.get((budget, control), {})) if arm != control else []
         gain, better = "", ""
         if paired:
             group["minus_control"] = [round(d, 4) for d in paired]
-            gain = write_spread(*mean_and_spread(paired), "+")
+            gain = figure(mean(paired), deviation(paired), sign="+")
             better = f"{sum(d > 0 for d in paired)} of {len(paired)}"
         groups.append(group)
-        lines.append(f"| {budget} | {arm} | {len(seeds)} | {write_spread(mean, spread)} | {gain} | {better} |")
+        lines.append(f"| {budget} | {arm} | {len(seeds)} | {figure(mean(dice), deviation(dice))} | {gain} | {better} |")
     arms = {run["arm"]: run["protocol"] | {"trainer": run["trainer"]} for run in runs}
     content = {"arms": arms, "test_cases": runs[0]["test_cases"], "machine": runs[0]["machine"], "summary": groups,
                "runs": shorts}

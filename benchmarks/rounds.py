@@ -30,6 +30,7 @@ from pathlib import Path
 
 import blosc2
 import numpy as np
+from report import rounded
 from runs import VALIDATION_ITERATIONS, data_identifier
 from train_and_test import describe_machine, link_cases
 
@@ -41,6 +42,7 @@ from nnunet_diffusion.preprocessing.cases import labeled_files
 from nnunet_diffusion.rounds.prediction import load_prediction
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases
 from nnunet_diffusion.rounds.state import Round, load_state
+from nnunet_diffusion.tables import Scores, deviation, figure, mean, mean_over_organs, organ_means, text_table
 
 TRAINERS = ("DiffusionPretrainedTrainer", "PseudoLabelTrainer")
 ARMS = {"gated": [], "ungated": ["is_open=true"]}
@@ -115,42 +117,35 @@ def score_pseudo_labels(base: Path, work: Path, arm: str, number: int, hidden: l
     identifier = folder.parent.parent.name.removesuffix("_pseudo")
     labels = json.loads((base / "dataset.json").read_text())["labels"]
     names = {name: value for name, value in labels.items() if value and name != "ignore"}
-    everything, kept, ignored = {name: [] for name in names}, {name: [] for name in names}, []
+    everything, kept, ignored = {}, {}, []
     let_through = set(pseudo_cases(str(folder)))
     for case in hidden:
         true = blosc2.open(str(base / identifier / f"{case}_seg.b2nd"))[:][0]
         if not (folder / "predicted" / f"{case}.b2nd").exists():
             continue  # dropped in a round before
         predicted = load_prediction(str(folder / "predicted"), case).labels
-        add(everything, dice(predicted, true, list(names.values()), np.ones(true.shape, bool)))
+        scores = dice(predicted, true, list(names.values()), np.ones(true.shape, bool))
+        everything[case] = dict(zip(names, scores, strict=True))
         if case in let_through:
             label = open_pseudo_label(str(folder), case)
             segmentation = label.segmentation[:][0]
             is_counted = segmentation <= max(names.values())
             ignored.append(1 - is_counted.mean())
             scores = dice(segmentation, true, list(names.values()), is_counted)
-            add(kept, [s if n in label.annotation.labels else None for n, s in zip(names, scores, strict=True)])
+            kept[case] = {n: s if n in label.annotation.labels else None for n, s in zip(names, scores, strict=True)}
     return {
         "predicted": summary(everything),
         "kept": summary(kept),
         "kept_cases": len(let_through),
         "of": len(hidden),
-        "ignored": float(np.mean(ignored)) if ignored else None,
+        "ignored": rounded(mean(ignored)),
     }
 
 
-def add(lists: dict[str, list], scores: list) -> None:
-    """Appends the scores that are defined."""
-    for found, value in zip(lists.values(), scores, strict=True):
-        if value is not None:
-            found.append(value)
-
-
-def summary(lists: dict[str, list[float]]) -> dict[str, float | None]:
+def summary(scores: Scores) -> dict[str, float | None]:
     """Mean of each organ, and the mean of those."""
-    means = {name: float(np.mean(found)) if found else None for name, found in lists.items()}
-    defined = [value for value in means.values() if value is not None]
-    return {**means, "mean": float(np.mean(defined)) if defined else None}
+    means = organ_means(scores) | {"mean": mean_over_organs(scores)}
+    return {name: rounded(value) for name, value in means.items()}
 
 
 def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) -> dict[str, float]:
@@ -276,22 +271,18 @@ def write_figure(results: list[dict], path: Path) -> None:
 
 def table(results: list[dict]) -> str:
     """Validation Dice by arm and round, mean and standard deviation over the seeds."""
-    lines = ["annotated  arm      round  validation Dice      pool predicted  pool kept  kept cases"]
+    lines = []
     for number in sorted({r["annotated"] for r in results}):
         for arm, index in product(ARMS, range(len(results[0]["gated"]))):
             rounds = [r[arm][index] for r in results if r["annotated"] == number and len(r[arm]) > index]
-            values = [r["validation_dice"] for r in rounds if r["validation_dice"] is not None]
-            cells = [f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"]
-            for kind in ("predicted", "kept"):
-                found = [r["pseudo_labels"][kind]["mean"] for r in rounds if "pseudo_labels" in r]
-                found = [value for value in found if value is not None]
-                cells.append(f"{np.mean(found):.3f}" if found else "-")
-            cells.append(f"{np.mean([r['pseudo_labels']['kept_cases'] for r in rounds]):.1f}" if index else "-")
-            name = arm if index else "supervised"
-            lines.append(
-                f"{number:>9}  {name:<11} {index:>3}  {cells[0]:>15}  {cells[1]:>18}  {cells[2]:>9}  {cells[3]:>10}"
-            )
-    return "\n".join(lines)
+            values = [r["validation_dice"] for r in rounds]
+            pool = [r["pseudo_labels"] for r in rounds if "pseudo_labels" in r]
+            cells = [figure(mean(p[kind]["mean"] for p in pool)) for kind in ("predicted", "kept")]
+            cells.append(figure(mean(p["kept_cases"] for p in pool), digits=1))
+            name, dice = arm if index else "supervised", figure(mean(values), deviation(values))
+            lines.append([number, name, index, dice, *cells])
+    heads = ("annotated", "arm", "round", "validation Dice", "pool predicted", "pool kept", "kept cases")
+    return text_table(dict(zip(heads, zip(*lines, strict=True), strict=True)), has_footer=False)
 
 
 def main() -> int:

@@ -11,22 +11,16 @@ import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, not_written
-from nnunet_diffusion.voxels import read_voxels
+from nnunet_diffusion.voxels import read_voxels, require_readable_name
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def write_scan(image: sitk.Image, path: str | os.PathLike, compress: bool = True) -> None:
-    """Writes a scan or a label map in the format that its name ends with; for the errors see `proven_to_hold`.
-
-    Args:
-        image: With as many values a voxel as the format has.
-        path: The file; it is replaced only by one that holds every voxel.
-        compress: Where the format can; `.nii.gz` always is.
-    """
+def write_scan(image: sitk.Image, path: str | os.PathLike) -> None:
+    """Writes a scan or a label map, compressed, in the format that its name ends with; errors as `proven_to_hold`'s."""
     with proven_to_hold(sitk.GetArrayViewFromImage(image), path) as temporary:
-        sitk.WriteImage(image, temporary, useCompression=compress)
+        sitk.WriteImage(image, temporary, useCompression=True)
 
 
 @contextmanager
@@ -40,10 +34,12 @@ def proven_to_hold(voxels: np.ndarray, path: str | os.PathLike) -> Iterator[str]
         path: The file.
 
     Raises:
+        UserError: If the path is no UTF-8, for which SimpleITK would end the program.
         NotWritten: If the file holds anything else; `path` is then what it was.
         OSError: If the folder cannot be written to.
     """
     folder, name = os.path.split(os.path.abspath(path))
+    require_readable_name(os.path.join(folder, name))
     with atomic(path) as temporary:
         try:
             yield temporary

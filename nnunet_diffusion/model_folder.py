@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.paths import nnUNet_results
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 from torch._dynamo import OptimizedModule
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunet_diffusion import installation
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
+from nnunet_diffusion.plans import REMEDY
 from nnunet_diffusion.schemas import Checkpoint
 
 HEADS = "decoder.seg_layers."
@@ -58,9 +60,9 @@ def load_plain(path: str, remedy: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises many kinds for a damaged file
+    except Exception as error:  # torch raises many kinds for a damaged file, also OSErrors of its own
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
         if code := re.search(r"GLOBAL (\S+)", str(error)):
             raise UserError(
                 f"{path} holds more than tensors and plain values: it asks for {code[1]}, and could run any code; "
@@ -74,6 +76,25 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     checkpoint = load_plain(path, "give a checkpoint that nnU-Net wrote")
     check_shape(checkpoint, Checkpoint, path, "give a checkpoint that nnU-Net wrote")
     return checkpoint
+
+
+def refuse_unbuildable(plans: PlansManager, configuration: str, channels: int) -> None:
+    """Builds the planned network without its weights, which takes no time, to refuse a plan that does not describe one.
+
+    Args:
+        plans: Of the training.
+        configuration: Its name.
+        channels: Of the images.
+
+    Raises:
+        UserError: Naming the key of plans.json.
+    """
+    try:
+        with torch.device("meta"):
+            nnUNetTrainer.build_network_architecture(plans, plans.get_configuration(configuration), channels, 2, True)
+    except Exception as error:  # whatever the keywords of a network provoke
+        where = f"{plans.plans_name}.json: configurations.{configuration}.architecture"
+        raise UserError(f"{where}: no network can be built from it ({error!r}): {REMEDY}") from error
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -70,6 +70,8 @@ def check_plans(plans: Any, where: str) -> None:
         safe_name(name, f"{where}: configurations", REMEDY)
         resolved = inherited(configurations, name, key)
         check_shape(resolved, ResolvedConfiguration, key, REMEDY)
+        if not {"architecture", "UNet_class_name"} & resolved.keys():  # the second in plans of earlier nnU-Nets
+            raise UserError(f"{key}: has no architecture: {REMEDY}")
         identifier = safe_name(resolved["data_identifier"], f"{key}.data_identifier", REMEDY)
         if identifier in NOT_FOR_CASES:
             raise UserError(f"{key}.data_identifier: {identifier!r} is the folder of the ground truth: {REMEDY}")

@@ -120,25 +120,6 @@ def sha256(path: str) -> str:
     return content.hexdigest()
 
 
-class Hashes:
-    """SHA-256 of files that decide, checkpoints and denoisers: read again only if size or time has changed."""
-
-    def __init__(self, known: dict[str, list[str]]):
-        """Takes what is known, {path: [size and time, SHA-256]}, and adds to it in place."""
-        self.known = known
-
-    def sha256(self, path: str) -> str:
-        """The SHA-256 of a file.
-
-        Raises:
-            OSError: If it cannot be read.
-        """
-        stamp = size_and_time("", path, [""])
-        if self.known.get(path, [""])[0] != stamp:
-            self.known[path] = [stamp, sha256(path)]
-        return self.known[path][1]
-
-
 # ---------------------------------------------------------------- sealed files
 
 

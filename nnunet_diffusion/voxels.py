@@ -49,6 +49,12 @@ def _nifti_voxels(path: str) -> np.ndarray:
     return voxels if (header.slope, header.inter) == (1, 0) else voxels * header.slope + header.inter
 
 
+def require_readable_name(path: str) -> None:
+    """Refuses a path that is no UTF-8 (SimpleITK ends the program) or has a null character, which no file can have."""
+    if "\0" in path or path.encode(errors="replace").decode() != path:
+        raise UserError(f"{path!r}: is no UTF-8, which image readers need: rename the file or its folder")
+
+
 def unreadable(path: str, error: Exception | str) -> str:
     """Says why an image file cannot be read."""
     reason = " ".join(str(error).split()).rpartition("ERROR: ")[2]  # SimpleITK tells its own source lines first

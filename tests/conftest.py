@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from running import PYTHON
-from warm_server import warm_commands
+from warm_server import draw_progress_once, warm_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -70,6 +70,9 @@ def without_forks() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Path]:
     """A folder with `python`, nnU-Net's commands and ours, none of which imports torch and nnU-Net again."""
+    if not hasattr(os, "pidfd_open"):  # only on Linux
+        yield Path(PYTHON).parent
+        return
     with tempfile.TemporaryDirectory(prefix="warm") as folder, warm_commands(Path(folder)):  # a socket's path is short
         yield Path(folder)
 
@@ -78,22 +81,14 @@ def warm() -> Iterator[Path]:
 def without_waiting(request: pytest.FixtureRequest) -> Iterator[None]:
     """Takes two waits out of slow tests: processes that import torch and nnU-Net anew, and pictures of progress.
 
-    What a test, nnU-Net or a command of ours starts with `sys.executable`, or from the folder that has it, is warm. In
-    the tests' own process, nnU-Net draws progress.png once a folder, not after every epoch.
+    What a test, nnU-Net or a command of ours starts with `sys.executable`, or from the folder that has it, is warm.
     """
     if not any(item.get_closest_marker("slow") for item in request.session.items):
         yield
         return
-    from nnunetv2.training.logging.nnunet_logger import LocalLogger
-
-    draw, python = LocalLogger.plot_progress_png, str(request.getfixturevalue("warm") / "python")
-
-    def draw_once(logger, folder: str) -> None:
-        if not Path(folder, "progress.png").exists():
-            draw(logger, folder)
-
+    draw_progress_once()
+    python = str(request.getfixturevalue("warm") / "python")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LocalLogger, "plot_progress_png", draw_once)
         patch.setattr(sys, "executable", python)
         multiprocessing.set_executable(python)
         yield

@@ -134,7 +134,7 @@ def spoiled_arguments(argv: list[str], rng: random.Random) -> tuple[str, list[st
     place = rng.choice(places)
     option = next((a for a in reversed(argv[:place]) if a.startswith("-")), argv[0])
     value = rng.choice(NUMBERS if option in PATHS else NUMBERS + NAMES)
-    words = [option, value or "''", argv[place], *POSITIONAL.get(argv[0], ())]
+    words = [option, value or "''", short(value), argv[place], *POSITIONAL.get(argv[0], ())]
     return f"{option} {short(value)}", [*argv[:place], value, *argv[place + 1 :]], words
 
 

@@ -9,7 +9,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
+from io import BytesIO, TextIOWrapper
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +69,8 @@ def played(world: World) -> Iterator[None]:
 
     def play(steps, step, command, log):
         folder = Path(step.output).parent
+        if command[:2] == ["nnunet_diffusion", "report"]:
+            return main(command[1:]), []
         if not os.path.exists(step.output) and command[0] != "nnunet_diffusion" or command[1] == "train":
             if "predict" in command[0]:
                 shutil.copytree(world.raw / "labelsTr", folder, dirs_exist_ok=True)
@@ -99,14 +101,15 @@ def played(world: World) -> Iterator[None]:
 
 
 def run(argv: list[str]) -> tuple[int | str | None, str]:
-    """The exit code of a command in this process, and all that it printed."""
-    printed = StringIO()
-    with redirect_stdout(printed), redirect_stderr(printed):
+    """The exit code of a command in this process, and all that it printed, on streams as Python's own."""
+    out = TextIOWrapper(BytesIO(), "utf-8", write_through=True)
+    err = TextIOWrapper(BytesIO(), "utf-8", "backslashreplace", write_through=True)
+    with redirect_stdout(out), redirect_stderr(err):
         try:
             code = main(argv)
         except SystemExit as ending:
             code = ending.code or 0
-    return code, printed.getvalue()
+    return code, (out.buffer.getvalue() + err.buffer.getvalue()).decode()
 
 
 def build(box: Path) -> World:
@@ -123,7 +126,7 @@ def build(box: Path) -> World:
         block = {name: {**SHORT, "start": "scratch"} for name in (MODEL, "PseudoLabelTrainer")}
         block |= {name: SHORT for name in STAGES}
         tiny.write_plans(plans, **block)
-        own = {MODEL: {**SHORT, "denoiser": str(world.given / "denoiser.pth"), "timestep": 5}}
+        own = {MODEL: {**SHORT, "start": str(world.given / "denoiser.pth"), "timestep": 5}}
         tiny.write_plans(plans, "FromDenoiser", **own)
         split = {"train": sorted(ANNOTATED)[:4], "val": sorted(ANNOTATED)[4:]}
         (world.preprocessed / "splits_final.json").write_text(json.dumps([split] * 5))
@@ -207,7 +210,7 @@ def write_models(world: World) -> None:
     """Model folders of untrained networks, with what a training leaves beside its checkpoints."""
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    for name in (MODEL, *STAGES):
+    for name in (MODEL, STAGES[0]):
         trainer = tiny.trainer(recursive_find_trainer_class_by_name(name))
         trainer.initialize()
         fold = Path(trainer.output_folder)

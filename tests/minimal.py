@@ -15,6 +15,7 @@ def plans(*configurations: str, name: str = "nnUNetPlans") -> dict:
                 "batch_size": 2,
                 "normalization_schemes": ["CTNormalization"],
                 "use_mask_for_norm": [False],
+                "architecture": {},
             }
             for configuration in configurations
         },

@@ -16,7 +16,7 @@ from flare22 import parse_arguments as flare22_arguments  # noqa: E402
 from label_efficiency import parse_arguments, read_arm  # noqa: E402
 from mutual import deal, of_one_member  # noqa: E402
 from regimes import draw, group_by_patient, hold_out, keep_labels, keep_slices, parse_budget  # noqa: E402
-from report import mean_per_organ, summarize, write_arms_figure, write_figure  # noqa: E402
+from report import summarize, write_arms_figure, write_figure  # noqa: E402
 from train_and_test import erase_labels  # noqa: E402
 
 from nnunet_diffusion.errors import UserError  # noqa: E402
@@ -173,11 +173,6 @@ def make_run(arm, seed, dice):
         "dice": {"b": {"liver": dice, "spleen": None}, "c": {"liver": dice, "spleen": dice + 0.1}},
         "protocol": {"dataset": "D", "configuration": "2d"}, "seconds": {"train": 1.0}, "machine": {},
     }
-
-
-def test_an_organ_that_is_nowhere_does_not_count():
-    dice = {"b": {"liver": 0.2, "spleen": None, "aorta": None}, "c": {"liver": 0.4, "spleen": 0.5, "aorta": None}}
-    assert mean_per_organ(dice) == {"liver": pytest.approx(0.3), "spleen": 0.5, "aorta": None}
 
 
 def test_differences_are_paired_by_seed(tmp_path):

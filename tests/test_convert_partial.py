@@ -174,7 +174,7 @@ def test_interrupted_run_is_continued(sets, raw, monkeypatch, capsys):
     as_nnunet_reads(raw / "Dataset007_Both")
 
 
-def test_nii_and_nii_gz_go_together(sets, raw):
+def test_nii_and_nii_gz_go_together(sets, raw, capsys):
     raw_set(sets / "LiTS", ["liver", "tumor"], cases=("0",), seed=50, ending=".nii")
     lits = {"name": "LiTS", "dataset": "LiTS", "mapping": {"liver": "liver", "tumor": "liver"}}
     sources = [entries()["FLARE"], lits]
@@ -187,6 +187,9 @@ def test_nii_and_nii_gz_go_together(sets, raw):
     assert np.unique(nibabel.load(labeled["LiTS_0"]["label"]).dataobj).tolist() == [0, 1]
     assert content["annotated_labels"] == {"LiTS_0": ["liver"]}  # FLARE's cases annotate all three
     assert join(sets, sources, "--copy", labels=COMMON[:3]) == 0  # compares, and copies nothing again
+    cut(Path(labeled["LiTS_0"]["images"][0]))
+    assert join(sets, sources, "--copy", labels=COMMON[:3]) == 1
+    assert "LiTS_0_0000.nii.gz exists and is not a copy of" in capsys.readouterr().err
 
 
 def test_orientations_are_turned_to_one(sets, raw, capsys):

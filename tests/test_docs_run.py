@@ -33,6 +33,7 @@ FEW = "--num_epochs 1 --num_iterations_per_epoch 1 --device cpu"
 SMALLER = {
     "-n 5000": "-n 12",
     "-np 8": "-np 2",
+    "nnUNetCompactPlans --rounds 3": "nnUNetCompactPlans --rounds 1",
     "--test_cases 20": "--test_cases 2",
     "--source ~/FLARE22 -d 23": f"--source ~/FLARE22 -d 23 -c 2d -pl CompactPlanner --arms full --budgets 4slices 10% "
     f"--seeds 0 --pretraining_epochs 1 --pretraining_iterations 1 {FEW} -o flare22",
@@ -43,13 +44,13 @@ PLANNED = "nnUNetDiffusionPlans"
 
 NNUNET = '#!/bin/sh\nexec "$COMMANDS/{name}" "$@" -device cpu\n'
 OURS = """#!/bin/sh
-case "$1" in rounds|mutual) set -- "$@" -device cpu --gate is_open=true;; esac
+case "$1" in rounds|mutual) COMMANDS=$WARM; set -- "$@" -device cpu --gate is_open=true;; esac
 "$COMMANDS/{name}" "$@" || exit
 if [ "$1" = plan_and_preprocess ]; then exec "{python}" "{shorten}"; fi
 """
 SHORTEN = """
 import glob, json, os
-settings = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
+settings = {"num_epochs": 1, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1}
 for path in glob.glob(os.path.join(os.environ["nnUNet_preprocessed"], "*", "nnUNet*Plans.json")):
     with open(path) as stream:
         plans = json.load(stream)
@@ -88,23 +89,22 @@ def save(array: np.ndarray, path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def flare22(tmp_path_factory):
-    """A home folder with FLARE22 in it."""
-    root = make_home(tmp_path_factory.mktemp("home"))
-    training = root / "FLARE22" / "Training"
-    labelled = training / "FLARE22_LabeledCase50"
-    write_scans(labelled / "images", "FLARE22_Tr", range(1, 7), 13, labelled / "labels")
-    write_scans(training / "FLARE22_UnlabeledCase1-1000", "Case", range(1, 4), 13)
-    return root
+    """The home folder of the pages on FLARE22."""
+    return make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(scope="module")
 def openkbp(tmp_path_factory):
-    """A home folder for OpenKBP and what is like it."""
+    """The home folder of the other pages; with two of them, two processes have something to do."""
     return make_home(tmp_path_factory.mktemp("home"))
 
 
 def make_home(root: Path) -> Path:
-    """Gives a home folder commands that are short and stay on the CPU; returns it."""
+    """Gives a home folder FLARE22, and commands that are short and stay on the CPU; returns it."""
+    training = root / "FLARE22" / "Training"
+    labelled = training / "FLARE22_LabeledCase50"
+    write_scans(labelled / "images", "FLARE22_Tr", range(1, 7), 13, labelled / "labels")
+    write_scans(training / "FLARE22_UnlabeledCase1-1000", "Case", range(1, 4), 13)
     bin_folder, shorten = root / "bin", root / "shorten.py"
     bin_folder.mkdir()
     trainers = [p.stem for p in (ROOT / "trainers").glob("*Trainer.py")]
@@ -122,7 +122,7 @@ def run(home: Path, folder: Path, lines: list[str], python: str = "") -> None:
     place = Path(python or sys.executable).parent
     environment = {key: value for key, value in os.environ.items() if not key.startswith("nnUNet_") or "_n_" in key}
     environment |= {"HOME": str(home), "PATH": f"{home / 'bin'}:{place}:{Path(PYTHON).parent}:{os.environ['PATH']}"}
-    environment |= {"COMMANDS": str(place), "nnUNet_compile": "f"}
+    environment |= {"COMMANDS": str(place), "WARM": str(Path(sys.executable).parent), "nnUNet_compile": "f"}
     script = ["set -euxo pipefail", 'eval "$(nnunet_diffusion env --root ~/nnunet)"', *lines]
     result = run_command(["bash", "-c", "\n".join(script)], cwd=folder, env=environment)
     assert result.returncode == 0, f"{result.stdout[-3000:]}\n{result.stderr[-4000:]}"
@@ -214,9 +214,11 @@ def test_readme(openkbp):
     write_scans(folder / "imagesTr", "kbp", range(1, 7), 5, folder / "labelsTr")
     write_scans(folder / "imagesUn", "kbp", range(7, 10), 5)
     write_scans(folder / "new_scans", "kbp", range(10, 12), 5, folder / "labelsTs")
+    write_scans(folder / "flare22" / "images", "FLARE22_Tr", range(1, 3), 13, folder / "flare22" / "labels")
     (folder / "kits23").mkdir()
     kits(folder / "kits23" / "dataset", "segmentation", 3)
-    run_page(openkbp, "README.md", PYTHON)  # in processes of their own, as a user's
+    run(openkbp, folder, ["nnunet_diffusion convert flare22 ~/FLARE22 -d 22"])
+    run_page(openkbp, "README.md", PYTHON)  # processes of their own, as a user's, but for rounds
     assert (folder / "masks" / "evaluation_nnunet.csv").exists()
     exported = model(openkbp, "nnUNetTrainer", "nnUNetCompactPlans", "2d", "Dataset501_OpenKBP")
     assert (exported / "fold_0" / "checkpoint_final.pth").exists()

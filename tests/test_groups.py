@@ -6,7 +6,9 @@ import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.mutual.completion import read_report
 from nnunet_diffusion.mutual.groups import Group, GroupedLoader, find_groups, owned_channels
 from nnunet_diffusion.partial.annotations import output_channels, read_annotations
 
@@ -64,6 +66,21 @@ def test_unions_are_refused_by_name():
     cases = annotations({"b": [["spleen", "aorta"]]}, a=["liver"], b=[])
     with pytest.raises(UserError, match=r"case\(s\) 'b': union_labels"):
         find_groups(cases, CHANNELS)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"made_from": {"values": {}, "cases": {}}, "cases": {"a": {}}}', '{"made_from": 5}']
+)
+def test_a_damaged_report_of_a_completion_is_named(tmp_path, content):
+    assert read_report(str(tmp_path)) is None
+    (tmp_path / "completed.json").write_text(content)
+    with pytest.raises(UserError, match="completed.json: .*: remove it: the cases are completed anew"):
+        read_report(str(tmp_path))
+
+
+def test_the_name_of_a_plan_is_no_path(nnunet_folders, capsys):
+    assert main(["mutual", "-d", "1", "-c", "2d", "-f", "0", "-p", "../plans"]) == 1
+    assert "-p: '../plans' cannot be the name of a file or folder" in capsys.readouterr().err
 
 
 class Named(nnUNetBaseDataset):

@@ -11,6 +11,7 @@ from full_disk import no_file_longer_than
 from matplotlib.figure import Figure
 
 from nnunet_diffusion.conversion.relabeling import relabel
+from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.evaluation.overlays import draw_overlay
 from nnunet_diffusion.files import NotWritten
 from nnunet_diffusion.image_files import save_figure, write_scan
@@ -25,13 +26,12 @@ def message(path: Path) -> str:
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-@pytest.mark.parametrize("compress", [True, False])
 @pytest.mark.parametrize("kind", [np.float32, np.int16, np.uint8])
-def test_what_is_written_is_what_is_read(tmp_path, ending, compress, kind):
+def test_what_is_written_is_what_is_read(tmp_path, ending, kind):
     path, voxels = tmp_path / f"a{ending}", VOXELS.astype(kind)
     scan = sitk.GetImageFromArray(voxels)
     scan.SetSpacing((1.0, 2.0, 3.0))
-    write_scan(scan, path, compress)
+    write_scan(scan, path)
     read = sitk.ReadImage(str(path))
     assert np.array_equal(sitk.GetArrayFromImage(read), voxels) and read.GetSpacing() == (1.0, 2.0, 3.0)
 
@@ -46,6 +46,12 @@ def test_scan_on_a_full_disk(tmp_path, ending):
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"the earlier one"]
     write_scan(scan, path)
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), VOXELS)
+
+
+def test_folder_that_is_no_utf8_is_refused(tmp_path):
+    """SimpleITK would end the program."""
+    with pytest.raises(UserError, match=r"\\udcff/a.nii.gz': is no UTF-8"):
+        write_scan(sitk.GetImageFromArray(VOXELS), tmp_path / "\udcff" / "a.nii.gz")
 
 
 def test_zeros_for_the_end_of_a_scan_are_noticed(tmp_path, monkeypatch):
@@ -103,6 +109,8 @@ def test_overlay_of_scans_that_are_in_no_file(tmp_path):
     scans = [sitk.GetImageFromArray(array) for array in (VOXELS, (VOXELS > 0).astype(np.uint8))]
     paths = [str(tmp_path / name) for name in ("image.nii.gz", "labels.nii.gz")]
     for scan, path in zip(scans, paths, strict=True):
+        scan.SetSpacing((1.0, 1.5, 3.0))
+        scan.SetDirection((-1, 0, 0, 0, 0, 1, 0, -1, 0))
         sitk.WriteImage(scan, path)
     draw_overlay(tmp_path / "scans.png", *scans, {}, {"background": 0, "organ": 1}, "a", is_ct=False)
     draw_overlay(tmp_path / "files.png", *paths, {}, {"background": 0, "organ": 1}, "a", is_ct=False)

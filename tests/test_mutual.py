@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 import tiny
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
-from running import PYTHON, killable, run_command
+from running import killable, run_command
 
 from nnunet_diffusion import installation, model_folder
 from nnunet_diffusion.cli import main
@@ -510,7 +511,7 @@ def test_two_processes_train_and_validate(learned, trainer):
     program.write_text(
         "from nnunet_diffusion.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
     )
-    launcher = [PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
     arguments = ["train", str(tiny.ID), "2d", "0", "-tr", trainer, "-p", tiny.PLANS, "-device", "cpu"]
     done = run_command([*launcher, str(program), *arguments])
     assert done.returncode == 0, done.stderr[-3000:]

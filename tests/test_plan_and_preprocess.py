@@ -3,11 +3,14 @@
 import json
 import os
 import shutil
+import sys
+from multiprocessing.pool import ThreadPool
 
 import blosc2
 import numpy as np
 import pytest
 import tiny_dataset
+from running import run_command
 
 from nnunet_diffusion.cli import main
 
@@ -101,6 +104,19 @@ def test_array_jobs_preprocess_the_pool_in_parts(raw, preprocessed):
     for part, there in (("1", ["u1"]), ("0", ["u0", "u1"])):
         assert run("-c", "2d", "--num_parts", "2", "--part_id", part) == 0
         assert sorted(p.name.removesuffix(".b2nd") for p in pool.glob("*.b2nd")) == there
+
+
+def test_two_commands_on_the_same_data_set_both_end_well(raw, preprocessed, tmp_path):
+    """One is waited for, or named to the other."""
+    command = ["nnunet_diffusion", "plan_and_preprocess", "-d", "9", "-np", "1", "-pl", "CompactPlanner", "-c", "2d"]
+    command[0] = os.path.join(os.path.dirname(sys.executable), command[0])
+    with ThreadPool(2) as both:
+        results = list(both.imap(run_command, [command, command]))
+    for result in results:
+        assert result.returncode == 0 or f"another command works on the folder {preprocessed} (" in result.stderr
+    assert 0 in [result.returncode for result in results]
+    assert run("-pl", "CompactPlanner", "-c", "2d") == 0
+    assert len(list((preprocessed / "nnUNetCompactPlans_2d").glob("*_seg.b2nd"))) == 3
 
 
 def test_bad_scan_in_the_pool_costs_only_itself(raw, preprocessed, capsys):

@@ -25,6 +25,8 @@ def planned(nnunet_folders):
         (preprocessed / name).mkdir(parents=True)
         (preprocessed / name / "l0.b2nd").write_bytes(b"x")
     plans = minimal.plans("2d", name="nnUNetCompactPlans") | {"dataset_name": tiny_dataset.NAME}
+    resampling = {f"resampling_fn_{of}": "resample_data_or_seg_to_shape" for of in ("data", "seg")}
+    plans["configurations"]["2d"] |= resampling | {f"{key}_kwargs": {} for key in resampling}
     (preprocessed / "nnUNetCompactPlans.json").write_text(json.dumps(plans))
     return raw, preprocessed
 
@@ -49,6 +51,7 @@ def run(*arguments: str) -> int:
     ("data_identifier", "/tmp", "2d.data_identifier: '/tmp' .* separator of paths"),
     ("data_identifier", "", "2d.data_identifier: '' .* is empty"),
     ("data_identifier", "gt_segmentations", "'gt_segmentations' is the folder of the ground truth"),
+    ("inherits_from", "nothing", "2d.inherits_from: 'nothing' is no other configuration"),
     ("spacing", 5, "2d.spacing: .* not 5"),
     ("spacing", [3.0, 0.0], r"2d.spacing\[1\]: .* greater than 0, not 0.0"),
     ("spacing", [3.0, float("nan")], r"2d.spacing\[1\]: .*not nan"),
@@ -63,6 +66,17 @@ def test_a_plan_that_leads_elsewhere_or_is_no_plan(planned, capsys, key, value, 
     assert "nnUNetCompactPlans.json: configurations." in captured.err and "--replan" in captured.err
     assert re.search(message, captured.err), captured.err
     assert contents(raw.parent.parent) == before
+
+
+def test_configurations_that_would_replace_each_others_cases(planned, capsys):
+    _, preprocessed = planned
+    for own, message in (({}, "and other spacing: give fine one of its own"), ({"data_identifier": "fine"}, "-c 4d")):
+        edit(preprocessed / "nnUNetCompactPlans.json", lambda c, own=own: c["configurations"].update({
+            "fine": {"inherits_from": "2d", "spacing": [0.5, 0.5], **own},
+            "same": {"inherits_from": "2d", "batch_size": 3},
+        }))  # fmt: skip
+        assert run("-c", "4d") == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["../../../evil", "", ".", "a/b", "a\nb", ".hidden"])
@@ -109,14 +123,16 @@ def test_another_command_on_the_same_data_set_is_named(planned, capsys, monkeypa
 
 @pytest.mark.parametrize("error", [UserError("no scan"), OSError("no disk"), KeyboardInterrupt()])
 def test_an_error_has_a_line_of_its_own_below_a_progress_bar(capsys, monkeypatch, error):
+    def work(step):
+        if step == 1:
+            raise error
+
     def stop(_):
-        for step in tqdm(range(3), "working"):
-            if step == 1:
-                raise error
+        list(work(step) for step in tqdm(range(3), "working"))  # noqa: C400, which keeps the bar as long as the error
 
     monkeypatch.setattr("nnunet_diffusion.cli.env.run", stop)
     assert main(["env"]) in (1, 130)
-    *_, last = capsys.readouterr().err.splitlines()
+    *_, last = capsys.readouterr().err.rstrip("\n").split("\n")  # a bar returns to the line's beginning by "\r"
     assert last == f"nnunet_diffusion: {f'error: {error}' if str(error) else 'interrupted'}"
 
 

@@ -4,11 +4,12 @@ import os
 import pickle
 from collections import OrderedDict
 
+import blosc2
 import numpy as np
 import pytest
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.preprocessing.properties import load_properties
+from nnunet_diffusion.preprocessing.properties import check_preprocessed, load_properties
 
 
 class Touch:
@@ -46,4 +47,27 @@ def test_code_is_not_run_and_damage_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=message):
             load_properties(str(path))
+    assert not (tmp_path / "made").exists()
+
+
+def test_cases_are_looked_at_before_the_data_loader_opens_them(tmp_path):
+    def write(**content):
+        (tmp_path / "a.pkl").write_bytes(content.get("pkl", pickle.dumps({"spacing": [1.0]})))
+        for ending in (".b2nd", "_seg.b2nd"):
+            path = str(tmp_path / f"a{ending}")
+            blosc2.asarray(np.zeros((1, 8, 8, 8), np.float32), urlpath=path, mode="w")
+
+    with pytest.raises(UserError, match="a: is not preprocessed: run nnunet_diffusion plan_and_preprocess"):
+        check_preprocessed(str(tmp_path), ["a"])
+    write()
+    check_preprocessed(str(tmp_path), ["a", "a"])
+    for ending in (".b2nd", "_seg.b2nd"):
+        write()
+        path = tmp_path / f"a{ending}"
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(UserError, match=f"a{ending}: is damaged .*: remove the case's files and run"):
+            check_preprocessed(str(tmp_path), ["a"])
+    write(pkl=pickle.dumps({"spacing": Touch(tmp_path / "made")}))
+    with pytest.raises(UserError, match="a.pkl: .*posix.mkdir is no plain value"):
+        check_preprocessed(str(tmp_path), ["a"])
     assert not (tmp_path / "made").exists()

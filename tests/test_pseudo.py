@@ -1,8 +1,10 @@
 """Pseudo labels: what a prediction adds to annotations, and how it is kept for nnU-Net's loader."""
 
 import errno
+import json
 import os
 import re
+import resource
 
 import blosc2
 import numpy as np
@@ -29,9 +31,11 @@ from nnunet_diffusion.rounds.pseudo_labels import (
     open_pseudo_label,
     pseudo_cases,
     pseudo_folder,
+    remove_pseudo_labels,
     save_pseudo_label,
     usable_pseudo_labels,
     with_annotated_share,
+    write_array,
 )
 
 LABELS = {"background": 0, "liver": 1, "left kidney": 2, "right kidney": 3}
@@ -184,6 +188,51 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path, label_map):
     blosc2.asarray(label_map, urlpath=str(tmp_path / "b_seg.b2nd"))
     with pytest.raises(UserError, match="b_seg.b2nd is damaged, or no file of nnunet_diffusion"):
         open_pseudo_label(tmp_path, "b")
+
+
+ABOUT = {"annotation": {"labels": [], "unions": []}, "completes": None, "info": {}, "classes": []}
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (["{"], "is no pseudo label"),
+        (5, "is no pseudo label"),
+        ([], "is no pseudo label"),
+        (["[]"], "the whole file: "),
+        (['{"annotation": {"labels": ["liver"]}}'], "annotation.unions: Field required"),
+        ([json.dumps({**ABOUT, "completes": 5})], "completes: .* not 5"),
+        ([json.dumps({**ABOUT, "classes": [1]})], "classes: has 1 for 0 lists of voxels"),
+        ([json.dumps(ABOUT), b"xyz"], "is no pseudo label"),
+    ],
+)  # fmt: skip
+def test_what_a_pseudo_label_lacks_is_named(tmp_path, label_map, metadata, message):
+    write_array(str(tmp_path / "a_seg.b2nd"), label_map[None], (8, 8), metadata)
+    with pytest.raises(UserError, match=f"a_seg.b2nd: {message}.*: remove it and run the command that made it again"):
+        open_pseudo_label(tmp_path, "a")
+
+
+def test_only_pseudo_labels_of_this_program_are_removed(tmp_path, label_map):
+    for case, info in (("ours", {"teacher": "t"}), ("mine", {})):
+        save_pseudo_label(tmp_path, case, label_map, NOTHING_ANNOTATED, ignoring(MANAGER), (8, 8), None, info)
+    with pytest.raises(UserError, match="mine_seg.b2nd: was not made by nnunet_diffusion, which does not remove it"):
+        remove_pseudo_labels(str(tmp_path), ["ours", "mine"])
+    assert pseudo_cases(str(tmp_path)) == ["mine", "ours"]
+    remove_pseudo_labels(str(tmp_path), ["ours"])
+    assert pseudo_cases(str(tmp_path)) == ["mine"]
+
+
+def test_more_pseudo_labels_than_files_may_be_open_are_read(tmp_path, label_map):
+    save_pseudo_label(tmp_path, "a", label_map, NOTHING_ANNOTATED, ignoring(MANAGER), (8, 8))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    for i in range(60):
+        os.link(tmp_path / "a_seg.b2nd", tmp_path / f"a{i}_seg.b2nd")
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 40, hard))
+        assert len(usable_pseudo_labels(tmp_path, {})) == 61
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left", "/x/.tmp1_a"), RuntimeError("No space left")])

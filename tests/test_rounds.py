@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -12,6 +13,7 @@ import sys
 import time
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import blosc2
 import minimal
@@ -27,7 +29,9 @@ from nnunet_diffusion.commands import command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.locks import locked
 from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.pretraining.start import find_start
 from nnunet_diffusion.records import digest
+from nnunet_diffusion.rounds import places
 from nnunet_diffusion.rounds.constrained import most_probable
 from nnunet_diffusion.rounds.evidence import (
     Evidence,
@@ -41,11 +45,20 @@ from nnunet_diffusion.rounds.evidence import (
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, Verdict, filter_case, objections
 from nnunet_diffusion.rounds.given_model import INTENSITIES, check_model, refuse_other_data, refuse_unusable_start
 from nnunet_diffusion.rounds.outcome import publish
-from nnunet_diffusion.rounds.prediction import Case, Teacher, load_prediction, predict_case, read_preprocessed
-from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases, save_pseudo_label
+from nnunet_diffusion.rounds.places import Places, Request
+from nnunet_diffusion.rounds.prediction import (
+    Case,
+    Teacher,
+    load_prediction,
+    network_spacing,
+    predict_case,
+    read_evidence,
+    read_preprocessed,
+)
+from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases, save_pseudo_label, write_array
 from nnunet_diffusion.rounds.stale import remove_stale
 from nnunet_diffusion.rounds.state import Round, State, cases_of_round, fallen, last_good, load_state, waited
-from nnunet_diffusion.rounds.training import write_plans
+from nnunet_diffusion.rounds.training import denoiser_of, validation_dice, write_plans
 
 KILLS = int(os.environ.get("NNUNET_DIFFUSION_KILLS", "2"))
 
@@ -167,7 +180,7 @@ ORIGIN = {"values": {}, "cases": {}}
 def test_a_state_comes_back_and_one_that_was_edited_cut_or_of_another_version_is_named(tmp_path):
     path = str(tmp_path / "state.json")
     assert load_state(path) is None
-    state = State(ORIGIN, [Round(0, checkpoints={"a": "b"}, validation_dice=0.5), Round(1, cases=3)])
+    state = State(ORIGIN, [Round(0, checkpoints={"a": "b"}, validation_dice=0.5), Round(1, cases=["a"])])
     state.save(path)
     assert load_state(path) == state
     text = Path(path).read_text()
@@ -282,6 +295,105 @@ def test_a_model_of_another_data_set_is_named_with_what_differs(tmp_path, file, 
     (tmp_path / file).write_text(json.dumps(its[file]))
     with pytest.raises(UserError, match=rf"is a model of another data set or plan, {keys[-1]} differ from this run's"):
         refuse_other_data(str(tmp_path), plans, "2d", dataset_json)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"fo', "[]", "{}", '{"foreground_mean": 5}', '{"foreground_mean": {"Dice": "x"}}']
+)
+def test_a_damaged_summary_is_named_with_how_it_is_made_anew(tmp_path, content):
+    summary = tmp_path / "fold_0" / "validation" / "summary.json"
+    assert validation_dice(str(tmp_path), "0") is None
+    summary.parent.mkdir(parents=True)
+    for dice, expected in (("0.5", 0.5), ("NaN", None), ("null", None)):
+        summary.write_text(f'{{"foreground_mean": {{"Dice": {dice}}}}}')
+        assert validation_dice(str(tmp_path), "0") == expected and validation_dice(str(tmp_path), "all") is None
+    summary.write_text(content)
+    with pytest.raises(UserError, match=f"{summary}: .*make it anew: nnUNetv2_train with the same arguments and --val"):
+        validation_dice(str(tmp_path), "0")
+
+
+@pytest.mark.parametrize("content", ['{"so', "[]", "{}", '{"source": 5}'])
+def test_a_damaged_transfer_report_is_named(tmp_path, content):
+    report = tmp_path / "fold_0" / "transfer_report.json"
+    assert denoiser_of(str(tmp_path), "0") == ""
+    report.parent.mkdir()
+    report.write_text(json.dumps({"source": str(report)}))
+    assert denoiser_of(str(tmp_path), "0") == str(report)
+    report.write_text(content)
+    with pytest.raises(UserError, match=f"{report}: .*remove it"):
+        denoiser_of(str(tmp_path), "0")
+
+
+def places_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "nnUNet_results", str(tmp_path / "results"))
+    return Places(Request("Dataset990_Tiny", "2d", "0", "R"), "id")
+
+
+def test_the_outcome_is_replaced_whole_and_only_if_a_run_put_it_there(tmp_path, monkeypatch):
+    run = places_of(tmp_path, monkeypatch)
+    trained, outcome = (Path(run.model(1), "fold_0"), Path(run.outcome(), "fold_0"))
+    trained.mkdir(parents=True)
+    (trained.parent / "plans.json").write_text("{}")
+    for weights in ("first", "second", "second"):
+        (trained / "checkpoint_final.pth").write_text(weights)
+        publish(run, 1)
+        assert (outcome / "checkpoint_final.pth").read_text() == weights
+        assert sorted(os.listdir(run.outcome())) == ["fold_0", "plans.json"]
+    for left in (".tmp_fold_0", ".old_fold_0"):  # by a kill
+        shutil.copytree(outcome, outcome.with_name(left))
+    (trained / "checkpoint_final.pth").write_text("third")
+    publish(run, 1)
+    assert sorted(os.listdir(run.outcome())) == ["fold_0", "plans.json"]
+    shutil.rmtree(outcome)
+    for name in ("fold_0", "fold_1", ".old_fold_0"):  # of the user
+        mine = outcome.with_name(name)
+        mine.mkdir()
+        (mine / "checkpoint_final.pth").write_text("mine")
+        with pytest.raises(UserError, match=f"{mine}: was not made by nnunet_diffusion, which does not touch it"):
+            publish(run, 1)
+        assert (mine / "checkpoint_final.pth").read_text() == "mine"
+        shutil.rmtree(mine)
+
+
+def test_the_folds_of_a_given_model_are_those_that_are_finished(tmp_path, monkeypatch):
+    run = places_of(tmp_path, monkeypatch)
+    object.__setattr__(run.request, "model", str(tmp_path))
+    object.__setattr__(run.request, "fold", "all")
+    for name in ("fold_0", "fold_1", "other", "fold_2"):
+        (tmp_path / name).mkdir()
+        if name != "fold_2":
+            (tmp_path / name / "checkpoint_final.pth").touch()
+    assert run.folds(0) == ["0", "1"] and run.folds(1) == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("about", "message"),
+    [
+        ("{", "is no prediction"),
+        (5, "is no prediction"),
+        ("[]", "the whole file: "),
+        ('{"teacher": 5, "evidence": {}}', "teacher: .* not 5"),
+        ('{"teacher": "t", "evidence": {"liver": {}}}', "evidence.liver.volume_ml: Field required"),
+        ('{"teacher": "t", "evidence": []}', "evidence: "),
+    ],
+)
+def test_a_damaged_prediction_is_named(tmp_path, about, message):
+    write_array(str(tmp_path / "a.b2nd"), np.zeros((2, 4, 8, 8), np.int16), (8, 8), about)
+    for read in (read_evidence, load_prediction):
+        with pytest.raises(UserError, match=f"a.b2nd: {message}.*: remove it and run the same command again"):
+            read(str(tmp_path), "a")
+
+
+def test_a_spacing_that_is_none_is_named(tmp_path):
+    plans, configuration = SimpleNamespace(transpose_forward=[0, 1, 2]), SimpleNamespace(spacing=[1.0, 1.0])
+    path = tmp_path / "a.pkl"
+    for spacing, expected in (([3.0, 2.0, 2.0], (3.0, 1.0, 1.0)), ("x", None), (5, None), ([], None)):
+        path.write_bytes(pickle.dumps({"spacing": spacing}))
+        if expected:
+            assert network_spacing(str(path), plans, configuration) == expected
+            continue
+        with pytest.raises(UserError, match="a.pkl: spacing: is .*, not three numbers: remove the case's files"):
+            network_spacing(str(path), plans, configuration)
 
 
 @pytest.mark.parametrize(
@@ -433,7 +545,7 @@ def test_a_model_that_may_have_seen_the_validation_cases_is_refused(world, resul
         ("unvalidated", lambda model: shutil.rmtree(model / "fold_0" / "validation"), "may have learned from them"),
         (
             "other",
-            lambda model: edit_json(model / "dataset.json", labels={"background": 0}),
+            lambda model: edit_json(model / "dataset.json", labels={"background": 0, "other": 1}),
             "labels differ from this run",
         ),
         ("empty", lambda model: (model / "plans.json").unlink(), "is no model folder"),
@@ -507,7 +619,8 @@ def test_a_round_starts_from_the_denoiser_of_the_plan_that_it_was_made_from(worl
     denoiser.touch()
     refuse_unusable_start(rounds.places, rounds.plans)
     write_plans(rounds.places, rounds.plans, 1, 0)
-    assert tiny.trainer(PseudoLabelTrainer, plans="D_round1").find_denoiser() == str(denoiser)
+    trainer = tiny.trainer(PseudoLabelTrainer, plans="D_round1")
+    assert find_start(trainer.start, trainer.plans_manager, "2d", 0) == str(denoiser)
 
 
 @pytest.mark.slow
@@ -524,8 +637,8 @@ def test_what_changed_is_named_and_not_mixed(world, results, tmp_path, capsys):
     with pytest.raises(UserError, match="trainer: was 'DiffusionPretrainedTrainer', now 'PartialLabelTrainer'"):
         the_run(trainer="PartialLabelTrainer")
     changes = {
-        folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_101.b2nd": "pool cases .*changed: tiny_101",
-        folder / "nnUNetCompactPlans_2d" / "tiny_002_seg.b2nd": "annotated cases .*changed: tiny_002",
+        folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_101.b2nd": "pool cases: changed: tiny_101",
+        folder / "nnUNetCompactPlans_2d" / "tiny_002_seg.b2nd": "annotated cases: changed: tiny_002",
         results / "PseudoLabelTrainer__R_round1__2d" / "fold_0" / "checkpoint_final.pth": "that round 1 ended with",
         denoiser: "denoiser.pth: is not the denoiser that round 0 started from",
     }
@@ -538,7 +651,7 @@ def test_what_changed_is_named_and_not_mixed(world, results, tmp_path, capsys):
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     description = (folder / "dataset.json").read_text()
     edit_json(folder / "dataset.json", annotated_labels={"tiny_001": ["left ball"]})
-    with pytest.raises(UserError, match="annotated cases .*changed: tiny_001"):
+    with pytest.raises(UserError, match="annotated cases: changed: tiny_001"):
         the_run()
     (folder / "dataset.json").write_text(description)
     with pytest.raises(UserError, match="mirroring: was True, now False"):
@@ -583,9 +696,9 @@ def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world
         shutil.copyfile(pool / f"tiny_100{ending}", pool / f"tiny_200{ending}")
     try:
         rounds = the_run()
-        assert rounds.new_cases == ["tiny_200"] and "tiny_200" not in rounds.cases_of(rounds.state.round(1))
+        assert rounds.new_cases == ["tiny_200"] and "tiny_200" not in rounds.state.round(1).cases
         entry = rounds.begin(2)
-        assert rounds.cases_of(entry) == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
+        assert entry.cases == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
         arguments, predicted = [*COMMAND, "--num_parts", "2", "--part_id"], Path(rounds.places.predicted(2))
         commands = [[sys.executable, "-c", PART, last, *arguments, part] for last, part in (("9", "0"), ("2", "1"))]
         with ThreadPool(2) as both:
@@ -651,7 +764,7 @@ def test_an_annotation_that_comes_later_takes_the_place_of_the_pseudo_label(worl
     try:
         rounds = the_run()
         assert rounds.new_cases == [case] and case in rounds.cases.split()[0]
-        assert case not in rounds.cases_of(rounds.begin(2))
+        assert case not in rounds.begin(2).cases
         trainer = tiny.trainer(PseudoLabelTrainer, plans="R_round1")
         trainer.initialize()
         train, _ = trainer.get_tr_and_val_datasets()
@@ -728,7 +841,8 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     shutil.copy(next(images.glob("tiny_003*")), tmp_path / "in")
     predict = ["nnUNetv2_predict", "-d", str(tiny.ID), "-c", "2d", "-f", "0", "-tr", "PseudoLabelTrainer", "-p", "P"]
     predict += ["-i", tmp_path / "in", "-o", tmp_path / "out", "-device", "cpu", "-npp", "1", "-nps", "1"]
-    run_command(predict, env=os.environ | command_environment(None, "cpu")).check_returncode()
+    stock = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_WEIGHTS_ONLY_LOAD"}
+    run_command(predict, env=stock | command_environment(None, "cpu")).check_returncode()
     assert (tmp_path / "out" / "tiny_003.nii.gz").is_file()
 
 

@@ -67,12 +67,12 @@ def world(tmp_path_factory):
         yield folder
 
 
-def torchrun(number, *command):
-    """Runs a command in so many processes on this machine."""
+def torchrun(python, number, *command):
+    """Runs a command in so many processes of a Python on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [PYTHON, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
+    launcher = [python, "-m", "torch.distributed.run", "--nproc_per_node", str(number)]
     launcher += ["--master_addr", "127.0.0.1", "--master_port", str(port), *command]
     environment = os.environ | {"TESTS": os.path.dirname(__file__), "OMP_NUM_THREADS": "1"}
     return run_command(launcher, env=environment)
@@ -84,7 +84,7 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(world, tmp_pat
     program.write_text(PROGRAM)
     environment = os.environ | {"TESTS": os.path.dirname(__file__)}
     run_command([sys.executable, str(program), str(tmp_path / "one")], env=environment).check_returncode()
-    done = torchrun(2, str(program), str(tmp_path / "two"))
+    done = torchrun(sys.executable, 2, str(program), str(tmp_path / "two"))
     assert done.returncode == 0, done.stderr[-2000:]
     for plans in ("DiceFalse", "DiceTrue"):
         one, two = (torch.load(tmp_path / f"{name}{plans}", weights_only=True) for name in ("one", "two"))
@@ -99,7 +99,7 @@ def test_the_command_trains_and_validates_under_torchrun(world):
     with open(path, "w") as f:
         f.write(f'if __name__ == "__main__":\n    {program}\n')
     arguments = ["train", str(tiny.ID), "2d", "0", "-tr", "PartialLabelTrainer", "-p", "DiceTrue", "-device", "cpu"]
-    done = torchrun(2, path, *arguments)
+    done = torchrun(PYTHON, 2, path, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     fold = os.path.join(os.environ["nnUNet_results"], tiny.NAME, "PartialLabelTrainer__DiceTrue__2d", "fold_0")
     for name in ("checkpoint_final.pth", "validation/tiny_003.nii.gz", "validation/summary.json"):

@@ -39,7 +39,8 @@ with socket.socket(socket.AF_UNIX) as server, server.makefile("r") as answers:
         if number > 2:
             os.close(number)
     code = int(answers.readline())
-if code < 0:
-    signal.signal(-code, signal.SIG_DFL)
+if code < 0:  # a signal's number
+    if -code != signal.SIGKILL:
+        signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 os._exit(code)

@@ -24,6 +24,7 @@ import traceback
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import dropwhile
 from pathlib import Path
 
 READ_BY_IMPORTS = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "MKL_NUM_THREADS", "MPLBACKEND", "PYTHONPATH")
@@ -57,7 +58,18 @@ def import_all() -> None:
     names = ("run.run_training", "inference.predict_from_raw_data", "experiment_planning.plan_and_preprocess_api")
     for name in (*(f"nnunetv2.{name}" for name in names), "matplotlib.pyplot", "pydantic", "skimage.measure"):
         importlib.import_module(name)
+    draw_progress_once()
     numexpr.set_num_threads(1)  # ends the threads that its import started: a fork would lack them
+
+
+def draw_progress_once() -> None:
+    """Lets nnU-Net draw progress.png, which costs more than a short epoch, once a folder, not after every epoch."""
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+    draw = LocalLogger.plot_progress_png
+    LocalLogger.plot_progress_png = lambda logger, folder: (
+        None if Path(folder, "progress.png").exists() else draw(logger, folder)
+    )
 
 
 def serve(folder: str) -> tuple[dict, list[int]] | None:
@@ -100,13 +112,13 @@ def attend(client: socket.socket) -> tuple[dict, list[int]]:
 def is_as_imported(request: dict) -> bool:
     """Whether a fresh process would have imported the same, and is started in a way that `run` knows."""
     here, there = ([e.get(name, "").lower() for name in READ_BY_IMPORTS] for e in (os.environ, request["environment"]))
-    first = without_flag(request["command"])[:1]
+    first = without_flags(request["command"])[:1]
     return here == there and (first in (["-c"], ["-m"]) or bool(first) and not first[0].startswith("-"))
 
 
-def without_flag(command: list[str]) -> list[str]:
-    """The command without the flag that multiprocessing hands down."""
-    return command[1:] if command[:1] == ["-B"] else command
+def without_flags(command: list[str]) -> list[str]:
+    """The command without the flags that multiprocessing and torchrun hand down."""
+    return list(dropwhile(lambda word: word in ("-B", "-u"), command))
 
 
 def become(request: dict, files: list[int]) -> None:
@@ -120,8 +132,7 @@ def become(request: dict, files: list[int]) -> None:
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
-    if os.environ.get("PYTHONUNBUFFERED"):
-        sys.stdout.reconfigure(write_through=True)
+    sys.stdout.reconfigure(write_through=True)  # as -u and PYTHONUNBUFFERED ask
     status = Path(f"/proc/{request['pid']}/stat")
     os.getppid = lambda: int(status.read_text().rpartition(")")[2].split()[1])
     random.seed()
@@ -165,5 +176,5 @@ if __name__ == "__main__":
     gc.freeze()
     if asked := serve(sys.argv[1]):
         become(*asked)
-        run(*without_flag(asked[0]["command"]))
+        run(*without_flags(asked[0]["command"]))
     os._exit(0)

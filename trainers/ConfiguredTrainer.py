@@ -13,11 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffusion import settings
 from nnunet_diffusion.files import atomic, check_shape, naming_full_disk
-from nnunet_diffusion.model_folder import load_checkpoint, load_nothing_but_plain_values
+from nnunet_diffusion.model_folder import load_checkpoint, load_nothing_but_plain_values, refuse_unbuildable
 from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs
 from nnunet_diffusion.plans import check_plans
 from nnunet_diffusion.preprocessing.cases import read_splits
-from nnunet_diffusion.preprocessing.properties import load_properties
+from nnunet_diffusion.preprocessing.properties import check_preprocessed, load_properties
 from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.settings import above, at_least
 from nnunet_diffusion.trainers import our_trainers
@@ -56,7 +56,8 @@ class ConfiguredTrainer(nnUNetTrainer):
             self.grad_scaler = self.grad_scaler if device.type == "cuda" else None
 
     def initialize(self):
-        """Builds the network from seeded weights."""
+        """Builds the network from seeded weights; one that the plan does not describe is refused by name."""
+        refuse_unbuildable(self.plans_manager, self.configuration_name, len(self.dataset_json["channel_names"]))
         self.seed_everything(0)
         super().initialize()
 
@@ -107,11 +108,13 @@ class ConfiguredTrainer(nnUNetTrainer):
         return rotation, dummy_2d, patch_size, mirror_axes
 
     def do_split(self):
-        """Checks splits_final.json first, which people edit and kills may cut."""
+        """Checks what people edit and kills may cut: splits_final.json, and the files of the cases."""
         path = join(self.preprocessed_dataset_folder_base, "splits_final.json")
         if self.fold != "all" and os.path.isfile(path):
             read_splits(path)
-        return super().do_split()
+        train, validation = super().do_split()
+        check_preprocessed(self.preprocessed_dataset_folder, [*train, *validation])
+        return train, validation
 
     def run_training(self):
         """Names the folder if there is no room for what nnU-Net writes; ours names the file."""

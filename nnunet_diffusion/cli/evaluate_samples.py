@@ -21,11 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--denoiser", metavar="FILE", help="whose encoder [the one that drew the samples]")
     parser.add_argument("--inception_weights", metavar="FILE", help="torchvision's inception_v3 [torch's cache]")
     parser.add_argument("--real", type=int, metavar="N", help="real patches to draw [as many as there are samples]")
-    parser.add_argument("-k", type=int, default=3, metavar="K", help="neighbours of precision and recall [%(default)s]")
+    parser.add_argument("-k", type=int, default=3, metavar="K", help="neighbors of precision and recall [%(default)s]")
     parser.add_argument("--batch_size", type=int, default=8, metavar="B", help="images at a time [%(default)s]")
     parser.add_argument("--device", metavar="DEVICE", help="cpu or cuda [cuda if there is one]")
     parser.epilog = (
-        "Real images are random patches of the preprocessed scans, labelled and unlabelled, always the same.\n"
+        "Real images are random patches of the preprocessed scans, labeled and unlabeled, always the same.\n"
         "Figures by other features, or of other numbers of images, cannot be compared: both stand beside them, in\n"
         "SAMPLES/quality_FEATURES.json too. What they are: docs/samples.md.\n\n"
         "example:\n"
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if args.k < 1 or args.batch_size < 1 or min(len(numbers), number_of_real) <= max(1, args.k):
         raise UserError(
             f"{args.samples}: {len(numbers)} sample(s) and {number_of_real} real patches: -k {args.k} takes at least "
-            f"{max(2, args.k + 1)} of each, and a figure worth telling takes thousands"
+            f"{max(2, args.k + 1)} of each, and a figure with a meaning takes thousands"
         )
     if args.inception_weights and args.features != "inception":
         raise UserError("--inception_weights: only with --features inception")
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_extractor(args: argparse.Namespace, description: dict, device):
-    """The extractor that was asked for.
+    """Builds the extractor that was asked for.
 
     Raises:
         UserError: If what it needs is not there.
@@ -97,7 +97,7 @@ def find_extractor(args: argparse.Namespace, description: dict, device):
 
 
 def features(extractor, images, number: int, batch_size: int) -> list:
-    """Pooled and spatial features of the first `number` images, each (number, d)."""
+    """Extracts pooled and spatial features of the first `number` images, each (number, d)."""
     from itertools import islice
 
     import numpy as np
@@ -113,7 +113,7 @@ def features(extractor, images, number: int, batch_size: int) -> list:
 
 
 def measure(real: list, samples: list, k: int) -> dict:
-    """All figures, and what is to be said against them.
+    """Measures all figures; warns of those that too few images make worthless.
 
     Args:
         real: Pooled (n, d) and spatial (n, s) features.

@@ -1,9 +1,10 @@
-"""`nnunet_diffusion mutual`: both stages of mutual learning between partially labelled data sets."""
+"""`nnunet_diffusion mutual`: both stages of mutual learning between partially labeled data sets."""
 
 import argparse
 from collections.abc import Sequence
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.names import safe_name
 
 HELP = "Mutual learning between groups of cases that each annotate other labels: both stages and what is in between."
 NEEDS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -36,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs what is not finished; returns 0."""
+    safe_name(args.plans, "-p", "give the name of a plan")
     from nnunet_diffusion.installation import usable_device
     from nnunet_diffusion.mutual.stages import STAGES, MutualLearning
     from nnunet_diffusion.trainers import settings_of

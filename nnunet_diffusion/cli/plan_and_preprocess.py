@@ -123,8 +123,10 @@ def chosen(args, name: str, planner_class: type) -> tuple:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunet_diffusion.preprocessing.planning import choose, existing_plan
+    from nnunet_diffusion.preprocessing.preprocess import refuse_shared_folders
 
     plans_manager = PlansManager(existing_plan(name, planner_class))
+    refuse_shared_folders(plans_manager)
     return plans_manager, choose(args.configurations, plans_manager)
 
 

@@ -5,6 +5,7 @@ import gzip
 import os
 import re
 import shutil
+import zlib
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +19,7 @@ from nnunet_diffusion.conversion.relabeling import relabel
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, read_json, write_json
 from nnunet_diffusion.locks import locked
+from nnunet_diffusion.marks import WORK
 from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.preprocessing.scan_checks import (
     GEOMETRIC_ENDINGS,
@@ -107,7 +109,7 @@ def convert(
         reader, notes = suitable_reader(images, description["file_ending"], num_threads)
     dataset = {case: {"images": images, "label": label} for case, (images, label) in labeled.items()}
     pool = {case: {"images": images} for case, images in unlabeled.items() if case not in skipped}
-    with locked(os.path.join(folder, ".nnunet_diffusion", "lock"), f"the data set {folder}"):
+    with locked(os.path.join(folder, WORK, "lock"), f"the data set {folder}"):
         refuse_other_conversion(os.path.join(folder, "dataset.json"), source)  # another command may have been faster
         if relabeling is not None:
             labels = relabel_into(folder, labeled, relabeling, description["file_ending"], num_threads)
@@ -361,5 +363,6 @@ def _pack(original: str, target: str) -> None:
 
 
 def _unpacks_to(packed: str, original: str) -> bool:
-    with open(original, "rb") as f, gzip.open(packed) as g:
+    with open(original, "rb") as f, gzip.open(packed) as g, suppress(EOFError, gzip.BadGzipFile, zlib.error):
         return all(chunk == g.read(len(chunk)) for chunk in iter(lambda: f.read(1 << 20), b"")) and not g.read(1)
+    return False

@@ -28,7 +28,7 @@ FAT, LUNG = -100.0, -840.0  # Hounsfield units
 
 
 def draw_trunk(t: Torso) -> tuple[np.ndarray, np.ndarray]:
-    """Table, skin, fat, the muscular wall, and a cavity full of fat; returns the distances to skin and cavity."""
+    """Draws table, skin, fat, the muscular wall, and a cavity full of fat; returns the distances to skin and cavity."""
     width, depth = t.vary((160, 116), 0.05)
     fat_mm, wall_mm = float(t.rng.uniform(5, 28)), float(t.rng.uniform(9, 14))
     t.paint(np.abs(t.y + (t.x / 40) ** 2 - depth - 18) - 3, 120.0)
@@ -52,7 +52,7 @@ def draw_trunk(t: Torso) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_bowel(t: Torso, cavity: np.ndarray) -> None:
-    """Unlabeled loops, some with gas or contrast, and a colon at both flanks: what organs are confused with."""
+    """Draws unlabeled loops, some with gas or contrast, and a colon at both flanks: what organs are confused with."""
     for _ in range(int(t.rng.integers(45, 90))):
         center = t.rng.uniform((-105, -95, -175), (105, 15, 5))
         radii = t.rng.uniform(9, 17, 3) * (1 + (t.rng.random(3) < 0.35))
@@ -70,7 +70,7 @@ def draw_bowel(t: Torso, cavity: np.ndarray) -> None:
 
 
 def draw_stomach(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
-    """A fundus and an antrum with one content of water, food or contrast, and gas in front: the patient lies supine."""
+    """Draws fundus and antrum with one content of water, food or contrast, gas in front: the patient lies supine."""
     content = t.rng.choice([15.0, 40.0, 65.0, 220.0], p=[0.35, 0.3, 0.25, 0.1]) + 12 * t.texture
     center, radii = t.move((54, -34, 46) + shift, 9), t.vary((42, 34, 50), 0.15)
     level = center[1] - radii[1] * t.rng.uniform(0, 1.0)
@@ -84,7 +84,7 @@ def draw_stomach(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
 
 
 def draw_liver(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
-    """Two lobes and a lower segment, with portal vessels, sometimes cysts or metastases, and a gallbladder below."""
+    """Draws two lobes and a lower segment, with portal vessels, sometimes cysts or metastases, a gallbladder below."""
     liver = t.tissue["liver"] + 6 * t.texture
     lobes = (
         ((-76, 0, 42), (72, 92, 96), (-8, 22)),
@@ -110,7 +110,7 @@ def draw_liver(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
 
 
 def draw_spleen(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
-    """A crescent under the left ribs."""
+    """Draws a crescent under the left ribs."""
     center, tilt = np.array(t.move((98, 36, 44) + shift, 7)), (t.rng.normal(-28, 8), t.rng.normal(14, 8))
     box = t.box(center, 60)
     crescent = t.ellipsoid(center, t.vary((30, 48, 50), 0.14), tilt, box)
@@ -119,7 +119,7 @@ def draw_spleen(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
 
 
 def draw_pancreas(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
-    """Unlabeled, and much like the spleen in contrast."""
+    """Draws it unlabeled, and much like the spleen in contrast."""
     hu = t.tissue["spleen"] - 12 + 12 * t.texture
     t.blob(
         t.move((18, -12, 2) + shift, 6),
@@ -132,7 +132,7 @@ def draw_pancreas(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
 
 
 def draw_kidney(t: Torso, center, side: int, label: int, cavity: np.ndarray) -> None:
-    """A kidney in its fat: cortex, medulla, and the sinus that opens to the midline. Both sides are drawn alike."""
+    """Draws a kidney in its fat: cortex, medulla, and the sinus that opens to the midline; both sides alike."""
     radii = t.vary((29, 24, 54), 0.1)
     tilt = (side * t.rng.normal(35, 8), side * t.rng.normal(-12, 5))
     t.blob(center, [r + 7 for r in radii], FAT, tilt_deg=tilt, inside=cavity + 1)
@@ -145,7 +145,7 @@ def draw_kidney(t: Torso, center, side: int, label: int, cavity: np.ndarray) -> 
 
 
 def draw_chest(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
-    """Lungs on the domes of the diaphragm, with vessels, and the heart between them."""
+    """Draws lungs on the domes of the diaphragm, with vessels, and the heart between them."""
     top, drop = shift[2] + t.rng.uniform((100, 48), (116, 66))
     right = ((t.x + 68) / 78) ** 2 + ((t.y + 12) / 95) ** 2
     left = ((t.x - 68) / 74) ** 2 + ((t.y + 12) / 95) ** 2 + 0.15
@@ -162,7 +162,7 @@ def draw_chest(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
 
 
 def draw_vessels(t: Torso) -> None:
-    """Aorta, labeled down to where it divides, and the vena cava beside it."""
+    """Draws the aorta, labeled down to where it divides, and the vena cava beside it."""
     x, fork = t.rng.normal(7, 3), t.rng.normal(-108, 6)
     radius, bend, cava_radius = t.vary((10.5, 3.5, 10.5), 0.12)
     blood = t.tissue["aorta"] + 4 * t.texture
@@ -178,7 +178,7 @@ def draw_vessels(t: Torso) -> None:
 
 
 def draw_spine(t: Torso, skin: np.ndarray) -> None:
-    """Muscles of the back, vertebrae with discs, canal and processes."""
+    """Draws muscles of the back, vertebrae with discs, canal and processes."""
     muscle = 55 + 7 * t.texture
     for side in (-1, 1):
         t.paint(all_of(t.tube(side * (27 - 0.13 * t.z), 42, np.clip(10 - t.z / 11, 1, 22)), t.z - 20), muscle)
@@ -196,7 +196,7 @@ def draw_spine(t: Torso, skin: np.ndarray) -> None:
 
 
 def draw_ribs_and_pelvis(t: Torso, skin: np.ndarray, cavity: np.ndarray) -> None:
-    """Ribs that slant forward in the wall of the chest, and the wings of the pelvis."""
+    """Draws ribs that slant forward in the wall of the chest, and the wings of the pelvis."""
     slant = (t.z - 0.6 * t.y + t.rng.uniform(0, 27)) / 27
     rib = all_of(
         np.abs(slant - np.round(slant)) * 27 - 5, np.abs(cavity - 5) - 3.5, 34 - np.abs(t.x), -15 - t.z - 0.45 * t.y
@@ -216,7 +216,7 @@ def phantom(
     shape: tuple[int, int, int] = (64, 96, 96),
     spacing_mm: tuple[float, float, float] = (5.0, 4.0, 4.0),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One synthetic patient; the same seed and geometry give the same bytes.
+    """Draws one synthetic patient; the same seed and geometry give the same bytes.
 
     Args:
         seed: Of the patient: anatomy, contrast phase and noise.
@@ -248,7 +248,7 @@ def phantom(
 
 
 def write_image(path: str | os.PathLike, array: np.ndarray, spacing_mm: tuple[float, float, float]) -> None:
-    """Writes a (z, y, x) array as NIfTI with its centre at the origin and LPS axes, whole or not at all."""
+    """Writes a (z, y, x) array as NIfTI with its center at the origin and LPS axes, whole or not at all."""
     image = sitk.GetImageFromArray(array)
     image.SetSpacing([float(s) for s in spacing_mm[::-1]])
     image.SetOrigin([-0.5 * s * (n - 1) for s, n in zip(spacing_mm[::-1], array.shape[::-1], strict=True)])
@@ -266,7 +266,7 @@ def write_phantom_dataset(
 ) -> None:
     """Writes a raw nnU-Net data set of phantoms, each case a patient of its own.
 
-    Labelled cases go to imagesTr and labelsTr, unlabeled ones to imagesUn (listed under `unlabeled` in dataset.json),
+    Labeled cases go to imagesTr and labelsTr, unlabeled ones to imagesUn (listed under `unlabeled` in dataset.json),
     and test cases to imagesTs and labelsTs. The number of slices and the spacing vary by a few per cent.
 
     Args:

@@ -45,7 +45,7 @@ class Torso:
         self.z, self.y, self.x = (a + self.smooth(deviation_mm, length_mm) for a in (self.z, self.y, self.x))
 
     def smooth(self, deviation: float, length_mm: float) -> np.ndarray:
-        """A smooth random field of the volume's shape: Gaussian bumps on a grid of `length_mm` / 2."""
+        """Draws a smooth random field of the volume's shape: Gaussian bumps on a grid of `length_mm` / 2."""
         nodes = [int(n * s / length_mm * 2) + 4 for n, s in zip(self.hu.shape, self.spacing_mm, strict=True)]
         field = self.rng.standard_normal(nodes, dtype=np.float32)
         for size, spacing, count in zip(self.hu.shape, self.spacing_mm, nodes, strict=True):
@@ -72,14 +72,14 @@ class Torso:
         self.labels[box][distance < 0] = label
 
     def box(self, center, reach_mm: float) -> tuple[slice, ...]:
-        """The voxels within `reach_mm` of a point, with a margin for the deformation."""
+        """Finds the voxels within `reach_mm` of a point, with a margin for the deformation."""
         return tuple(
             slice(max(0, int((c - reach_mm - 25) / s + n / 2)), max(0, int((c + reach_mm + 25) / s + n / 2) + 1))
             for c, s, n in zip(center[::-1], self.spacing_mm, self.hu.shape, strict=True)
         )
 
     def ellipsoid(self, center, radii, tilt_deg=(0.0, 0.0), box=()) -> np.ndarray:
-        """Signed distance in millimeters (first order) to an ellipsoid.
+        """Computes the signed distance in millimeters (first order) to an ellipsoid.
 
         Args:
             center: (x, y, z) in millimeters.
@@ -106,15 +106,15 @@ class Torso:
         self.paint(distance, hu[box] if isinstance(hu, np.ndarray) else hu, label, box, only)
 
     def tube(self, x, y, radius_mm) -> np.ndarray:
-        """Signed distance to a tube along z with this center, which may depend on z, in the plane."""
+        """Computes the signed distance to a tube along z with this center, which may depend on z, in the plane."""
         return np.hypot(self.x - x, self.y - y) - radius_mm
 
     def vary(self, values, deviation: float) -> list[float]:
-        """The values, each with a relative deviation of its own."""
+        """Gives each value a relative deviation of its own."""
         return [float(v * np.exp(self.rng.normal(0, deviation))) for v in values]
 
     def move(self, center, deviation_mm: float) -> list[float]:
-        """The point, moved at random."""
+        """Moves a point at random."""
         return [float(c + self.rng.normal(0, deviation_mm)) for c in center]
 
 
@@ -125,5 +125,5 @@ def turn(a: np.ndarray, b: np.ndarray, degrees: float) -> tuple[np.ndarray, np.n
 
 
 def all_of(*distances):
-    """The intersection of volumes given by their signed distances."""
+    """Intersects volumes given by their signed distances."""
     return functools.reduce(np.maximum, distances)

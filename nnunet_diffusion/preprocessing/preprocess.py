@@ -169,6 +169,24 @@ def preprocessing_identity(plans_manager, configuration_manager) -> dict:
     return json.loads(json.dumps(identity))
 
 
+def refuse_shared_folders(plans_manager) -> None:
+    """Refuses plans by which one configuration's cases would replace another's: one inherits, and changes the spacing.
+
+    Raises:
+        UserError: Naming both configurations and what differs.
+    """
+    first: dict[str, tuple[str, dict]] = {}
+    for name in plans_manager.available_configurations:
+        configuration = plans_manager.get_configuration(name)
+        identity = preprocessing_identity(plans_manager, configuration)
+        other, theirs = first.setdefault(configuration.data_identifier, (name, identity))
+        if others := sorted(key for key in identity if identity[key] != theirs[key]):
+            raise UserError(
+                f"{plans_manager.plans_name}.json: configurations {other} and {name} have the same data_identifier, "
+                f"{configuration.data_identifier!r}, and other {', '.join(others)}: give {name} one of its own"
+            )
+
+
 def differing(folder: str, identity: dict) -> list[str]:
     """What the cases of a folder were made with that is not of that identity, sorted; by the folder's mark."""
     said = mark_of(folder) or {}

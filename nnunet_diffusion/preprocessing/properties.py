@@ -1,9 +1,12 @@
 """Properties of preprocessed cases: nnU-Net pickles them, and a pickle could run any code; plain values cannot."""
 
 import collections
+import os
 import pickle
+from collections.abc import Iterable
 from typing import Any
 
+import blosc2
 import numpy as np
 
 from nnunet_diffusion.errors import UserError
@@ -45,3 +48,27 @@ def load_properties(path: str) -> dict[str, Any]:
     if not isinstance(properties, dict):
         raise UserError(f"{path}: holds a {type(properties).__name__}, no properties of a case: {REMEDY}")
     return properties
+
+
+def check_preprocessed(folder: str, cases: Iterable[str]) -> None:
+    """Refuses preprocessed cases that are damaged or carry code, before nnU-Net's data loader opens them.
+
+    nnU-Net unpickles the properties; what it would find wrong with an array is told by a worker process.
+
+    Args:
+        folder: Of preprocessed labeled cases.
+        cases: Those to look at; each takes a millisecond or two.
+
+    Raises:
+        UserError: Naming the first file that is missing, damaged, or holds more than plain values.
+    """
+    for case in dict.fromkeys(cases):
+        path = os.path.join(folder, case)
+        try:
+            load_properties(f"{path}.pkl")
+            for ending in (".b2nd", "_seg.b2nd"):
+                blosc2.open(urlpath=path + ending, mode="r")
+        except FileNotFoundError as error:
+            raise UserError(f"{path}: is not preprocessed: run nnunet_diffusion plan_and_preprocess") from error
+        except RuntimeError as error:
+            raise UserError(f"{path}{ending}: is damaged ({error}): {REMEDY}") from error

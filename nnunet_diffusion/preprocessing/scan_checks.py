@@ -11,7 +11,14 @@ import pandas as pd
 import SimpleITK as sitk
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.voxels import GEOMETRIC_ENDINGS, NIFTI_ENDINGS, PICTURE_ENDINGS, read_voxels, unreadable
+from nnunet_diffusion.voxels import (
+    GEOMETRIC_ENDINGS,
+    NIFTI_ENDINGS,
+    PICTURE_ENDINGS,
+    read_voxels,
+    require_readable_name,
+    unreadable,
+)
 
 
 class Geometry(NamedTuple):
@@ -29,7 +36,7 @@ def read_geometry(path: str) -> Geometry | None:
     Raises:
         UserError: If the file is missing, empty or unreadable, or does not hold one 3-D image or picture.
     """
-    _require_readable_name(path)
+    require_readable_name(path)
     _require_content(path)
     if not path.endswith((*GEOMETRIC_ENDINGS, *PICTURE_ENDINGS)):
         return None
@@ -220,9 +227,3 @@ def _rounded(values: Sequence[float]) -> tuple[float, ...]:
 
 def _some(values: list, limit: int = 10) -> str:
     return str(values[:limit]) + (f" and {len(values) - limit} more" if len(values) > limit else "")
-
-
-def _require_readable_name(path: str) -> None:
-    """Refuses a path that is no UTF-8 (SimpleITK ends the program) or has a null character, which no file can have."""
-    if "\0" in path or path.encode(errors="replace").decode() != path:
-        raise UserError(f"{path!r}: is no UTF-8, which image readers need: rename the file or its folder")

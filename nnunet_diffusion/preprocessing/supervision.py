@@ -20,6 +20,7 @@ from nnunet_diffusion.partial.annotations import (
     read_annotations,
 )
 from nnunet_diffusion.preprocessing.cases import labeled_cases
+from nnunet_diffusion.tables import text_table
 
 Counts = dict[str, dict[int, int]]  # case -> label value -> voxels
 
@@ -123,14 +124,10 @@ def summarize(counts: Counts, annotations: Mapping[str, Annotation], channels: C
 
 
 def table(rows: list[Supervision]) -> str:
-    """The rows as text, then warnings in capitals of what no case can teach."""
-    lines = [("label", "annotated in", "in a union in", "seen in", "voxels"), *rows]
-    text = [[str(cell) for cell in line] for line in lines]
-    widths = [max(len(line[i]) for line in text) for i in range(len(text[0]))]
-    for line in text:
-        line[0] = line[0].ljust(widths[0])
-    aligned = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in text]
-    return "\n".join([*aligned, *lacking(rows)])
+    """Writes the rows as text, then warnings in capitals of what no case can teach."""
+    heads = ("label", "annotated in", "in a union in", "seen in", "voxels")
+    columns = dict(zip(heads, zip(*rows, strict=True), strict=True))
+    return "\n".join([text_table(columns, has_footer=False), *lacking(rows)])
 
 
 def lacking(rows: list[Supervision]) -> list[str]:

@@ -17,7 +17,7 @@ from nnunet_diffusion.tables import deviation, mean
 WIDTH = 4.4  # inches; a chart is about 370 pixels wide on a phone and 500 on a desk, its text then 11 to 15 high
 COLORS = ("#0072b2", "#c04e00", "#007a5a", "#9c4f86", "#5c5c5c", "#8a6d00")  # Okabe and Ito's, dark enough for text
 INK, SOFT, GRID, DOT, MEAN = "#16232b", "#52626b", "#d5dde1", "#4c9ccb", "#b32400"
-DASHES, MARKERS = ("-", "--", ":", "-.", (0, (5, 5)), (0, (1, 2))), "os^Dv*"  # not told apart by color alone
+DASHES, MARKERS = ("-", "--", ":", "-.", (0, (5, 5)), (0, (1, 2))), "os^Dv"  # not told apart by color alone
 STYLE = {
     "text.parse_math": False,  # names come from files: a $ is a $
     "svg.fonttype": "none",  # the browser's own fonts, which have more letters than matplotlib's
@@ -63,7 +63,7 @@ def chart(title: str, height: float, draw: Callable[..., str], *arguments) -> Ch
         axes = sheet.subplots()
         description = draw(axes, *arguments)
         if len(axes.get_legend_handles_labels()[1]) > 1:
-            sheet.legend(loc="outside upper left", ncols=3, fontsize=8.5, frameon=False, handlelength=2.4)
+            sheet.legend(loc="outside upper left", ncols=2, frameon=False, handlelength=2.4)
         sheet.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     address = "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Chart(title, f"{title}: {description}", address, round(100 * WIDTH), round(100 * height))
@@ -122,14 +122,15 @@ def draw_budgets(axes: Axes, groups: Sequence[Mapping], runs: Sequence[Mapping],
         y_label: Of the values.
     """
     budgets, arms = (list(dict.fromkeys(group[key] for group in groups)) for key in ("budget", "arm"))
+    step = 0.8 / len(arms)
     for i, arm in enumerate(arms):
-        shift, how = (i - (len(arms) - 1) / 2) * 0.7 / len(arms), {"color": COLORS[i % 6]}
+        shift, how = (i - (len(arms) - 1) / 2) * step, {"color": COLORS[i % 6], "clip_on": False}
         own = [group for group in groups if group["arm"] == arm]
         x, y = [budgets.index(group["budget"]) + shift for group in own], [group["mean"] for group in own]
-        spread = [group["sd"] or 0 for group in own]
-        axes.errorbar(x, y, spread, label=label(arm), marker=MARKERS[i % 6], linestyle=DASHES[i % 6], **how)
+        spread = [[min(group["sd"] or 0, room(group["mean"])) for group in own] for room in (float, lambda m: 1 - m)]
+        axes.errorbar(x, y, spread, label=label(arm), marker=MARKERS[i % 5], linestyle=DASHES[i % 6], **how)
         dots = [(budgets.index(r["budget"]), r["dice"]) for r in runs if r["arm"] == arm and r["budget"] in budgets]
-        x, y = [x + shift + 0.06 for x, _ in dots], [y for _, y in dots]
+        x, y = [x + shift + 0.3 * step for x, _ in dots], [y for _, y in dots]
         axes.plot(x, y, "o", markersize=3.5, fillstyle="none", **how)
     axes.set(ylim=(0, 1), xlim=(-0.5, len(budgets) - 0.5), xlabel=x_label, ylabel=y_label)
     axes.set_xticks(range(len(budgets)), [label(budget) for budget in budgets])

@@ -21,7 +21,7 @@ def best_median_worst(scores: Scores) -> dict[str, str]:
 
 
 def validated_on(model: Model) -> str:
-    """Says of validation scores what must be said: nnU-Net validates fold `all` on the cases that it trained on."""
+    """Adds a warning to validation scores of fold `all`: nnU-Net validates it on the cases that it trained on."""
     return " (cases that it was trained on)" if any(fold.name == "all" for fold in model.folds) else ""
 
 
@@ -71,7 +71,7 @@ def _cells(values: Mapping[str, Mapping[str, list[float]]], organ: str) -> list[
 
 
 def case_heading(case: str, rank: str, scores: Scores) -> tuple[str, str]:
-    """Returns the heading of a case that is shown, and its Dice by organ."""
+    """Returns the heading of a case in the pictures, and its Dice by organ."""
     by_organ = ", ".join(f"{organ} {figure(value, digits=2)}" for organ, value in scores[case].items())
     return f"{rank.capitalize()}: {case}, mean DSC {figure(mean(scores[case].values()))}", by_organ
 
@@ -80,7 +80,8 @@ def benchmark_view(name: str, content: Mapping) -> dict[str, Any]:
     """Describes label efficiency or partial labels, as their benchmarks wrote them."""
     title, x_label = "Dice, mean over labels and test cases", "labeled cases (or per cent, or slices)"
     groups = content["summary"]
-    drawn = chart(title, 3.2, draw_budgets, groups, content["runs"], x_label, "Dice")
+    height = 2.8 + 0.1 * len({group["arm"] for group in groups})
+    drawn = chart(title, height, draw_budgets, groups, content["runs"], x_label, "Dice")
     rows = [[g["arm"], g["budget"], len(g.get("seeds", [])), figure(g["mean"], g["sd"])] for g in groups]
     return {"name": name, "cases": len(content["test_cases"]), "charts": [drawn], "rows": rows}
 

@@ -49,7 +49,8 @@ def find_rounds(results: Results, folder: str, preprocessed: str) -> dict[str, l
 
 def describe_run(results: Results, rounds: list[Round]) -> dict[str, Any]:
     """Describes a run: kept, waiting and dropped scans and the Dice of each round, and what the last one believed."""
-    line, last, title = [(r.number, r.dice) for r in rounds if r.dice is not None], rounds[-1], "Mean validation Dice"
+    title = "Mean validation Dice by round; 0: before the first"
+    line, last = [(r.number, r.dice) for r in rounds if r.dice is not None], rounds[-1]
     charts = [chart(title, 2.5, draw_lines, {"Dice": [line]}, "round", "Dice", (0, 1))] if len(line) > 1 else []
     pictures = glob.glob(os.path.join(glob.escape(last.folder), "**", "*.png"), recursive=True) if last.folder else []
     alts = {path: f"{os.path.basename(path)[:-4]}, round {last.number}" for path in sorted(pictures)[:PICTURES]}

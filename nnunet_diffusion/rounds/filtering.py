@@ -32,16 +32,13 @@ def read_verdicts(places: Places, entry: Round) -> dict[str, Verdict]:
     return {case: Verdict(*verdict) for case, verdict in found.items()}
 
 
-def filter_round(
-    places: Places, cases: Cases, entry: Round, names: Sequence[str], before: Sequence[Mapping[str, Verdict]]
-) -> None:
+def filter_round(places: Places, cases: Cases, entry: Round, before: Sequence[Mapping[str, Verdict]]) -> None:
     """Filters the predictions of a round, saves the pseudo labels, reports, and records all in `entry`.
 
     Args:
         places: Of the run.
         cases: Of the run.
         entry: Of the round.
-        names: The cases that it predicts.
         before: The verdicts of the rounds before, in their order.
 
     Raises:
@@ -49,8 +46,8 @@ def filter_round(
         OSError: If something cannot be written.
     """
     gate, number, folder = places.request.gate, entry.number, places.round(entry.number)
-    candidates, priors = cases.to_predict(), cases.organ_priors()
-    annotations = {name: candidates[name] for name in names if name in candidates}  # others were annotated meanwhile
+    lacking, priors = cases.to_predict(), cases.organ_priors()
+    annotations = {name: lacking[name] for name in entry.cases if name in lacking}  # others were annotated meanwhile
     found = {name: read_evidence(places.predicted(number), name) for name in annotations}
     evidence = {
         name: {organ: found[name][0][organ] for organ in cases.lacking(annotation or NOTHING_ANNOTATED)}

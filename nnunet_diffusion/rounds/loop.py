@@ -7,14 +7,12 @@ from importlib.metadata import version
 
 import torch
 from tqdm import tqdm
-from typing_extensions import TypedDict
 
 from nnunet_diffusion.commands import Step, Steps, command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.marks import mark, refuse_foreign
-from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.plans import read_plans
-from nnunet_diffusion.records import digest, made_from, read_sealed, refuse_other, some, write_sealed
+from nnunet_diffusion.records import digest, made_from, refuse_other, some
 from nnunet_diffusion.rounds.cases import Cases
 from nnunet_diffusion.rounds.filtering import filter_round, read_verdicts
 from nnunet_diffusion.rounds.given_model import check_model, refuse_unusable_start
@@ -23,25 +21,11 @@ from nnunet_diffusion.rounds.places import Places, Request
 from nnunet_diffusion.rounds.prediction import Teacher, is_predicted, predict_case
 from nnunet_diffusion.rounds.pseudo_labels import pseudo_cases
 from nnunet_diffusion.rounds.stale import remove_stale
-from nnunet_diffusion.rounds.state import FORMAT, Round, State, anew, cases_of_round, fallen, last_good, load_state
+from nnunet_diffusion.rounds.state import Round, State, anew, cases_of_round, fallen, last_good, load_state
 from nnunet_diffusion.rounds.training import denoiser_of, training, validation_dice, write_plans
 from nnunet_diffusion.settings import BLOCK
 
 FIRST = "training on annotated cases"
-
-
-class Known(TypedDict):
-    """cases.json of a run: all cases that it has seen, as `Cases.recorded` has them."""
-
-    annotated: dict[str, str]
-    pool: dict[str, str]
-
-
-class Predicted(TypedDict):
-    """cases.json of a round."""
-
-    cases: list[str]
-    dropped: list[str]
 
 
 class Rounds:
@@ -78,7 +62,7 @@ class Rounds:
     def compared(self, known: State | None) -> State:
         """The state to go on with; raises UserError if anything that the run was made from has changed."""
         request, file = self.request, self.places.state
-        held_out = self.cases.held_out() or (known.made_from["values"]["validation"] if known else [])
+        held_out = self.cases.held_out() or (known.made_from["values"].get("validation", []) if known else [])
         now = made_from({
             "nnunet_diffusion": version("nnunet_diffusion"),
             "trainer": request.trainer,
@@ -91,27 +75,22 @@ class Rounds:
             "seeds": {name: block.get("seed") for name, block in self.plans.get(BLOCK, {}).items()},
             "labels": self.cases.dataset_json["labels"],
             "validation": held_out,
-        })  # fmt: skip
-        self.recorded = self.cases.recorded()
+        }, self.cases.recorded())  # fmt: skip
         if known is None:
             return State(now)
-        known.made_from["values"]["validation"] = known.made_from["values"]["validation"] or held_out
-        refuse_other(file, known.made_from, now, anew(file))
-        self.compare_cases()
+        before = known.made_from
+        self.new_cases = sorted(
+            case for kind, cases in now["cases"].items() for case in cases.keys() - before["cases"].get(kind, {}).keys()
+        )
+        before["values"]["validation"] = before["values"].get("validation") or held_out
+        for case in before["cases"].get("pool", {}).keys() & now["cases"]["annotated"].keys():
+            del before["cases"]["pool"][case]  # annotated meanwhile
+        refuse_other(file, before, now, anew(file), growing=("annotated", "pool"))
         for entry in known.rounds:
             for kind in ("checkpoint", "denoiser"):
                 self.refuse_other_file(known, kind, entry)
+        known.made_from = now
         return known
-
-    def compare_cases(self) -> None:
-        """Finds the new cases; raises UserError if one that was there has changed or is missing."""
-        file = self.places.cases
-        seen = read_sealed(file, Known, FORMAT, anew(file)) or {"annotated": {}, "pool": {}}
-        now = self.recorded
-        pool = {case: files for case, files in seen["pool"].items() if case not in now["annotated"]}
-        known = {"annotated": seen["annotated"], "pool": pool}
-        refuse_other(file, made_from({}, known), made_from({}, now), anew(file), growing=("annotated", "pool"))
-        self.new_cases = sorted(case for kind in now for case in now[kind].keys() - seen[kind].keys())
 
     def refuse_other_file(self, known: State, kind: str, entry: Round) -> None:
         """Raises UserError if what a training ended with or started from is no longer what it was."""
@@ -127,22 +106,6 @@ class Rounds:
     def save(self) -> None:
         """Writes the state."""
         self.state.save(self.places.state)
-
-    def cases_of(self, entry: Round) -> list[str]:
-        """The cases that a round predicts; none as long as that is not fixed."""
-        return self.read_cases(entry)["cases"]
-
-    def read_cases(self, entry: Round) -> Predicted:
-        """Reads cases.json of a round; raises UserError if it is not what the run wrote."""
-        if entry.cases is None:
-            return {"cases": [], "dropped": []}
-        file, remedy = self.places.cases_of(entry.number), anew(self.places.state)
-        content = read_sealed(file, Predicted, FORMAT, remedy)
-        if content is None:
-            raise UserError(f"{file}: is missing: restore it, or {remedy}")
-        for case in content["cases"]:
-            safe_name(case, f"{file}: cases", remedy)
-        return content
 
     def verdicts_before(self, number: int) -> list[dict]:
         """The verdicts of the rounds before one, in their order."""
@@ -166,8 +129,9 @@ class Rounds:
         """
         if self.new_cases:
             print(f"{len(self.new_cases)} new cases, which join the next round: {some(self.new_cases)}", flush=True)
+        for number in (*range(1, rounds + 1), "finetune"):  # rather than after hours
+            refuse_foreign(os.path.join(self.places.model(number), f"fold_{self.request.fold}"))
         mark(self.places.folder, run=self.places.name)
-        write_sealed(self.places.cases, self.recorded, FORMAT)
         self.save()
         remove_stale(self.places.folder)
         remove_stale(self.places.reports, is_ours_alone=True)
@@ -223,7 +187,7 @@ class Rounds:
                 "first model better, or open the gate (--gate KEY=VALUE)"
             )
         settings = write_plans(places, self.plans, number, number - 1)
-        depends_on = {"settings": settings, "annotated": digest(self.recorded["annotated"])}
+        depends_on = {"settings": settings, "annotated": digest(self.state.made_from["cases"]["annotated"])}
         depends_on |= {"verdicts": entry.verdicts, "teacher": self.teacher(number)}
         hooks = {"is_done": lambda: bool(entry.checkpoints), "then": lambda: self.finish(entry, rounds)}
         return training(places, number, f"round {number}: training", settings, depends_on, **hooks)
@@ -231,7 +195,7 @@ class Rounds:
     def finetuning(self, outcome: int) -> Step:
         """Trains on annotated cases alone, from the weights of the outcome."""
         settings = write_plans(self.places, self.plans, "finetune", outcome)
-        depends_on = {"settings": settings, "annotated": digest(self.recorded["annotated"])}
+        depends_on = {"settings": settings, "annotated": digest(self.state.made_from["cases"]["annotated"])}
         depends_on["checkpoints"] = self.state.round(outcome).checkpoints
         return training(self.places, "finetune", "fine-tuning on annotated cases", settings, depends_on)
 
@@ -251,11 +215,9 @@ class Rounds:
         entry = self.state.round(number)
         if entry.cases is None:
             before = self.verdicts_before(number)
-            dropped = self.read_cases(self.state.round(number - 1))["dropped"]
-            cases, dropped = cases_of_round(self.cases.to_predict(), before[-1] if before else {}, dropped)
-            os.makedirs(self.places.round(number), exist_ok=True)
-            write_sealed(self.places.cases_of(number), {"cases": cases, "dropped": dropped}, FORMAT)
-            entry.cases = len(cases)
+            dropped = self.state.round(number - 1).dropped
+            candidates = self.cases.to_predict()
+            entry.cases, entry.dropped = cases_of_round(candidates, before[-1] if before else {}, dropped)
             self.save()
         return entry
 
@@ -267,7 +229,7 @@ class Rounds:
         """The cases of a round, or of a part of it, that are not predicted yet."""
         candidates, teacher = self.cases.to_predict(), self.teacher(entry.number)
         folder = self.places.predicted(entry.number)
-        mine = self.cases_of(entry)[part_id::num_parts]
+        mine = entry.cases[part_id::num_parts]
         return [case for case in mine if case in candidates and not is_predicted(folder, case, teacher)]
 
     def predict(self, entry: Round, num_parts: int = 1, part_id: int = 0) -> None:
@@ -295,7 +257,6 @@ class Rounds:
 
     def filter(self, entry: Round) -> None:
         """Filters the predictions of a round."""
-        before = self.verdicts_before(entry.number)
-        filter_round(self.places, self.cases, entry, self.cases_of(entry), before)
+        filter_round(self.places, self.cases, entry, self.verdicts_before(entry.number))
         self.save()
 

@@ -14,10 +14,10 @@ def status(run: Rounds, rounds: int) -> str:
     rows = []
     for number in range(rounds + 1):
         entry = run.state.rounds[number] if number < len(run.state.rounds) else Round(number)
-        there = sum(has_prediction(run.places.predicted(number), case) for case in run.cases_of(entry))
+        there = sum(has_prediction(run.places.predicted(number), case) for case in entry.cases or ())
         decided = [entry.decisions.get(kind, "-") for kind in (KEEP, WAIT, DROP)]
         dice = "-" if entry.validation_dice is None else f"{entry.validation_dice:.3f}"
-        predicted = "-" if entry.cases is None else f"{there}/{entry.cases}"
+        predicted = "-" if entry.cases is None else f"{there}/{len(entry.cases)}"
         rows.append([number, predicted, *decided, "yes" if entry.checkpoints else "no", dice])
     heading = ["round", "predicted", "kept", "waiting", "dropped", "trained", "validation Dice"]
     return pd.DataFrame(rows, columns=heading).to_string(index=False)

@@ -49,7 +49,6 @@ class Places:
         self.name = f"{request.plans}__{request.configuration}__fold_{request.fold}"
         self.folder = pseudo_folder(self.base, data_identifier, self.name)
         self.state = os.path.join(self.folder, "state.json")
-        self.cases = os.path.join(self.folder, "cases.json")
         runs = f"rounds__{request.plans}__{request.configuration}"
         self.reports = os.path.join(self.results, runs, f"fold_{request.fold}")
 
@@ -60,10 +59,6 @@ class Places:
     def predicted(self, number: int) -> str:
         """The predictions of a round."""
         return os.path.join(self.round(number), "predicted")
-
-    def cases_of(self, number: int) -> str:
-        """Which cases a round predicts."""
-        return os.path.join(self.round(number), "cases.json")
 
     def verdicts(self, number: int) -> str:
         """What the filter decided about each case."""

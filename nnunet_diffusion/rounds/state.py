@@ -1,7 +1,7 @@
 """What a run has done so far: a typed record of each round, and pure functions of it.
 
-`state.json` is small, whatever the number of cases: which cases a round predicts and what the filter decided lie in
-files of the round's folder.
+`state.json` is written whole or not at all, a few times a round. What the filter decided about each case lies in a file
+of the round, to which a line is added for each.
 """
 
 import os
@@ -12,7 +12,8 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from nnunet_diffusion.commands import MadeFrom, StepRecord
-from nnunet_diffusion.records import Hashes, read_sealed, write_sealed
+from nnunet_diffusion.names import safe_name
+from nnunet_diffusion.records import read_sealed, sha256, size_and_time, write_sealed
 from nnunet_diffusion.rounds.gate import DROP, KEEP, Verdict
 
 FORMAT = 2
@@ -23,7 +24,8 @@ class Round:
     """What is known of one round; round 0 is the first training."""
 
     number: int
-    cases: int | None = None  # how many it predicts; None: that is not fixed yet
+    cases: list[str] | None = None  # that it predicts; None: that is not fixed yet
+    dropped: list[str] = field(default_factory=list)  # in the rounds before
     verdicts: str = ""  # SHA-256 of the file of verdicts; empty: not filtered yet
     decisions: dict[str, int] = field(default_factory=dict)  # keep, wait, drop -> number of cases
     checkpoints: dict[str, str] = field(default_factory=dict)  # path -> SHA-256; empty: not trained yet
@@ -47,11 +49,14 @@ class State:
     made_from: dict[str, Any]  # of `records.made_from`
     rounds: list[Round] = field(default_factory=list)
     steps: dict[str, StepRecord] = field(default_factory=dict)
-    hashes: dict[str, list[str]] = field(default_factory=dict)
+    hashes: dict[str, list[str]] = field(default_factory=dict)  # path -> size and time, SHA-256
 
     def sha256(self, path: str) -> str:
-        """The SHA-256 of a checkpoint or denoiser, which is read only if it has changed."""
-        return Hashes(self.hashes).sha256(path)
+        """The SHA-256 of a checkpoint or denoiser, which is read again only if its size or time has changed."""
+        stamp = size_and_time("", path, [""])
+        if self.hashes.get(path, [""])[0] != stamp:
+            self.hashes[path] = [stamp, sha256(path)]
+        return self.hashes[path][1]
 
     def round(self, number: int) -> Round:
         """The record of a round, a new one if need be."""
@@ -73,7 +78,10 @@ def load_state(path: str) -> State | None:
     content = read_sealed(path, StateContent, FORMAT, anew(path))
     if content is None:
         return None
-    return State(**{**content, "rounds": [Round(**entry) for entry in content["rounds"]]})
+    rounds = [Round(**entry) for entry in content["rounds"]]
+    for case in {case for entry in rounds for case in entry.cases or ()}:
+        safe_name(case, f"{path}: rounds", anew(path))
+    return State(**{**content, "rounds": rounds})
 
 
 def anew(path: str) -> str:
