@@ -97,7 +97,7 @@ def draw_sheet(folder: str, number: int, description: dict) -> None:
 
 
 def find_denoiser(args: argparse.Namespace) -> str:
-    """The file that is named, or the data set's own.
+    """Returns the file that is named, or the data set's own.
 
     Raises:
         UserError: If neither is named, or there is none.

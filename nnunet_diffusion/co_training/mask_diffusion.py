@@ -50,7 +50,7 @@ def draw_mask(images: Tensor, classes: int, timestep: Tensor, generator: torch.G
 
 
 def draw_rounds(images: Tensor, classes: int, rounds: int, timesteps: int) -> Rounds:
-    """Fresh draws for images (B, C, X, Y[, Z]): masks at all T timesteps, images at the first half of them.
+    """Draws anew for images (B, C, X, Y[, Z]): masks at all T timesteps, images at the first half of them.
 
     At T / 2 of the sigmoid schedule alpha_bar is 1/2: below, a restored image, which is divided by sqrt(alpha_bar), is
     never further off than the prediction. Ours; the prototype's choice is not known.
@@ -128,7 +128,7 @@ class MaskDiffusion(nn.Module):
     def refine(
         self, images: Tensor, draws: Rounds, diffusion: Diffusion, chained: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """A mask, and its refinement: restore the image with the mask, segment what was restored, and again.
+        """Makes a mask and refines it: restore the image with the mask, segment what was restored, and again.
 
         Args:
             images: (B, C, X, Y[, Z]).
@@ -185,7 +185,7 @@ class MaskStudent(nn.Module):
 
 
 def build_pathway(plans_manager, configuration_manager, inputs: int, outputs: int) -> Denoiser:
-    """The planned network, told the timestep, with other numbers of channels and without deep supervision."""
+    """Builds the planned network, told the timestep, with other numbers of channels and without deep supervision."""
     network = nnUNetTrainer.build_network_architecture(plans_manager, configuration_manager, inputs, outputs, False)
     for head in network.decoder.seg_layers[:-1]:  # nnU-Net builds them, nothing uses them, DDP would complain
         head.requires_grad_(False)
@@ -193,7 +193,7 @@ def build_pathway(plans_manager, configuration_manager, inputs: int, outputs: in
 
 
 def build_pair(plans_manager, configuration_manager, image_channels: int, classes: int) -> MaskDiffusion:
-    """Both pathways for a plan."""
+    """Builds both pathways for a plan."""
     both = image_channels + classes
     return MaskDiffusion(
         build_pathway(plans_manager, configuration_manager, both, classes),
@@ -203,6 +203,6 @@ def build_pair(plans_manager, configuration_manager, image_channels: int, classe
 
 
 def build_student(plans_manager, configuration_manager, image_channels: int, classes: int) -> MaskStudent:
-    """A mask pathway for a plan, as a segmentation network."""
+    """Builds a mask pathway for a plan, as a segmentation network."""
     pathway = build_pathway(plans_manager, configuration_manager, image_channels + classes, classes)
     return MaskStudent(pathway, classes, configuration_manager.patch_size)

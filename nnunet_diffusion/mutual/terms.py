@@ -27,7 +27,7 @@ def ramp_up(epoch: int, start: float, length: float) -> float:
 
 
 def prediction_difference(merged: MergedSoftmax, owned: Tensor) -> Tensor:
-    """Soft Dice overlap of the organs that a network owns with the true labels of another data set.
+    """Computes the soft Dice overlap of the organs that a network owns with the true labels of another data set.
 
     Where another organ was annotated, the network must not claim one of its own.
 
@@ -54,7 +54,7 @@ class OrganFeatures(NamedTuple):
 
 
 def organ_features(features: Tensor, labels: Tensor, classes: int) -> OrganFeatures:
-    """Features, averaged over the voxels of each organ.
+    """Averages features over the voxels of each organ.
 
     Args:
         features: (B, F, x, y[, z]); half precision is averaged in float32.

@@ -52,7 +52,7 @@ class ConditionalNorm(nn.Module):
         self.embedding: Tensor | None = None  # set by the denoiser for the length of one forward pass
 
     def affine(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Folded gamma and beta, each (B, channels), of embeddings (B, features)."""
+        """Returns folded gamma and beta, each (B, channels), of embeddings (B, features)."""
         a, b = self.scale_shift(embedding).to(self.norm.weight.dtype).chunk(2, 1)
         return self.norm.weight * (1 + a), self.norm.bias * (1 + a) + b
 
@@ -96,11 +96,11 @@ class Denoiser(nn.Module):
             raise NotImplementedError("this network has no normalization layer: time cannot be made to enter it")
 
     def scaled(self, images: Tensor) -> Tensor:
-        """Images (B, C, X, Y[, Z]) in the plan's normalization to x_0 of the process."""
+        """Scales images (B, C, X, Y[, Z]) in the plan's normalization to x_0 of the process."""
         return images / self.input_scale.reshape(1, -1, *[1] * (images.ndim - 2))
 
     def unscaled(self, x_0: Tensor) -> Tensor:
-        """The inverse of `scaled`."""
+        """Inverts `scaled`."""
         return x_0 * self.input_scale.reshape(1, -1, *[1] * (x_0.ndim - 2))
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
@@ -141,7 +141,7 @@ def condition(network: nn.Module, input_channels: int) -> Denoiser:
 
 @torch.no_grad()
 def fold(denoiser: Denoiser, timestep: int) -> nn.Module:
-    """The planned network that computes exactly the denoiser at one timestep.
+    """Returns the planned network that computes exactly the denoiser at one timestep.
 
     Args:
         denoiser: Stays as it is.
@@ -167,7 +167,7 @@ def fold(denoiser: Denoiser, timestep: int) -> nn.Module:
 
 
 def first_convolution(network: nn.Module) -> _ConvNd:
-    """The one convolution that sees the image.
+    """Returns the one convolution that sees the image.
 
     Raises:
         NotImplementedError: If several do (a residual encoder without a stem).

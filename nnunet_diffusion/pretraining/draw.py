@@ -15,7 +15,7 @@ ETA = {"ddim": 0.0, "ddpm": 1.0}  # share of fresh noise; ddpm over all timestep
 
 
 def number_of_steps(sampler: str, steps: int | None, timesteps: int) -> int:
-    """How many noise levels a sampler visits: those asked for, else 50 (ddim) or all (ddpm).
+    """Returns how many noise levels a sampler visits: those asked for, else 50 (ddim) or all (ddpm).
 
     Raises:
         UserError: If there are not so many.

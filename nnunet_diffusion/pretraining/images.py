@@ -68,13 +68,13 @@ class ImageDataset(nnUNetBaseDataset):
 
     @staticmethod
     def get_identifiers(folder: str) -> list[str]:
-        """The identifiers of the images in a folder."""
+        """Returns the identifiers of the images in a folder."""
         names = sorted(n for n in os.listdir(folder) if n.endswith(".b2nd") and not n.endswith("_seg.b2nd"))
         return [os.path.join(folder, name.removesuffix(".b2nd")) for name in names if not name.startswith(".")]
 
 
 def in_body(image: np.ndarray) -> np.ndarray:
-    """What is brighter than air and padding, by the triangle threshold (Zack et al. 1977).
+    """Returns what is brighter than air and padding, by the triangle threshold (Zack et al. 1977).
 
     Most voxels of a scan are as dark as air, which a histogram shows as one peak at its end. Otsu's threshold divides
     two equal classes, and finds the bones in a scan that the plan clips between fat and bone.
@@ -89,7 +89,7 @@ def in_body(image: np.ndarray) -> np.ndarray:
 
 
 def body_locations(image: np.ndarray, most: int = 500) -> np.ndarray:
-    """Some voxels of what `in_body` finds; always the same.
+    """Returns some voxels of what `in_body` finds; always the same.
 
     Args:
         image: (1, X, Y, Z).
@@ -180,7 +180,7 @@ def hold_out(labeled: list[str], pool: list[str], share: float) -> tuple[list[st
 
 
 def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_size, label_manager, **kwargs):
-    """Random patches of images by nnU-Net's own loader.
+    """Returns random patches of images by nnU-Net's own loader.
 
     Args:
         dataset: The images.
@@ -205,7 +205,7 @@ def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_siz
 
 
 def in_background(loader: nnUNetDataLoader, workers: int, cached: int, pin_memory: bool):
-    """An iterator over a loader's batches, which other processes make ahead, as nnU-Net's trainer has it.
+    """Returns an iterator over a loader's batches, which other processes make ahead, as nnU-Net's trainer has it.
 
     Args:
         loader: nnU-Net's.

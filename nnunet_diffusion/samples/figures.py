@@ -58,12 +58,12 @@ def precision_and_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) ->
 
 
 def f1(precision: float, recall: float) -> float:
-    """Harmonic mean of precision and recall; 0 if both are."""
+    """Computes the harmonic mean of precision and recall; 0 if both are."""
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def _covered(points: np.ndarray, members: np.ndarray, k: int) -> float:
-    """Share of the points within the radius of any member."""
+    """Returns the share of the points within the radius of any member."""
     radii = np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _distances(members, members)])  # 0 to itself
     return float(np.concatenate([(d <= radii).any(1) for d in _distances(points, members)]).mean())
 

@@ -37,7 +37,7 @@ def intensity_scale(scheme: str, properties: Mapping[str, float]) -> IntensitySc
 
 
 def plan_scales(plan: Mapping) -> list[IntensityScale]:
-    """The scale of each channel of a plan's identity (`networks.denoiser_file.plan_identity`)."""
+    """Returns the scale of each channel of a plan's identity (`denoiser_file.plan_identity`)."""
     schemes, intensities = plan["normalization_schemes"], plan["intensities"]
     return [intensity_scale(scheme, intensities.get(str(i), {})) for i, scheme in enumerate(schemes)]
 
@@ -49,7 +49,7 @@ def to_intensities(image: np.ndarray, scales: Sequence[IntensityScale]) -> np.nd
 
 
 def to_normalized(image: np.ndarray, scales: Sequence[IntensityScale]) -> np.ndarray:
-    """The inverse of `to_intensities`."""
+    """Inverts `to_intensities`."""
     factor, offset = _columns(image, scales)
     return ((image - offset) / factor).astype(np.float32)
 
