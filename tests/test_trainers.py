@@ -448,6 +448,11 @@ def train(plans, *arguments, trainer="DiffusionPretrainedTrainer"):
     return main(["train", str(tiny.ID), "2d", "0", "-p", plans, "-tr", trainer, "-device", "cpu", *arguments])
 
 
+def test_validation_of_what_was_not_trained_is_refused(plans, capsys):
+    assert train(plans("Untrained"), "--val") == 1
+    assert re.search(r"--val: there is no .*Untrained__2d/fold_0/checkpoint_final.pth: finish", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("trainer", ["DiffusionPretrainedTrainer", "DiffusionCoTrainingTwinTrainer", "nnUNetTrainer"])
 def test_pretrained_weights_of_another_network_are_refused_with_file_and_remedy(plans, capsys, trainer):
     """Before nnU-Net's own loader asserts."""
