@@ -84,7 +84,7 @@ def without_cases(dataset_json: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_member(checkpoint: dict[str, Any], member: int) -> None:
-    """Leaves of a checkpoint of several networks the weights of one, and no optimiser.
+    """Leaves of a checkpoint of several networks the weights of one, and no optimizer.
 
     Raises:
         UserError: If there is no such member, or the members know a part of the labels only.
@@ -144,7 +144,7 @@ def build(folder: str, configuration: str, trainer: type[nnUNetTrainer]) -> torc
 
 
 def shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """The shape of each weight."""
+    """Returns the shape of each weight."""
     return {key: tuple(weight.shape) for key, weight in weights.items()}
 
 
@@ -178,6 +178,6 @@ def prove_same(
 
 @torch.inference_mode()
 def predict(network: torch.nn.Module, weights: dict[str, torch.Tensor], patch: torch.Tensor) -> torch.Tensor:
-    """The network's float32 output; nnU-Net's own sliding window rounds it to half precision."""
+    """Returns the network's float32 output; nnU-Net's own sliding window rounds it to half precision."""
     network.load_state_dict(weights)
     return network.eval()(patch)

@@ -98,7 +98,7 @@ def refuse_unbuildable(plans: PlansManager, configuration: str, channels: int) -
 
 
 def unwrap(network: nn.Module) -> nn.Module:
-    """The network itself, without DDP and torch.compile around it."""
+    """Returns the network itself, without DDP and torch.compile around it."""
     if isinstance(network, DistributedDataParallel):
         network = network.module
     return network._orig_mod if isinstance(network, OptimizedModule) else network
@@ -107,7 +107,7 @@ def unwrap(network: nn.Module) -> nn.Module:
 def own_results(
     plans: PlansManager, plans_name: str, configuration: str, fold: int | str, trainer: str, file: str
 ) -> list[str]:
-    """Where a data set's own result of a pre-training for a plan may be: the own fold's first, then fold all's.
+    """Returns where a data set's own result of a pre-training for a plan may be: the own fold's first, then fold all's.
 
     Args:
         plans: Of the data set.
@@ -128,7 +128,7 @@ def own_results(
 
 
 def first_existing(candidates: list[str], how_to_make_one: str) -> str:
-    """The first of these files that exists.
+    """Returns the first of these files that exists.
 
     Raises:
         UserError: If none does; never silently from scratch.

@@ -28,7 +28,7 @@ class WarmupPolyLR(LRScheduler):
         super().__init__(optimizer)
 
     def factor(self, epoch: int) -> float:
-        """The share of the initial rate at an epoch."""
+        """Returns the share of the initial rate at an epoch."""
         if epoch < self.warmup_epochs:
             return (epoch + 1) / (self.warmup_epochs + 1)
         progress = (epoch - self.warmup_epochs) / max(1, self.epochs - self.warmup_epochs)
@@ -41,12 +41,12 @@ class WarmupPolyLR(LRScheduler):
 
 
 def ramp_up(epoch: int, num_epochs: int, share: float) -> float:
-    """Weight of a loss term that grows linearly from 0 in the first epoch to 1 after a share of all epochs."""
+    """Returns the weight of a loss term that grows linearly from 0 in the first epoch to 1 after a share of epochs."""
     return min(1.0, epoch / (share * num_epochs)) if share > 0 else 1.0
 
 
 def warming_ema(decay: float) -> Callable:
-    """Exponential moving average whose decay starts low, min(decay, (1 + n) / (10 + n)) after n updates.
+    """Returns an exponential moving average whose decay starts low, min(decay, (1 + n) / (10 + n)) after n updates.
 
     Returns:
         A `multi_avg_fn` for `torch.optim.swa_utils.AveragedModel`.

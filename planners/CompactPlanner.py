@@ -12,7 +12,7 @@ FINE_TUNING = {"optimizer_name": "AdamW", "initial_lr": 3e-3, "head_lr_factor": 
 class CompactPlanner(ExperimentPlanner):
     """nnU-Net's plan with a network that one CPU thread can train: 0.2 s a 2-D step, 1 s a 3-D step.
 
-    Spacing, normalisation and topology rules are nnU-Net's own. Width, depth, patch and batch are capped, a
+    Spacing, normalization and topology rules are nnU-Net's own. Width, depth, patch and batch are capped, a
     low-resolution configuration is never planned, and the plans block `nnunet_diffusion` shortens every training.
     """
 

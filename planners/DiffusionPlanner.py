@@ -1,4 +1,4 @@
-"""Plans residual-encoder networks for learning from every scan, labelled or not."""
+"""Plans residual-encoder networks for learning from every scan, labeled or not."""
 
 from copy import deepcopy
 
@@ -11,10 +11,10 @@ from nnunet_diffusion.preprocessing.fingerprint import with_unlabeled_geometry
 
 
 class DiffusionPlanner(ResEncUNetPlanner):
-    """nnU-Net's residual-encoder preset M, with the geometry of labelled and unlabelled scans together.
+    """nnU-Net's residual-encoder preset M, with the geometry of labeled and unlabeled scans together.
 
     Target spacing, median shape and with them patches follow all scans. Intensity statistics are nnU-Net's own: of the
-    labelled foreground. Beside nnU-Net's configurations there is `2d_256`: slices scaled, aspect ratio kept, until the
+    labeled foreground. Beside nnU-Net's configurations there is `2d_256`: slices scaled, aspect ratio kept, until the
     longer edge of the median slice is 256, in patches of 256 x 256. Everything not mentioned here is nnU-Net's.
     """
 
@@ -38,7 +38,7 @@ class DiffusionPlanner(ResEncUNetPlanner):
         """Takes nnU-Net's own arguments; None stands for the class's memory target and plans name.
 
         Raises:
-            UserError: If the data set has unlabelled scans that were not measured.
+            UserError: If the data set has unlabeled scans that were not measured.
         """
         super().__init__(
             dataset_name_or_id,
@@ -57,7 +57,7 @@ class DiffusionPlanner(ResEncUNetPlanner):
         )
 
     def generate_data_identifier(self, configuration_name):
-        """Not nnU-Net's `nnUNetPlans_...`, whose spacing is that of the labelled cases alone."""
+        """Not nnU-Net's `nnUNetPlans_...`, whose spacing is that of the labeled cases alone."""
         shared = configuration_name in ("2d", "2d_256", "3d_fullres")
         return f"{self.data_name if shared else self.plans_identifier}_{configuration_name}"
 

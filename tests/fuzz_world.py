@@ -178,7 +178,7 @@ def write_given(folder: Path) -> None:
 
 def write_data_set(world: World) -> None:
     """The tiny data set, in which each case annotates some labels; the other voxels are not labeled."""
-    raw = tiny.write_raw(unlabelled=2)
+    raw = tiny.write_raw(unlabeled=2)
     for case, names in ANNOTATED.items():
         path = raw / "labelsTr" / f"{case}.nii.gz"
         label = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))

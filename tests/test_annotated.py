@@ -91,7 +91,7 @@ def test_region_is_annotated_if_each_label_in_it_is(named, known):
     ("declared", "message"),
     [
         ({"annotated_labels": ["a"]}, r"'annotated_labels' must be \{case: list\}, not a list"),
-        ({"annotated_labels": {"z": ["liver"]}}, "annotated_labels names case 'z', which is not a labelled case"),
+        ({"annotated_labels": {"z": ["liver"]}}, "annotated_labels names case 'z', which is not a labeled case"),
         ({"union_labels": {"z": []}}, "union_labels names case 'z'"),
         ({"annotated_labels": {"a": ["lever", "liver"]}}, r"annotated_labels of case 'a' names \['lever'\], not among"),
         ({"annotated_labels": {"a": ["ignore"]}}, r"names \['ignore'\]"),

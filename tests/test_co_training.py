@@ -343,7 +343,7 @@ def test_no_pool_and_a_pool_of_other_channels_are_refused(world, plans):
     away = pool.with_name("away")
     pool.rename(away)
     try:
-        with pytest.raises(UserError, match=r"there is no unlabelled image in .*plan_and_preprocess"):
+        with pytest.raises(UserError, match=r"there is no unlabeled image in .*plan_and_preprocess"):
             tiny.trainer(DiffusionCoTrainingTrainer, plans=name).on_train_start()
         shutil.copytree(away, pool)
         from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -351,7 +351,7 @@ def test_no_pool_and_a_pool_of_other_channels_are_refused(world, plans):
         (pool / "tiny_101.b2nd").unlink()
         nnUNetDatasetBlosc2.save_case(np.zeros((3, 4, 8, 8), np.float32), np.zeros((1, 4, 8, 8), np.int16), {},
                                       str(pool / "tiny_101"))  # fmt: skip
-        with pytest.raises(UserError, match=r"tiny_101.b2nd has 3 channel\(s\), the labelled images have 1"):
+        with pytest.raises(UserError, match=r"tiny_101.b2nd has 3 channel\(s\), the labeled images have 1"):
             tiny.trainer(DiffusionCoTrainingTrainer, plans=name).on_train_start()
     finally:
         shutil.rmtree(pool, ignore_errors=True)
@@ -413,7 +413,7 @@ def test_colour_pictures_from_folder_to_prediction(nnunet_folders, tmp_path):
     for cls in (DiffusionTeacherTrainer, DiffusionCoTrainingTrainer):
         trainer = cls({**plans, "continue_training": False}, "2d", "all", dataset_json, torch.device("cpu"))
         trainer.run_training()
-    assert "The teacher starts from" in log_of(trainer) and "2 unlabelled images" in log_of(trainer)
+    assert "The teacher starts from" in log_of(trainer) and "2 unlabeled images" in log_of(trainer)
     with trainers_of(installation.with_our_trainers([])):
         predictor = load_predictor(trainer.output_folder_base, ["all"], "checkpoint_final.pth")
     predictor.predict_from_files_sequential([[str(Path(folders[0], "glands_000.png"))]], [str(tmp_path / "mask")])

@@ -188,7 +188,7 @@ def counting(network):
     return calls
 
 
-def labelled_judge(output):
+def labeled_judge(output):
     return (output[0] if isinstance(output, list) else output).square().mean()
 
 
@@ -202,7 +202,7 @@ def test_cost_of_a_diffusion_teacher_is_what_the_docs_say(rounds):
     images = torch.randn(2, CHANNELS, 8, 8)
     loss, figures = teacher.unlabeled(student, images)
     assert [len(c) for c in calls] == [1, 1 + rounds, rounds] and figures["agreement"].shape == (2,)
-    (loss + teacher.labeled(student, images, labelled_judge)).backward()
+    (loss + teacher.labeled(student, images, labeled_judge)).backward()
     assert all(any(p.grad is not None and p.grad.abs().max() > 0 for p in n.parameters()) for n in
                (student, networks.mask_pathway, networks.image_pathway))  # fmt: skip
 
@@ -210,7 +210,7 @@ def test_cost_of_a_diffusion_teacher_is_what_the_docs_say(rounds):
 def test_cross_pseudo_takes_outputs_of_all_stages_and_both_learn():
     student, second = (planned_network(channels=1, outputs=CLASSES, deep_supervision=True) for _ in range(2))
     teacher, images = CrossPseudo(second, 0.0, False), torch.randn(2, 1, 8, 8)
-    (teacher.unlabeled(student, images)[0] + teacher.labeled(student, images, labelled_judge)).backward()
+    (teacher.unlabeled(student, images)[0] + teacher.labeled(student, images, labeled_judge)).backward()
     assert all(network.decoder.seg_layers[-1].weight.grad.abs().max() > 0 for network in (student, second))
 
 
@@ -236,7 +236,7 @@ def test_mean_teacher_follows_and_does_not_learn_by_itself():
 def test_no_teacher_is_supervised_training():
     student = planned_network(channels=1, outputs=CLASSES)
     images = torch.randn(2, 1, 8, 8)
-    assert torch.equal(Teacher().labeled(student, images, labelled_judge), labelled_judge(student(images)))
+    assert torch.equal(Teacher().labeled(student, images, labeled_judge), labeled_judge(student(images)))
 
 
 def test_pathways_compile_into_one_graph(diffusion):

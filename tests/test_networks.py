@@ -185,5 +185,5 @@ def test_norms_that_cannot_fold_are_refused(layer, message):
 
 
 def test_a_network_without_norms_is_refused():
-    with pytest.raises(NotImplementedError, match="no normalisation layer"):
+    with pytest.raises(NotImplementedError, match="no normalization layer"):
         condition(nn.Sequential(nn.Conv2d(1, 4, 3)), 1)

@@ -20,7 +20,7 @@ from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.draw import draw_images
 from nnunet_diffusion.pretraining.process import PREDICTIONS, SCHEDULES
 from nnunet_diffusion.samples.files import numbers_in, read_samples, write_sample
-from nnunet_diffusion.samples.intensities import intensity_scale, to_intensities, to_normalised
+from nnunet_diffusion.samples.intensities import intensity_scale, to_intensities, to_normalized
 from nnunet_diffusion.schemas import Process
 
 
@@ -39,12 +39,12 @@ def test_hounsfield_units_by_hand():
 
 
 @pytest.mark.parametrize("nnunet", [CTNormalization, RGBTo01Normalization])
-def test_inverts_nnunets_own_normalisation(nnunet):
+def test_inverts_nnunets_own_normalization(nnunet):
     image = np.random.default_rng(0).uniform(0, 255, (1, 5, 6)).astype(np.float32)
-    normalised = nnunet(intensityproperties=denoisers.CT, use_mask_for_norm=False).run(image.copy())
+    normalized = nnunet(intensityproperties=denoisers.CT, use_mask_for_norm=False).run(image.copy())
     scale = intensity_scale(nnunet.__name__, denoisers.CT)
-    np.testing.assert_allclose(to_intensities(normalised, [scale]), image, atol=1e-3)
-    np.testing.assert_allclose(to_normalised(image, [scale]), normalised, atol=1e-6)
+    np.testing.assert_allclose(to_intensities(normalized, [scale]), image, atol=1e-3)
+    np.testing.assert_allclose(to_normalized(image, [scale]), normalized, atol=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["ZScoreNormalization", "RescaleTo01Normalization", "SomebodysNormalization"])

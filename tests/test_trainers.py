@@ -78,7 +78,7 @@ def test_denoiser_holds_what_the_contract_says(world):
     assert content["timestep"] == 50 and content["process"]["schedule"] == "linear"
     assert content["plan"]["plans_name"] == tiny.PLANS and content["plan"]["spacing"] == [2.0, 2.0]
     assert content["plan"]["normalization_schemes"] == ["CTNormalization"]
-    assert content["training"]["images"] == 7 and content["training"]["held_out"] == 1, "5 labelled, 3 of the pool"
+    assert content["training"]["images"] == 7 and content["training"]["held_out"] == 1, "5 labeled, 3 of the pool"
     stock = tiny.trainer(nnUNetTrainer)
     stock.initialize()
     keys = {k for k in stock.network.state_dict() if "seg_layers" not in k}
@@ -298,7 +298,7 @@ def test_frozen_statistics_do_not_move(plans):
         assert statistics and all(torch.equal(state[k], folded[k]) for k in statistics)
 
 
-def test_heads_are_initialised_as_nnunet_does(plans):
+def test_heads_are_initialized_as_nnunet_does(plans):
     """The setting `seed` makes stock and ours draw the same weights; ours keeps the heads."""
     settings = {"seed": 5, "start": str(denoiser_path())}
     name = plans("Seeded", DiffusionPretrainedTrainer=settings, ConfiguredTrainer={"seed": 5})
@@ -406,7 +406,7 @@ def test_another_patch_size_takes_every_weight(plans):
     assert report["matched"] and not report["adapted"] and all("seg_layers" in key for key in report["missing"])
 
 
-def test_other_normalisation_and_spacing_warn_loudly(plans):
+def test_other_normalization_and_spacing_warn_loudly(plans):
     def other(plans):
         plans["configurations"]["2d"]["spacing"] = [1.0, 1.0]
         plans["foreground_intensity_properties_per_channel"]["0"]["mean"] += 500
@@ -418,7 +418,7 @@ def test_other_normalisation_and_spacing_warn_loudly(plans):
     trainer.take_first_weights()
     log = Path(trainer.log_file).read_text()
     assert "WARNING: spacing differs: pre-trained with [2.0, 2.0], now [1.0, 1.0]" in log
-    assert "WARNING: CT normalisation of channel 0 differs in its mean" in log
+    assert "WARNING: CT normalization of channel 0 differs in its mean" in log
 
 
 # ---------------------------------------------------------------- the command line's weights
@@ -446,6 +446,11 @@ def wider(plans):
 
 def train(plans, *arguments, trainer="DiffusionPretrainedTrainer"):
     return main(["train", str(tiny.ID), "2d", "0", "-p", plans, "-tr", trainer, "-device", "cpu", *arguments])
+
+
+def test_validation_of_what_was_not_trained_is_refused(plans, capsys):
+    assert train(plans("Untrained"), "--val") == 1
+    assert re.search(r"--val: there is no .*Untrained__2d/fold_0/checkpoint_final.pth: finish", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("trainer", ["DiffusionPretrainedTrainer", "DiffusionCoTrainingTwinTrainer", "nnUNetTrainer"])

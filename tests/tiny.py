@@ -46,11 +46,11 @@ def save(array: np.ndarray, path: Path) -> None:
     sitk.WriteImage(image, str(path))
 
 
-def write_raw(channels: int = 1, labelled: int = 5, unlabelled: int = 3, modality: str = "CT") -> Path:
+def write_raw(channels: int = 1, labeled: int = 5, unlabeled: int = 3, modality: str = "CT") -> Path:
     """Writes the raw data set; its first channel is of this modality, MR images are masked."""
     raw = Path(os.environ["nnUNet_raw"]) / NAME
-    cases = write_scans(raw / "imagesTr", labelled, channels, raw / "labelsTr", is_masked=modality == "MR")
-    pool = write_scans(raw / "imagesUn", unlabelled, channels, first=100, is_masked=modality == "MR")
+    cases = write_scans(raw / "imagesTr", labeled, channels, raw / "labelsTr", is_masked=modality == "MR")
+    pool = write_scans(raw / "imagesUn", unlabeled, channels, first=100, is_masked=modality == "MR")
     files = {c: [f"{{}}/{c}_{i:04d}.nii.gz" for i in range(channels)] for c in cases + pool}
     content = {
         "channel_names": {str(i): modality if i == 0 else "MR" for i in range(channels)},

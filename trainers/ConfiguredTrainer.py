@@ -31,7 +31,7 @@ class ConfiguredTrainer(nnUNetTrainer):
     """
 
     num_epochs: int = 1000  # an epoch is a number of steps, not a pass over the data
-    num_iterations_per_epoch: int = 250  # optimisation steps
+    num_iterations_per_epoch: int = 250  # optimization steps
     num_val_iterations_per_epoch: int = 50  # batches that the online validation looks at
     initial_lr: float = 1e-2  # learning rate, falling to 0 over the epochs
     weight_decay: float = 3e-5  # L2 penalty; of AdamW, decoupled
@@ -67,7 +67,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         self.is_one_of_many, self.is_ddp = self.is_ddp, False
 
     def _build_loss(self):
-        """nnU-Net's, after the network is wrapped as nnU-Net does, but for the device that it is on."""
+        """Wraps the network as nnU-Net does, but for the device that it is on, before it builds nnU-Net's loss."""
         self.is_ddp = self.is_one_of_many
         if self.is_ddp:
             on_cuda = self.device.type == "cuda"
@@ -157,11 +157,11 @@ class ConfiguredTrainer(nnUNetTrainer):
         return torch.autocast(self.device.type, enabled=self.device.type == "cuda")
 
     def trained_networks(self) -> list[torch.nn.Module]:
-        """The networks that learn, each of which has its gradient's norm clipped."""
+        """Returns the networks that learn, each of which has its gradient's norm clipped."""
         return [self.network]
 
     def optimize(self, loss: torch.Tensor, max_norm: float) -> None:
-        """One optimiser step; as nnU-Net's train_step ends, with a gradient norm of the caller's choice."""
+        """Takes one optimizer step, as nnU-Net's train_step ends, with a gradient norm of the caller's choice."""
         self.backward(loss)
         self.update(max_norm)
 

@@ -1,4 +1,4 @@
-"""Pre-trains the planned network on every image of the data set, labelled or not, by denoising diffusion."""
+"""Pre-trains the planned network on every image of the data set, labeled or not, by denoising diffusion."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     """Denoising diffusion (Ho et al. 2020) with the very network that nnU-Net planned; writes `denoiser.pth`.
 
     Fold k leaves fold k's validation images out; fold `all` leaves a small share of the pool out. On these the loss is
-    measured, at fixed timesteps and noise, with the averaged weights. Pre-training on unlabelled slices is Huang et
+    measured, at fixed timesteps and noise, with the averaged weights. Pre-training on unlabeled slices is Huang et
     al. 2024 (arXiv 2402.15216), abstract; conditioning through the norms, and folding, are ours.
     """
 
@@ -53,7 +53,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     ema_decay: float = 0.999  # of the average of the weights, which is what is kept
     timestep: int = 50  # t*, at which `network_weights` of denoiser.pth is folded
     noise_scale: float = 1.0  # noise of unit variance is this many times the spread of intensities in the body
-    body_share: float = 0.67  # of the patches are centred on the body, which is brighter than what is around it
+    body_share: float = 0.67  # of the patches are centered on the body, which is brighter than what is around it
     augment: bool = True  # small rotations and scalings; never mirrors, which would make impossible anatomy
     held_out: float = 0.05  # share of the pool that fold `all` does not train on
     sample_every: int = 50  # epochs between two sheets of samples; 0 for none
@@ -84,7 +84,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
     ):
-        """The planned network with one output per image channel, told the timestep."""
+        """Builds the planned network with one output per image channel, told the timestep."""
         network = nnUNetTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_input_channels, False
         )
@@ -98,16 +98,16 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         self.ema = AveragedModel(unwrap(self.network), multi_avg_fn=warming_ema(self.ema_decay))
 
     def configure_optimizers(self):
-        """AdamW, as diffusion models are trained."""
+        """Returns AdamW, as diffusion models are trained."""
         trainable = [p for p in self.network.parameters() if p.requires_grad]
         optimizer = adamw(trainable, self.initial_lr, self.weight_decay)
         return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
 
     def set_deep_supervision_enabled(self, enabled: bool):
-        """A denoiser has none."""
+        """Does nothing: a denoiser has none."""
 
     def get_tr_and_val_datasets(self):
-        """All images of the data set, labelled and pool."""
+        """Returns all images of the data set, labeled and pool."""
         training, validation = self.do_split()
         train = [join(self.preprocessed_dataset_folder, case) for case in training]
         held_out = [join(self.preprocessed_dataset_folder, case) for case in validation]
@@ -122,7 +122,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         return ImageDataset(train), ImageDataset(held_out)
 
     def get_dataloaders(self):
-        """Random patches to train on; a fixed set of held-out batches to measure the loss on."""
+        """Returns random patches to train on; a fixed set of held-out batches to measure the loss on."""
         train, held_out = self.get_tr_and_val_datasets()
         patch_size, count = self.configuration_manager.patch_size, self.num_val_iterations_per_epoch
         if not self.is_resumed:
@@ -141,7 +141,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         return loader, itertools.cycle(batches)
 
     def spatial_augmentation(self):
-        """The geometric part of nnU-Net's augmentation, milder: what is learned must look like a patient."""
+        """Returns the geometric part of nnU-Net's augmentation, milder: what is learned must look like a patient."""
         patch_size = self.configuration_manager.patch_size
         _, dummy_2d, _, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         angles, scaling = (-math.pi / 12, math.pi / 12), (0.9, 1.1)
@@ -157,13 +157,13 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         return sampled_size, ComposeTransforms(transforms)
 
     def loss_on(self, network, batch, timestep, noise):
-        """The diffusion loss of a network on a batch, in the precision that nnU-Net trains in."""
+        """Computes the diffusion loss of a network on a batch, in the precision that nnU-Net trains in."""
         images = batch["data"].to(self.device, non_blocking=True)
         with self.mixed_precision():
             return self.diffusion.loss(network, unwrap(self.network).scaled(images), timestep, noise)
 
     def train_step(self, batch: dict) -> dict:
-        """One step at random timesteps, and its part in the average of the weights."""
+        """Takes one step at random timesteps, and its part in the average of the weights."""
         shape = batch["data"].shape
         self.optimizer.zero_grad(set_to_none=True)
         timestep = draw_timesteps(len(batch["data"]), self.timesteps, self.antithetic, self.device)
@@ -177,21 +177,21 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         self.ema.eval()
 
     def held_out_draw(self, batch: dict):
-        """What is random in the loss on a held-out batch, always the same."""
+        """Returns what is random in the loss on a held-out batch, always the same."""
         count = self.num_val_iterations_per_epoch
         draw = held_out_draw(batch["data"].shape, batch["number"], count, self.timesteps)
         return [tensor.to(self.device) for tensor in draw]
 
     def validation_step(self, batch: dict) -> dict:
-        """The loss of the averaged weights on a held-out batch."""
+        """Returns the loss of the averaged weights on a held-out batch."""
         return {"loss": self.loss_on(self.ema.module, batch, *self.held_out_draw(batch)).cpu().numpy()}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
-        """Every process measured the same batches."""
+        """Logs the loss; every process measured the same batches."""
         self.logger.log("val_losses", float(np.mean(collate_outputs(val_outputs)["loss"])), self.current_epoch)
 
     def on_epoch_end(self):
-        """Curves, samples and checkpoints; there is no Dice, and no best checkpoint but the last average."""
+        """Writes curves, samples and checkpoints; there is no Dice, and no best checkpoint but the last average."""
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         losses, held_out, rates, starts = (
             self.logger.get_value(key, step=None)
@@ -210,7 +210,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         self.current_epoch += 1
 
     def extra_state(self) -> dict:
-        """The average and the process go into the checkpoint, so that a resumed run continues them."""
+        """Adds the average and the process, so that a resumed run continues them."""
         return {"ema": self.ema.state_dict(), "process": self.diffusion.description}
 
     def restore(self, checkpoint: dict):
@@ -237,7 +237,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
             self.draw_samples("samples.png")
 
     def write_result(self):
-        """What pre-training is for, from the averaged weights."""
+        """Writes what pre-training is for, from the averaged weights."""
         path = join(self.output_folder, self.result_file)
         values = self.logger.get_value("val_losses", step=None)
         training = {
@@ -257,7 +257,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         save_denoiser(path, self.ema.module, self.timestep, self.diffusion.description, plan, training)
 
     def draw_samples(self, name: str):
-        """A sheet of generated images under real ones, always from the same noise."""
+        """Draws a sheet of generated images under real ones, always from the same noise."""
         patch_size, numbers = self.configuration_manager.patch_size, range(self.num_samples)
         batches = draw_images(
             self.ema.module.eval(), self.diffusion, patch_size, numbers, "ddim", self.sample_steps,

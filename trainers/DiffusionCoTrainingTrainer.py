@@ -1,4 +1,4 @@
-"""Trains the planned network together with a diffusion teacher, on labelled cases and on the unlabelled pool."""
+"""Trains the planned network together with a diffusion teacher, on labeled cases and on the unlabeled pool."""
 
 import numpy as np
 import torch
@@ -80,7 +80,7 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
             )
 
     def configure_optimizers(self):
-        """One optimiser for student and teacher."""
+        """Returns one optimizer for student and teacher."""
         self.teacher = self.build_teacher().to(self.device)
         if self._do_i_compile():
             for network in self.teacher.children():
@@ -88,7 +88,7 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
         return super().configure_optimizers()
 
     def build_teacher(self) -> Teacher:
-        """The teacher of the chosen method, from random weights."""
+        """Builds the teacher of the chosen method, from random weights."""
         channels, classes = self.num_input_channels, len(self.channels)
         plan, batch_dice = (self.plans_manager, self.configuration_manager), self.configuration_manager.batch_dice
         if self.method == "supervised":
@@ -103,12 +103,12 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
         return DiffusionTeacher(pair, self.gate, batch_dice, diffusion, classes, self.rounds, self.chained)
 
     def planned_networks(self) -> list[torch.nn.Module]:
-        """A second network that learns from pseudo labels starts as the student does; its heads differ."""
+        """Adds a second network that learns from pseudo labels: it starts as the student does, with other heads."""
         second = [self.teacher.network] if self.method == "cross_pseudo" else []
         return [*super().planned_networks(), *map(unwrap, second)]
 
     def trained_networks(self) -> list[torch.nn.Module]:
-        """The teacher, too, if it learns by gradients."""
+        """Adds the teacher, if it learns by gradients."""
         learns = any(parameter.requires_grad for parameter in self.teacher.parameters())
         return [self.network, *([self.teacher] if learns else [])]
 
@@ -147,22 +147,22 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
             self.print_to_log_file(warning)
 
     def get_dataloaders(self):
-        """nnU-Net's, and beside them one of the pool, augmented in the same way."""
+        """Adds a loader of the pool, augmented in the same way, to nnU-Net's."""
         self.pool_loader = self.get_pool_loader() if self.teacher.needs_pool else None
         return super().get_dataloaders()
 
     def get_pool_loader(self):
-        """Random patches of the unlabelled images; refuses a pool that is missing or does not fit."""
+        """Returns random patches of the unlabeled images; refuses a pool that is missing or does not fit."""
         folder = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
         masked = self.configuration_manager.use_mask_for_norm
         pool = ImageDataset([join(folder, case) for case in pool_identifiers(folder)], any(masked))
         if not pool.identifiers:
             raise UserError(
-                f"there is no unlabelled image in {folder}: name some (nnunet_diffusion convert ... --unlabeled) and "
+                f"there is no unlabeled image in {folder}: name some (nnunet_diffusion convert ... --unlabeled) and "
                 "run nnunet_diffusion plan_and_preprocess, or set method to supervised"
             )
         refuse_other_channels(pool, self.num_input_channels)
-        self.print_to_log_file(f"{self.method} with {len(pool.identifiers)} unlabelled images")
+        self.print_to_log_file(f"{self.method} with {len(pool.identifiers)} unlabeled images")
         patch_size = self.configuration_manager.patch_size
         if self.method == "co_training" and not self.is_resumed:
             patches = fixed_batches(pool, 20, self.batch_size, patch_size, self.label_manager, seed=1234)
@@ -183,7 +183,7 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
         self.pool_weight = self.unlabeled_weight * ramp_up(self.current_epoch, self.num_epochs, self.ramp)
 
     def train_step(self, batch: dict) -> dict:
-        """A labelled batch, then one of the pool; their gradients add up."""
+        """Takes a labeled batch, then one of the pool; their gradients add up."""
         images = batch["data"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         with self.with_annotations(batch), self.mixed_precision():
@@ -230,7 +230,7 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
             self.pool_loader._finish()
 
     def extra_state(self) -> dict:
-        """The teacher goes into the checkpoint, so that a resumed run continues it."""
+        """Adds the teacher, so that a resumed run continues it."""
         state = {"teacher": self.teacher.state_dict()}
         if self.method == "co_training":
             state["process"] = self.teacher.diffusion.description

@@ -29,7 +29,7 @@ class DiffusionCoTrainingTwinTrainer(DiffusionCoTrainingTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
     ):
-        """The planned network with noised masks as further input, told the timestep."""
+        """Builds the planned network with noised masks as further input, told the timestep."""
         return build_student(plans_manager, configuration_manager, num_input_channels, num_output_channels)
 
     def initialize(self):
@@ -38,4 +38,4 @@ class DiffusionCoTrainingTwinTrainer(DiffusionCoTrainingTrainer):
         unwrap(self.network).set_process(self.schedule, self.timestep)
 
     def set_deep_supervision_enabled(self, enabled: bool):
-        """A mask pathway has none."""
+        """Does nothing: a mask pathway has none."""

@@ -15,7 +15,7 @@ class DiffusionPretrainedDecoderTrainer(DiffusionPretrainedTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ):
-        """The planned network, its encoder frozen."""
+        """Builds the planned network, its encoder frozen."""
         network = DiffusionPretrainedTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
         )
@@ -23,6 +23,6 @@ class DiffusionPretrainedDecoderTrainer(DiffusionPretrainedTrainer):
         return network
 
     def on_train_epoch_start(self):
-        """Running statistics of a frozen encoder do not move."""
+        """Keeps the running statistics of the frozen encoder."""
         super().on_train_epoch_start()
         unwrap(self.network).encoder.eval()

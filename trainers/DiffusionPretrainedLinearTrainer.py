@@ -21,11 +21,11 @@ class DiffusionPretrainedLinearTrainer(DiffusionPretrainedTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
     ):
-        """The planned network with summed heads, everything else frozen."""
+        """Builds the planned network with summed heads, everything else frozen."""
         network = DiffusionPretrainedTrainer.build_network_architecture(
             plans_manager, configuration_manager, num_input_channels, num_output_channels, True
         )
         return LinearClassifier(network)
 
     def set_deep_supervision_enabled(self, enabled: bool):
-        """The heads of all stages are always summed."""
+        """Does nothing: the heads of all stages are always summed."""

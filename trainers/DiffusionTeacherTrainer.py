@@ -33,18 +33,18 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=False
     ):
-        """The planned network twice, with more input channels, told the timestep."""
+        """Builds the planned network twice, with more input channels, told the timestep."""
         return build_pair(plans_manager, configuration_manager, num_input_channels, num_output_channels)
 
     def loss_on(self, network, batch, timestep, noise):
-        """How badly a network restores a batch with the masks that it makes."""
+        """Measures how badly a network restores a batch with the masks that it makes."""
         images = batch["data"].to(self.device, non_blocking=True)
         masks = draw_mask(images, self.label_manager.num_segmentation_heads, timestep)
         with self.mixed_precision():
             return network(images, masks, Draw(timestep, noise), self.diffusion)[1]
 
     def validation_step(self, batch: dict) -> dict:
-        """The error with the masks and with blank ones, and the share of every class; always the same draws."""
+        """Returns the error with the masks and with blank ones, and the share of every class; always the same draws."""
         images, classes = batch["data"].to(self.device), self.label_manager.num_segmentation_heads
         draw = Draw(*self.held_out_draw(batch))
         with self.mixed_precision():
@@ -60,7 +60,7 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
         self.print_to_log_file(self.health)
 
     def extra_state(self) -> dict:
-        """What the masks were found to be is kept with them."""
+        """Adds what the masks were found to be."""
         return {**super().extra_state(), "health": self.health}
 
     def restore(self, checkpoint: dict):
@@ -73,7 +73,7 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
         save_teacher(path, self.ema.module, self.diffusion.description, plan, {**training, "health": self.health})
 
     def draw_samples(self, name: str):
-        """A sheet of masks under their images, in gray levels from the first class to the last."""
+        """Draws a sheet of masks under their images, in gray levels from the first class to the last."""
         images = torch.from_numpy(self.real_images[: self.num_samples]).to(self.device)
         classes, window = self.label_manager.num_segmentation_heads, np.percentile(self.real_images, [0.5, 99.5])
         with self.mixed_precision():

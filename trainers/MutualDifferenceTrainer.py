@@ -57,7 +57,7 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ):
-        """A planned network for each group."""
+        """Builds a planned network for each group."""
         arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
         members = [nnUNetTrainer.build_network_architecture(*arguments, False) for _ in plans_manager.plans[KEY]]
         return PartialOrganMembers(members, num_output_channels, enable_deep_supervision)
@@ -91,11 +91,11 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
             self.print_to_log_file(f"WARNING: {problem}")
 
     def mark_owners(self, network) -> None:
-        """The network predicts each organ with its owner."""
+        """Lets the network predict each organ with its owner."""
         network.owned.copy_(owned_channels(self.plans_manager.plans[KEY], self.channels))
 
     def build_members_loss(self, owned):
-        """The loss of all members."""
+        """Builds the loss of all members."""
         return DifferenceLoss(
             self.loss, owned, self.label_manager.ignore_label, self.prediction_weight, self.feature_weight
         )
@@ -105,11 +105,11 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         return list(unwrap(self.network).members)
 
     def set_deep_supervision_enabled(self, enabled: bool):
-        """The members' outputs at all scales, or the finest."""
+        """Chooses the members' outputs at all scales, or the finest."""
         unwrap(self.network).deep_supervision = enabled
 
     def get_dataloaders(self):
-        """nnU-Net's, but training batches hold cases of every group."""
+        """Builds nnU-Net's loaders, but training batches hold cases of every group."""
         # nnU-Net 2.8.1 get_dataloaders; changed: the training loader, what regions and cascades need
         augmentation = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         rotation, dummy_2d, sampled_size, mirror_axes = augmentation
@@ -148,7 +148,7 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         self.print_to_log_file(f"Strength of mutual learning: {self.strength:.3f}")
 
     def train_step(self, batch: dict) -> dict:
-        """One step of all members, or of the one whose turn it is."""
+        """Takes one step of all members, or of the one whose turn it is."""
         # nnU-Net 2.8.1 train_step; changed: several networks
         data = batch["data"].to(self.device, non_blocking=True)
         grouped = self.describe(batch)
@@ -162,7 +162,7 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         return {"loss": (loss.detach() / len(learners)).cpu().numpy()}
 
     def describe(self, batch: dict) -> GroupedBatch:
-        """The targets of a batch, what they say something about, and whose they are."""
+        """Describes a batch: its targets, what they say something about, and whose they are."""
         targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
         return GroupedBatch(
             [target.to(self.device, non_blocking=True) for target in targets],

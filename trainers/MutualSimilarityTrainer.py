@@ -34,22 +34,22 @@ class MutualSimilarityTrainer(MutualDifferenceTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ):
-        """A planned network for each group."""
+        """Builds a planned network for each group."""
         arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
         members = [nnUNetTrainer.build_network_architecture(*arguments, False) for _ in plans_manager.plans[KEY]]
         return FullOrganMembers(members, enable_deep_supervision)
 
     def mark_owners(self, network) -> None:
-        """Every member knows every organ."""
+        """Does nothing: every member knows every organ."""
 
     def build_members_loss(self, owned):
-        """The loss of all members."""
+        """Builds the loss of all members."""
         return SimilarityLoss(
             self.loss, owned, self.label_manager.ignore_label, self.prediction_weight, self.feature_weight
         )
 
     def get_tr_and_val_datasets(self):
-        """Training cases come with their completed labels beside the true ones."""
+        """Gives training cases their completed labels beside the true ones."""
         train, validation = super().get_tr_and_val_datasets()
         base, identifier = self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier
         folder = completed_folder(base, identifier, self.plans_manager.plans_name, self.configuration_name, self.fold)
@@ -58,7 +58,7 @@ class MutualSimilarityTrainer(MutualDifferenceTrainer):
         return train, validation
 
     def describe(self, batch: dict) -> GroupedBatch:
-        """The completed labels say more than the true ones."""
+        """Adds what the completed labels say, which is more than the true ones do."""
         about = group_map(batch["keys"], self.completed, self.channels)
         return super().describe(batch)._replace(completed_annotation=about)
 

@@ -97,7 +97,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         return [unwrap(self.network)]
 
     def configure_optimizers(self):
-        """The chosen optimiser for what trains, with a rate of their own for the heads."""
+        """Returns the chosen optimizer for what trains, with a rate of their own for the heads."""
         networks = [unwrap(network) for network in self.trained_networks()]
         named = [(name, p) for network in networks for name, p in network.named_parameters() if p.requires_grad]
         rest = {"params": [p for name, p in named if HEADS not in name]}
@@ -112,7 +112,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
 
     def _build_loss(self):
-        """nnU-Net's, deep supervision and all, with the partial loss in the place of the complete one."""
+        """Builds nnU-Net's loss, deep supervision and all, with the partial loss in the place of the complete one."""
         nnunet, loss = super()._build_loss(), self.partial_loss()
         if not isinstance(nnunet, DeepSupervisionWrapper):
             loss.complete = nnunet
@@ -121,7 +121,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         return nnunet
 
     def partial_loss(self) -> PartialLoss:
-        """The loss at one resolution, of partly annotated cases too; nnU-Net's own becomes its `complete`."""
+        """Returns the loss at one resolution, of partly annotated cases too; nnU-Net's own becomes its `complete`."""
         batch_dice, ignore_label = self.configuration_manager.batch_dice, self.label_manager.ignore_label
         if self.label_manager.has_regions:
             return PartialRegionLoss(batch_dice, self.is_ddp, ignore_label is not None)
@@ -148,7 +148,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
                 loss.exclusion_weight = weight
 
     def train_step(self, batch: dict) -> dict:
-        """nnU-Net's, with a loss of what was annotated."""
+        """Takes nnU-Net's step, with a loss of what was annotated."""
         with self.with_annotations(batch):
             return super().train_step(batch)
 
@@ -175,7 +175,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
             super().on_validation_epoch_end(val_outputs)
 
     def perform_actual_validation(self, save_probabilities: bool = False):
-        """nnU-Net's; then summary.json and its means are restricted to annotated pairs."""
+        """Validates as nnU-Net; then summary.json and its means are restricted to annotated pairs."""
         super().perform_actual_validation(save_probabilities)
         if self.local_rank == 0 and not annotated_mask(list(self.annotations), self.annotations, self.channels).all():
             path = join(self.output_folder, "validation", "summary.json")

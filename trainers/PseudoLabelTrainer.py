@@ -44,7 +44,7 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
                 raise UserError(f"{self.pseudo_folder} has no pseudo labels: make them with nnunet_diffusion rounds")
 
     def do_split(self):
-        """nnU-Net's; annotated cases that came after the splits were made are trained on, in every fold."""
+        """Splits as nnU-Net; annotated cases that came after the splits were made are trained on, in every fold."""
         train, validation = super().do_split()
         splits = join(self.preprocessed_dataset_folder_base, "splits_final.json")
         split = {*train, *validation}
@@ -76,7 +76,7 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
         return train, validation
 
     def train_step(self, batch: dict) -> dict:
-        """One step on annotations and pseudo labels; validation goes by the annotations alone."""
+        """Takes one step on annotations and pseudo labels; validation goes by the annotations alone."""
         annotations, self.annotations = self.annotations, self.annotations | self.pseudo
         try:
             return super().train_step(batch)

@@ -97,7 +97,7 @@ def draw_sheet(folder: str, number: int, description: dict) -> None:
 
 
 def find_denoiser(args: argparse.Namespace) -> str:
-    """The file that is named, or the data set's own.
+    """Returns the file that is named, or the data set's own.
 
     Raises:
         UserError: If neither is named, or there is none.
@@ -136,9 +136,9 @@ def only_plans(args: argparse.Namespace) -> str:
 
 
 def real_batches(description: dict, number: int, batch_size: int, dataset: str | None = None):
-    """Yields (B, C, X, Y[, Z]) patches of the preprocessed images, labelled and pool, always the same.
+    """Yields (B, C, X, Y[, Z]) patches of the preprocessed images, labeled and pool, always the same.
 
-    They are drawn as the denoiser was trained: at random, or a share of them centred on the body.
+    They are drawn as the denoiser was trained: at random, or a share of them centered on the body.
 
     Args:
         description: Of the samples, with the denoiser's plan.

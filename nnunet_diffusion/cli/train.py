@@ -136,6 +136,9 @@ def train(args: argparse.Namespace, device) -> None:
     if args.pretrained_weights and not args.val:
         trainer.initialize()
         refuse_misfit(args.pretrained_weights, unwrap(trainer.network))
+    final = os.path.join(trainer.output_folder, "checkpoint_final.pth")
+    if args.val and not os.path.isfile(final):
+        raise UserError(f"--val: there is no {final}: finish that training first, with --c if it was begun")
     maybe_load_checkpoint(trainer, args.c, args.val, args.pretrained_weights)
     torch.backends.cudnn.benchmark = True  # without effect on a CPU
     if not args.val:

@@ -50,7 +50,7 @@ def draw_mask(images: Tensor, classes: int, timestep: Tensor, generator: torch.G
 
 
 def draw_rounds(images: Tensor, classes: int, rounds: int, timesteps: int) -> Rounds:
-    """Fresh draws for images (B, C, X, Y[, Z]): masks at all T timesteps, images at the first half of them.
+    """Draws anew for images (B, C, X, Y[, Z]): masks at all T timesteps, images at the first half of them.
 
     At T / 2 of the sigmoid schedule alpha_bar is 1/2: below, a restored image, which is divided by sqrt(alpha_bar), is
     never further off than the prediction. Ours; the prototype's choice is not known.
@@ -67,7 +67,7 @@ def draw_rounds(images: Tensor, classes: int, rounds: int, timesteps: int) -> Ro
 
 
 def segment(pathway: nn.Module, images: Tensor, draw: Draw, alpha_bar: Tensor) -> Tensor:
-    """Logits (B, classes, X, Y[, Z]) of the mask pathway; images (B, C, X, Y[, Z]) in the plan's normalisation."""
+    """Logits (B, classes, X, Y[, Z]) of the mask pathway; images (B, C, X, Y[, Z]) in the plan's normalization."""
     noised_blank = (1 - per_sample(alpha_bar[draw.timestep], images)).sqrt() * draw.noise
     return pathway(torch.cat([noised_blank, images], 1), draw.timestep)
 
@@ -100,7 +100,7 @@ class MaskDiffusion(nn.Module):
         """Noises images and restores them by the image pathway.
 
         Args:
-            images: (B, C, X, Y[, Z]) in the plan's normalisation.
+            images: (B, C, X, Y[, Z]) in the plan's normalization.
             mask: (B, classes, X, Y[, Z]) probabilities.
             draw: Timesteps and noise of the shape of `images`.
             diffusion: The process.
@@ -128,7 +128,7 @@ class MaskDiffusion(nn.Module):
     def refine(
         self, images: Tensor, draws: Rounds, diffusion: Diffusion, chained: bool = True
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """A mask, and its refinement: restore the image with the mask, segment what was restored, and again.
+        """Makes a mask and refines it: restore the image with the mask, segment what was restored, and again.
 
         Args:
             images: (B, C, X, Y[, Z]).
@@ -185,7 +185,7 @@ class MaskStudent(nn.Module):
 
 
 def build_pathway(plans_manager, configuration_manager, inputs: int, outputs: int) -> Denoiser:
-    """The planned network, told the timestep, with other numbers of channels and without deep supervision."""
+    """Builds the planned network, told the timestep, with other numbers of channels and without deep supervision."""
     network = nnUNetTrainer.build_network_architecture(plans_manager, configuration_manager, inputs, outputs, False)
     for head in network.decoder.seg_layers[:-1]:  # nnU-Net builds them, nothing uses them, DDP would complain
         head.requires_grad_(False)
@@ -193,7 +193,7 @@ def build_pathway(plans_manager, configuration_manager, inputs: int, outputs: in
 
 
 def build_pair(plans_manager, configuration_manager, image_channels: int, classes: int) -> MaskDiffusion:
-    """Both pathways for a plan."""
+    """Builds both pathways for a plan."""
     both = image_channels + classes
     return MaskDiffusion(
         build_pathway(plans_manager, configuration_manager, both, classes),
@@ -203,6 +203,6 @@ def build_pair(plans_manager, configuration_manager, image_channels: int, classe
 
 
 def build_student(plans_manager, configuration_manager, image_channels: int, classes: int) -> MaskStudent:
-    """A mask pathway for a plan, as a segmentation network."""
+    """Builds a mask pathway for a plan, as a segmentation network."""
     pathway = build_pathway(plans_manager, configuration_manager, image_channels + classes, classes)
     return MaskStudent(pathway, classes, configuration_manager.patch_size)

@@ -1,7 +1,7 @@
 """Teachers of a student network: what each method of semi-supervised training learns from a batch.
 
 A step is two losses, each a function of the student, the teacher and one batch: `labeled` and `unlabeled`. The
-student is called as the function that it is; whoever trains it decides how it is wrapped and optimised.
+student is called as the function that it is; whoever trains it decides how it is wrapped and optimized.
 """
 
 from collections.abc import Callable
@@ -124,11 +124,11 @@ class DiffusionTeacher(CrossPseudo):
         self.classes, self.rounds, self.chained = classes, rounds, chained
 
     def masks(self, images):
-        """The first mask and those of the rounds, with fresh draws."""
+        """Returns the first mask and those of the rounds, with fresh draws."""
         draws = draw_rounds(images, self.classes, self.rounds, len(self.diffusion.alpha_bar))
         return self.network.refine(images, draws, self.diffusion, self.chained)
 
 
 def finest(output: Output) -> Tensor:
-    """The output of full resolution of a network with or without deep supervision."""
+    """Returns the output of full resolution of a network with or without deep supervision."""
     return output[0] if isinstance(output, (list, tuple)) else output

@@ -30,7 +30,7 @@ class GroupedBatch(NamedTuple):
     completed_annotation: Tensor | None = None  # as annotation, of the completed labels
 
     def of(self, chosen: Tensor) -> "GroupedBatch":
-        """Some of the cases, by a (B,) mask."""
+        """Returns some of the cases, by a (B,) mask."""
         known = (None if about is None else about[chosen] for about in self[1:])
         return GroupedBatch([target[chosen] for target in self.targets], *known)
 
@@ -82,14 +82,14 @@ class MembersLoss(nn.Module):
         raise NotImplementedError
 
     def supervised(self, logits: Sequence[Tensor], targets: Sequence[Tensor], annotation: Tensor) -> Tensor:
-        """The supervised loss on some cases."""
+        """Returns the supervised loss on some cases."""
         with annotated(self.supervision, annotation):
             if isinstance(self.supervision, DeepSupervisionWrapper):
                 return self.supervision(logits, targets)
             return self.supervision(logits[0], targets[0])
 
     def over_scales(self, loss: Callable[[Tensor, Tensor], Tensor], first: list, second: list) -> Tensor:
-        """A loss between two lists of scales, which weigh what they weigh in the supervised one."""
+        """Returns a loss between two lists of scales, which weigh what they weigh in the supervised one."""
         if isinstance(self.supervision, DeepSupervisionWrapper):
             return DeepSupervisionWrapper(loss, self.supervision.weight_factors)(first, second)
         return loss(first[0], second[0])

@@ -17,7 +17,7 @@ class MemberOutput(NamedTuple):
 
 
 def decode(network: nn.Module, x: Tensor) -> list[Tensor]:
-    """The features that a planned network's output heads read, of each decoder stage, the finest first."""
+    """Returns the features that a planned network's output heads read, of each decoder stage, the finest first."""
     *skips, x = network.encoder(x)
     decoder, features = network.decoder, []
     for upsample, stage, skip in zip(decoder.transpconvs, decoder.stages, reversed(skips), strict=True):
@@ -83,7 +83,7 @@ class Members(nn.Module):
         return scales if self.deep_supervision else scales[0]
 
     def combine(self, logits: tuple[Tensor, ...]) -> Tensor:
-        """The logits of all members, each (B, C, X, Y[, Z]), as one."""
+        """Returns the logits of all members, each (B, C, X, Y[, Z]), as one."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class FullOrganMembers(Members):
     """Members that each know every class: together, the mean of their probabilities."""
 
     def combine(self, logits: tuple[Tensor, ...]) -> Tensor:
-        """Log of the mean probability: a softmax of it is that mean."""
+        """Computes the log of the mean probability: a softmax of it is that mean."""
         return torch.stack([z.log_softmax(1) for z in logits]).logsumexp(0) - math.log(len(logits))
 
 
@@ -123,7 +123,7 @@ class PartialOrganMembers(Members):
         self.register_buffer("owned", torch.zeros(len(self), classes, dtype=torch.uint8))
 
     def combine(self, logits: tuple[Tensor, ...]) -> Tensor:
-        """Each class's log odds by its owner, 0 for the background.
+        """Returns each class's log odds by its owner, 0 for the background.
 
         Of independent members, given that two organs are never at one voxel, a softmax of it is the posterior: organ c
         of owner k has p_c prod_{j != k} b_j, the background prod_j b_j, all divided by the latter. An organ wins over

@@ -27,7 +27,7 @@ def ramp_up(epoch: int, start: float, length: float) -> float:
 
 
 def prediction_difference(merged: MergedSoftmax, owned: Tensor) -> Tensor:
-    """Soft Dice overlap of the organs that a network owns with the true labels of another data set.
+    """Computes the soft Dice overlap of the organs that a network owns with the true labels of another data set.
 
     Where another organ was annotated, the network must not claim one of its own.
 
@@ -54,11 +54,11 @@ class OrganFeatures(NamedTuple):
 
 
 def organ_features(features: Tensor, labels: Tensor, classes: int) -> OrganFeatures:
-    """Features, averaged over the voxels of each organ.
+    """Averages features over the voxels of each organ.
 
     Args:
         features: (B, F, x, y[, z]); half precision is averaged in float32.
-        labels: (B, 1, X, Y[, Z]) label map, scaled to the features by nearest neighbour. Values from `classes` on, such
+        labels: (B, 1, X, Y[, Z]) label map, scaled to the features by nearest neighbor. Values from `classes` on, such
             as an ignore label, are no organ.
         classes: Number of outputs of the network, C.
     """

@@ -34,7 +34,7 @@ class Annotation:
 
 
 def output_channels(label_manager: LabelManager) -> Channels:
-    """The name and the label values of each output of the network: labels, background first, or regions."""
+    """Returns the name and the label values of each output of the network: labels, background first, or regions."""
     values = {
         name: frozenset(int(v) for v in value) if isinstance(value, (list, tuple)) else frozenset([int(value)])
         for name, value in label_manager.label_dict.items()
@@ -46,11 +46,11 @@ def output_channels(label_manager: LabelManager) -> Channels:
 
 
 def read_annotations(dataset_json: dict, cases: Collection[str], channels: Channels) -> dict[str, Annotation]:
-    """What was annotated in each labelled case.
+    """Returns what was annotated in each labeled case.
 
     Args:
         dataset_json: The content of dataset.json.
-        cases: The names of all labelled cases.
+        cases: The names of all labeled cases.
         channels: The `output_channels`.
 
     Returns:
@@ -64,7 +64,7 @@ def read_annotations(dataset_json: dict, cases: Collection[str], channels: Chann
     _refuse([f"{key!r} must be {{case: list}}, not a {type(tables[key]).__name__}" for key in wrong])
     annotated, unions = tables.values()
     problems = [
-        f"{key} names case {case!r}, which is not a labelled case of the data set: correct its name or remove it"
+        f"{key} names case {case!r}, which is not a labeled case of the data set: correct its name or remove it"
         for key, table in tables.items()
         for case in table
         if case not in cases
@@ -78,7 +78,7 @@ def read_annotations(dataset_json: dict, cases: Collection[str], channels: Chann
 
 
 def annotated_mask(keys: Sequence[str], annotations: Mapping[str, Annotation], channels: Channels) -> torch.Tensor:
-    """Which outputs of the network each case of a batch says something about, each for itself.
+    """Returns which outputs of the network each case of a batch says something about, each for itself.
 
     Args:
         keys: The cases, `batch["keys"]`.
@@ -93,7 +93,7 @@ def annotated_mask(keys: Sequence[str], annotations: Mapping[str, Annotation], c
 
 
 def group_map(keys: Sequence[str], annotations: Mapping[str, Annotation], channels: Channels) -> torch.Tensor:
-    """The channel that each class is merged into, as `losses.PartialLabelLoss` wants it; not for regions.
+    """Returns the channel that each class is merged into, as `losses.PartialLabelLoss` wants it; not for regions.
 
     Args:
         keys: The cases, `batch["keys"]`.
@@ -132,7 +132,7 @@ def balanced_cases(cases: Sequence[str], annotations: Mapping[str, Annotation]) 
 
 
 def known_values(annotation: Annotation, channels: Channels) -> set[int]:
-    """The label values that may occur in a case's label file, but for the ignore label."""
+    """Returns the label values that may occur in a case's label file, but for the ignore label."""
     names = [*annotation.labels, *(union[0] for union in annotation.unions)]
     return {0}.union(*(channels[name] for name in names))
 

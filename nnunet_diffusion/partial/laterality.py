@@ -29,7 +29,7 @@ def lateral_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def left_right_axis(properties: dict) -> int:
-    """The axis of nnU-Net's image array (before the plan's transpose) that runs closest to left-right.
+    """Returns the axis of nnU-Net's image array (before the plan's transpose) that runs closest to left-right.
 
     Args:
         properties: What nnU-Net's reader says of an image, as kept in the preprocessed `.pkl`.
@@ -52,7 +52,7 @@ def left_right_axis(properties: dict) -> int:
 
 
 def axes_not_to_mirror(all_properties: Iterable[dict], transpose_forward: list[int], dimensions: int) -> set[int]:
-    """The spatial axes of a patch that run left-right in at least one image.
+    """Returns the spatial axes of a patch that run left-right in at least one image.
 
     Args:
         all_properties: Those of every image that is trained on.

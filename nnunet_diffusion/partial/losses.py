@@ -17,7 +17,7 @@ from nnunet_diffusion.partial.soft_dice import soft_dice
 
 
 def merged_into_background(is_annotated: Tensor) -> Tensor:
-    """The group map (B, C) int64 of a mask (B, C) bool: an annotated class is itself, another is background.
+    """Returns the group map (B, C) int64 of a mask (B, C) bool: an annotated class is itself, another is background.
 
     Raises:
         ValueError: If the background, channel 0, is not annotated in each case.
@@ -70,7 +70,7 @@ def exclusion_loss(merged: MergedSoftmax) -> Tensor:
 
 
 def counted_voxels(merged: MergedSoftmax) -> Tensor:
-    """Scalar: how many voxels are not ignored."""
+    """Counts the voxels that are not ignored; scalar."""
     return _stands_for_itself(merged.voxels, merged.group).sum()
 
 
@@ -94,7 +94,7 @@ class PartialLoss(nn.Module):
         raise NotImplementedError
 
     def known(self) -> Tensor:
-        """What was annotated in the batch."""
+        """Returns what was annotated in the batch."""
         if self.annotation is None:
             raise RuntimeError("what was annotated in this batch is not known: call the loss inside `with annotated`")
         return self.annotation

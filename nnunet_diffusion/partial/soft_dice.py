@@ -14,7 +14,7 @@ def soft_dice(
     smooth: float,
     ddp: bool,
 ) -> Tensor:
-    """Mean Dice over the pairs that count, by the formula of nnU-Net's `MemoryEfficientSoftDiceLoss`.
+    """Computes the mean Dice over the pairs that count, by the formula of nnU-Net's `MemoryEfficientSoftDiceLoss`.
 
     Args:
         inside: (B, C) sum of the probability of a class over the voxels that have it.

@@ -1,6 +1,6 @@
-"""Time conditioning of a planned network through its normalisation layers, and folding it away again.
+"""Time conditioning of a planned network through its normalization layers, and folding it away again.
 
-Every normalisation y = gamma z + beta, with z the normalised input, becomes y = gamma (1 + a(t)) z + beta (1 + a(t))
+Every normalization y = gamma z + beta, with z the normalized input, becomes y = gamma (1 + a(t)) z + beta (1 + a(t))
 + b(t). At one timestep a and b are constants for each channel, so they fold exactly into gamma and beta: what is left
 is the planned network with other weights. Scale-and-shift conditioning is Dhariwal and Nichol 2021 (ADM); the folding
 is ours.
@@ -21,7 +21,7 @@ class TimeEmbedding(nn.Module):
     """Sinusoids of the timestep (Vaswani et al. 2017, Sec. 3.5), a two-layer perceptron on them, and a sum of one.
 
     The L1 norm of one is ours: an Adam step then moves a(t) and b(t) by the learning rate at most, as it moves gamma
-    and beta. Unnormalised, their step is some 70 times larger: the shifts outgrow the features, most channels are
+    and beta. Unnormalized, their step is some 70 times larger: the shifts outgrow the features, most channels are
     folded into the linear or the dead part of their nonlinearity, and the convolutions hardly learn.
     """
 
@@ -41,7 +41,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ConditionalNorm(nn.Module):
-    """A planned normalisation whose scale and shift follow the timestep; equal to it as long as nothing is learned."""
+    """A planned normalization whose scale and shift follow the timestep; equal to it as long as nothing is learned."""
 
     def __init__(self, norm: _NormBase, features: int):
         super().__init__()
@@ -52,7 +52,7 @@ class ConditionalNorm(nn.Module):
         self.embedding: Tensor | None = None  # set by the denoiser for the length of one forward pass
 
     def affine(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
-        """Folded gamma and beta, each (B, channels), of embeddings (B, features)."""
+        """Returns folded gamma and beta, each (B, channels), of embeddings (B, features)."""
         a, b = self.scale_shift(embedding).to(self.norm.weight.dtype).chunk(2, 1)
         return self.norm.weight * (1 + a), self.norm.bias * (1 + a) + b
 
@@ -64,11 +64,11 @@ class ConditionalNorm(nn.Module):
             merged = x.reshape(1, -1, *x.shape[2:])
             y = F.batch_norm(merged, None, None, gamma.flatten(), beta.flatten(), True, 0.0, self.norm.eps)
             return y.reshape(x.shape)
-        z = self._normalise(x)
+        z = self._normalize(x)
         shape = (*gamma.shape, *[1] * (x.ndim - 2))
         return torch.addcmul(beta.reshape(shape).to(z), z, gamma.reshape(shape).to(z))
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         # The norm itself, running statistics and all, without its own gamma and beta; their gradient flows above.
         return torch.func.functional_call(
             self.norm, {"weight": torch.ones_like(self.norm.weight), "bias": torch.zeros_like(self.norm.bias)}, (x,)
@@ -79,10 +79,10 @@ class Denoiser(nn.Module):
     """A planned network that is told the timestep.
 
     Attributes:
-        network: The planned network; its normalisations are `ConditionalNorm`s.
-        input_scale: (C,) what noise of unit variance is in the plan's normalisation, per channel: the process works
+        network: The planned network; its normalizations are `ConditionalNorm`s.
+        input_scale: (C,) what noise of unit variance is in the plan's normalization, per channel: the process works
             on image / input_scale.
-        image_range: (2,) lowest and highest value of these images, in the plan's normalisation.
+        image_range: (2,) lowest and highest value of these images, in the plan's normalization.
     """
 
     def __init__(self, network: nn.Module, input_channels: int, features: int = 128):
@@ -93,14 +93,14 @@ class Denoiser(nn.Module):
         self.register_buffer("image_range", torch.tensor([-math.inf, math.inf]))
         self._norms = [m for m in network.modules() if isinstance(m, ConditionalNorm)]
         if not self._norms:
-            raise NotImplementedError("this network has no normalisation layer: time cannot be made to enter it")
+            raise NotImplementedError("this network has no normalization layer: time cannot be made to enter it")
 
     def scaled(self, images: Tensor) -> Tensor:
-        """Images (B, C, X, Y[, Z]) in the plan's normalisation to x_0 of the process."""
+        """Scales images (B, C, X, Y[, Z]) in the plan's normalization to x_0 of the process."""
         return images / self.input_scale.reshape(1, -1, *[1] * (images.ndim - 2))
 
     def unscaled(self, x_0: Tensor) -> Tensor:
-        """The inverse of `scaled`."""
+        """Inverts `scaled`."""
         return x_0 * self.input_scale.reshape(1, -1, *[1] * (x_0.ndim - 2))
 
     def forward(self, x_t: Tensor, timestep: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def condition(network: nn.Module, input_channels: int) -> Denoiser:
     """Makes a planned network time-conditional, in place.
 
     Args:
-        network: PlainConvUNet, ResidualEncoderUNet or any network whose normalisations are affine instance or batch
+        network: PlainConvUNet, ResidualEncoderUNet or any network whose normalizations are affine instance or batch
             norms, 2-D or 3-D.
         input_channels: Number of its input channels.
 
@@ -134,14 +134,14 @@ def condition(network: nn.Module, input_channels: int) -> Denoiser:
         A denoiser that computes, until it is trained, what the network computed, at every timestep.
 
     Raises:
-        NotImplementedError: If a normalisation is of another kind or has no affine parameters.
+        NotImplementedError: If a normalization is of another kind or has no affine parameters.
     """
     return Denoiser(network, input_channels)
 
 
 @torch.no_grad()
 def fold(denoiser: Denoiser, timestep: int) -> nn.Module:
-    """The planned network that computes exactly the denoiser at one timestep.
+    """Returns the planned network that computes exactly the denoiser at one timestep.
 
     Args:
         denoiser: Stays as it is.
@@ -149,7 +149,7 @@ def fold(denoiser: Denoiser, timestep: int) -> nn.Module:
 
     Returns:
         A stock network with the planned network's own keys: fold(denoiser, t)(image) equals
-        denoiser(image / input_scale, t), for images in the plan's normalisation. No gradient history.
+        denoiser(image / input_scale, t), for images in the plan's normalization. No gradient history.
     """
     embedding = denoiser.time_embedding(torch.tensor([timestep], device=denoiser.input_scale.device))
 
@@ -167,7 +167,7 @@ def fold(denoiser: Denoiser, timestep: int) -> nn.Module:
 
 
 def first_convolution(network: nn.Module) -> _ConvNd:
-    """The one convolution that sees the image.
+    """Returns the one convolution that sees the image.
 
     Raises:
         NotImplementedError: If several do (a residual encoder without a stem).

@@ -21,7 +21,7 @@ MODULES = re.compile(r"torch\.nn\.(modules\.[a-z]+\.)?[A-Z]\w*")
 
 
 def plan_identity(plans_manager, configuration_name: str, dataset_json: dict) -> dict[str, Any]:
-    """What a fine-tuning plan must share with the pre-training plan, as plain values.
+    """Returns what a fine-tuning plan must share with the pre-training plan, as plain values.
 
     Args:
         plans_manager: nnU-Net's.
@@ -29,7 +29,7 @@ def plan_identity(plans_manager, configuration_name: str, dataset_json: dict) ->
         dataset_json: The content of dataset.json.
 
     Returns:
-        Names, spacing (mm), patch size (voxels), normalisation with its intensity statistics, and the topology.
+        Names, spacing (mm), patch size (voxels), normalization with its intensity statistics, and the topology.
     """
     configuration = plans_manager.get_configuration(configuration_name)
     identity = {
@@ -145,7 +145,7 @@ def check_own(content: Any, path: str, file_format: str, format_version: int, tr
 
 
 def rebuild(content: dict[str, Any], network: nn.Module) -> Denoiser:
-    """The denoiser of a file, on a freshly built planned network with one output per image channel.
+    """Returns the denoiser of a file, on a freshly built planned network with one output per image channel.
 
     Args:
         content: From `load_denoiser`.
@@ -196,7 +196,7 @@ def differing_weights(what: str, weights: dict, expected: dict) -> str:
 
 
 def build(content: dict[str, Any]) -> Denoiser:
-    """The denoiser of a file with nothing but the file: no plan, no data set.
+    """Builds the denoiser of a file with nothing but the file: no plan, no data set.
 
     Args:
         content: From `load_denoiser`.
@@ -228,7 +228,7 @@ def _shape(tensor: Any) -> str:
 
 
 def _nnssl_adaptation_plan(denoiser: Denoiser, plan: dict) -> dict[str, Any]:
-    """The description of the backbone that nnssl's checkpoints carry, for tools that read theirs."""
+    """Returns the description of the backbone that nnssl's checkpoints carry, for tools that read theirs."""
     return {
         "architecture_plans": {
             "arch_class_name": plan["network_class"],

@@ -55,7 +55,7 @@ class Diffusion:
         Args:
             networks: Denoisers or pairs of pathways, whose buffers `input_scale` and `image_range` are set.
             statistics: Of the images.
-            patches: Batches (B, C, X, Y[, Z]) in the plan's normalisation, as they are trained on.
+            patches: Batches (B, C, X, Y[, Z]) in the plan's normalization, as they are trained on.
             noise: Noise of unit variance is this many times the spread in the body.
         """
         scale = torch.as_tensor(statistics.spread, dtype=torch.float32) * noise
@@ -66,12 +66,12 @@ class Diffusion:
         self.prior = tuple(value.to(self.alpha_bar.device) for value in (means.mean(0), means.std(0, correction=0)))
 
     def predict(self, network: Network, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """The network's prediction in float32, with the mean that its instance norms cannot know."""
+        """Returns the network's prediction in float32, with the mean that its instance norms cannot know."""
         mean = process.patch_mean(self.prediction, x_t, self.alpha_bar[timestep], self.prior)
         return network(x_t, timestep).float() + mean
 
     def loss(self, network: Network, x_0: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """The weighted mean squared error of the prediction.
+        """Computes the weighted mean squared error of the prediction.
 
         Args:
             network: (x_t, t) -> prediction.
@@ -89,7 +89,7 @@ class Diffusion:
         return (weight * error.flatten(1).mean(1)).mean()
 
     def sample(self, network: Network, x_T: Tensor, steps: int, **kwargs) -> Tensor:
-        """Images drawn by DDIM from standard normal x_T; for the arguments see `sampler.ddim`."""
+        """Draws images by DDIM from standard normal x_T; for the arguments see `sampler.ddim`."""
         x_T = process.with_spread_means(x_T, self.alpha_bar[-1:].expand(len(x_T)), self.prior)
         return ddim(
             lambda x, t: self.predict(network, x, t), x_T, self.alpha_bar, self.prediction, steps=steps, **kwargs

@@ -15,7 +15,7 @@ ETA = {"ddim": 0.0, "ddpm": 1.0}  # share of fresh noise; ddpm over all timestep
 
 
 def number_of_steps(sampler: str, steps: int | None, timesteps: int) -> int:
-    """How many noise levels a sampler visits: those asked for, else 50 (ddim) or all (ddpm).
+    """Returns how many noise levels a sampler visits: those asked for, else 50 (ddim) or all (ddpm).
 
     Raises:
         UserError: If there are not so many.
@@ -58,7 +58,7 @@ def draw_images(
         progress: Whether to show a bar of all steps.
 
     Yields:
-        (B, C, X, Y[, Z]) on the CPU, in the plan's normalisation.
+        (B, C, X, Y[, Z]) on the CPU, in the plan's normalization.
     """
     device = denoiser.input_scale.device
     clip = tuple((denoiser.image_range / denoiser.input_scale.mean()).tolist())

@@ -17,7 +17,7 @@ from nnunet_diffusion.errors import UserError
 class Outside:
     """Labels (1, X, Y, Z) of an image without any, read when indexed: -1 where all channels are 0, else background.
 
-    So nnU-Net marks what is outside a body that was masked when it was normalised, and its augmentation keeps it 0.
+    So nnU-Net marks what is outside a body that was masked when it was normalized, and its augmentation keeps it 0.
     """
 
     def __init__(self, image):
@@ -30,7 +30,7 @@ class Outside:
 
 
 class ImageDataset(nnUNetBaseDataset):
-    """Images of the labelled cases and of the pool in one nnU-Net data set; labels are read as all background.
+    """Images of the labeled cases and of the pool in one nnU-Net data set; labels are read as all background.
 
     An identifier is the path of a preprocessed image without `.b2nd`.
     """
@@ -68,13 +68,13 @@ class ImageDataset(nnUNetBaseDataset):
 
     @staticmethod
     def get_identifiers(folder: str) -> list[str]:
-        """The identifiers of the images in a folder."""
+        """Returns the identifiers of the images in a folder."""
         names = sorted(n for n in os.listdir(folder) if n.endswith(".b2nd") and not n.endswith("_seg.b2nd"))
         return [os.path.join(folder, name.removesuffix(".b2nd")) for name in names if not name.startswith(".")]
 
 
 def in_body(image: np.ndarray) -> np.ndarray:
-    """What is brighter than air and padding, by the triangle threshold (Zack et al. 1977).
+    """Returns what is brighter than air and padding, by the triangle threshold (Zack et al. 1977).
 
     Most voxels of a scan are as dark as air, which a histogram shows as one peak at its end. Otsu's threshold divides
     two equal classes, and finds the bones in a scan that the plan clips between fat and bone.
@@ -89,7 +89,7 @@ def in_body(image: np.ndarray) -> np.ndarray:
 
 
 def body_locations(image: np.ndarray, most: int = 500) -> np.ndarray:
-    """Some voxels of what `in_body` finds; always the same.
+    """Returns some voxels of what `in_body` finds; always the same.
 
     Args:
         image: (1, X, Y, Z).
@@ -155,32 +155,32 @@ def refuse_other_channels(dataset: ImageDataset, channels: int) -> None:
         found = dataset.load_case(identifier)[0].shape[0]
         if found != channels:
             raise UserError(
-                f"{identifier}.b2nd has {found} channel(s), the labelled images have {channels}: correct the image and "
+                f"{identifier}.b2nd has {found} channel(s), the labeled images have {channels}: correct the image and "
                 "run nnunet_diffusion plan_and_preprocess again, or take it out of dataset.json"
             )
 
 
-def hold_out(labelled: list[str], pool: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Splits images for pre-training on everything: some of the pool (or, without one, of the labelled) stay out.
+def hold_out(labeled: list[str], pool: list[str], share: float) -> tuple[list[str], list[str]]:
+    """Splits images for pre-training on everything: some of the pool (or, without one, of the labeled) stay out.
 
     Args:
-        labelled: Identifiers.
+        labeled: Identifiers.
         pool: Identifiers.
-        share: Of the pool (or the labelled) that stays out, at least one image; the choice is always the same.
+        share: Of the pool (or the labeled) that stays out, at least one image; the choice is always the same.
 
     Returns:
         Images to train on, images held out; a single image is used for both.
     """
-    candidates = sorted(pool or labelled)
-    if len(labelled) + len(pool) < 2:
+    candidates = sorted(pool or labeled)
+    if len(labeled) + len(pool) < 2:
         return candidates, candidates
     count = max(1, round(share * len(candidates)))
     held_out = set(np.random.RandomState(1234).choice(candidates, count, replace=False).tolist())
-    return [image for image in [*labelled, *pool] if image not in held_out], sorted(held_out)
+    return [image for image in [*labeled, *pool] if image not in held_out], sorted(held_out)
 
 
 def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_size, label_manager, **kwargs):
-    """Random patches of images by nnU-Net's own loader.
+    """Returns random patches of images by nnU-Net's own loader.
 
     Args:
         dataset: The images.
@@ -189,7 +189,7 @@ def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_siz
         sampled_size: Of the patches before the transforms, at least `patch_size`.
         label_manager: nnU-Net's.
         **kwargs: `transforms`; `workers`, number of background processes; `pin_memory`; `body_share`, of the patches
-            that are centred on the body.
+            that are centered on the body.
 
     Returns:
         An iterator over batches {"data": (B, C, X, Y[, Z]), "target": all background, "keys": identifiers}.
@@ -205,7 +205,7 @@ def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_siz
 
 
 def in_background(loader: nnUNetDataLoader, workers: int, cached: int, pin_memory: bool):
-    """An iterator over a loader's batches, which other processes make ahead, as nnU-Net's trainer has it.
+    """Returns an iterator over a loader's batches, which other processes make ahead, as nnU-Net's trainer has it.
 
     Args:
         loader: nnU-Net's.

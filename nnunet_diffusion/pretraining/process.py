@@ -16,7 +16,7 @@ WEIGHTINGS = ("uniform", "min_snr")
 
 
 def alpha_bar_schedule(schedule: str, timesteps: int = 1000) -> Tensor:
-    """The signal power alpha_bar_t that is left at each timestep.
+    """Returns the signal power alpha_bar_t that is left at each timestep.
 
     Args:
         schedule: "linear" (Ho et al. 2020, Sec. 4: beta 1e-4..0.02 at 1000 steps, scaled for other lengths),
@@ -74,9 +74,9 @@ def prediction_target(prediction: str, x_0: Tensor, noise: Tensor, alpha_bar: Te
 
 
 def patch_mean(prediction: str, x_t: Tensor, alpha_bar: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
-    """The patch mean of what is predicted, estimated from that of the noised image; our reconstruction.
+    """Computes the patch mean of what is predicted, estimated from that of the noised image; our reconstruction.
 
-    Instance normalisation removes the mean of a patch, so a normalised network can neither see nor predict it; samples
+    Instance normalization removes the mean of a patch, so a normalized network can neither see nor predict it; samples
     would keep the brightness of the noise that they started from. mean(x_t) = sqrt(a) mean(x_0) + sqrt(1 - a)
     mean(eps), where mean(eps) has variance 1 / N over N voxels and mean(x_0) is taken to be normally distributed over
     patches, with mean m and standard deviation s: the Wiener estimate of mean(eps) follows, and with it that of
@@ -120,7 +120,7 @@ def with_spread_means(noise: Tensor, alpha_bar: Tensor, prior: tuple[Tensor, Ten
 
 
 def estimate(prediction: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor) -> tuple[Tensor, Tensor]:
-    """The image and the noise that a prediction implies.
+    """Computes the image and the noise that a prediction implies.
 
     Args:
         prediction: What `output` is, "epsilon" or "v".
@@ -140,7 +140,7 @@ def estimate(prediction: str, output: Tensor, x_t: Tensor, alpha_bar: Tensor) ->
 
 
 def loss_weight(weighting: str, prediction: str, alpha_bar: Tensor, gamma: float = 5.0) -> Tensor:
-    """The weight of each sample's squared error.
+    """Computes the weight of each sample's squared error.
 
     "min_snr" is Hang et al. 2023 (arXiv 2303.09556): min(SNR, gamma) on x_0, divided by SNR for epsilon and by
     SNR + 1 for v, with SNR = a / (1 - a).
@@ -157,7 +157,7 @@ def loss_weight(weighting: str, prediction: str, alpha_bar: Tensor, gamma: float
 
 
 def draw_timesteps(batch_size: int, timesteps: int, antithetic: bool, device: torch.device | str = "cpu") -> Tensor:
-    """Uniform timesteps; antithetic ones come in pairs t, T - 1 - t, which lowers the variance of the loss.
+    """Returns uniform timesteps; antithetic ones come in pairs t, T - 1 - t, which lowers the variance of the loss.
 
     Returns:
         (batch_size,) int64.

@@ -17,7 +17,7 @@ class TransferReport:
     Attributes:
         matched: Copied.
         adapted: Copied into another shape, with how.
-        missing: Left as they were initialised.
+        missing: Left as they were initialized.
         unexpected: In the denoiser, but not used.
         source: The file.
         timestep: t*, at which a denoiser was folded here; None for other weights.
@@ -49,13 +49,13 @@ class TransferReport:
 
 @torch.no_grad()
 def transfer(network: nn.Module, folded: dict[str, Tensor], image_channels: int) -> TransferReport:
-    """Copies a folded denoiser into a segmentation network; its output heads stay as nnU-Net initialised them.
+    """Copies a folded denoiser into a segmentation network; its output heads stay as nnU-Net initialized them.
 
     Args:
         network: The planned network, changed in place.
         folded: State dict of the folded denoiser.
         image_channels: How many of the input channels are images; the others (a cascade's previous segmentation) stay
-            as they were initialised.
+            as they were initialized.
 
     Returns:
         The report, without source and timestep.
@@ -123,7 +123,7 @@ def plan_differences(trained: dict, now: dict) -> list[str]:
             for key in ("mean", "std", "percentile_00_5", "percentile_99_5"):
                 if abs(before.get(key, float("inf")) - values[key]) > 0.1 * max(abs(values["std"]), 1e-8):
                     differences.append(
-                        f"CT normalisation of channel {channel} differs in its {key}: pre-trained with "
+                        f"CT normalization of channel {channel} differs in its {key}: pre-trained with "
                         f"{before.get(key)}, now {values[key]}"
                     )
     return differences

@@ -23,7 +23,7 @@ class Extractor:
 
     Attributes:
         name: Says all that decides the figures.
-        extract: (B, C, X, Y[, Z]) images in the plan's normalisation -> pooled (B, d) and spatial (B, s) features.
+        extract: (B, C, X, Y[, Z]) images in the plan's normalization -> pooled (B, d) and spatial (B, s) features.
     """
 
     name: str
@@ -59,11 +59,11 @@ def inception_features(path: str | None, value_range: tuple[float, float], devic
     """Inception v3 of torchvision: pooled features (2048) and, spatial, seven channels of Mixed_6d (17 x 17 x 7).
 
     Published FIDs use another training of it (TensorFlow's of 2015) with other resizing: not the same figures. The
-    first channel is shown to it in grey levels, of 3-D patches the middle slice of the first axis.
+    first channel is shown to it in gray levels, of 3-D patches the middle slice of the first axis.
 
     Args:
         path: State dict; None looks into torch's cache.
-        value_range: Of the plan's normalisation, shown from black to white.
+        value_range: Of the plan's normalization, shown from black to white.
         device: To compute on.
 
     Raises:
@@ -91,7 +91,7 @@ def inception_features(path: str | None, value_range: tuple[float, float], devic
 
     @torch.no_grad()
     def extract(images: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = network(_grey_levels(images.to(device), *value_range))
+        pooled = network(_gray_levels(images.to(device), *value_range))
         return pooled.cpu(), spatial.pop().flatten(1).cpu()
 
     with open(path, "rb") as f:
@@ -99,7 +99,7 @@ def inception_features(path: str | None, value_range: tuple[float, float], devic
     return Extractor(f"torchvision Inception v3, weights {identity}", extract)
 
 
-def _grey_levels(images: Tensor, low: float, high: float) -> Tensor:
+def _gray_levels(images: Tensor, low: float, high: float) -> Tensor:
     """(B, C, X, Y[, Z]) to (B, 3, 299, 299) in [-1, 1], as these weights were trained."""
     images = images[:, :1] if images.ndim == 4 else images[:, :1, images.shape[2] // 2]
     images = ((images - low) / (high - low)).clamp(0, 1) * 2 - 1

@@ -10,7 +10,7 @@ import numpy as np
 def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
     """FID (Heusel et al. 2017, Eq. 6): squared Fréchet distance of the Gaussians with the sets' means and covariances.
 
-    ||m_r - m_g||^2 + tr(C_r) + tr(C_g) - 2 tr((C_r C_g)^(1/2)). With centred features X_r (n, d) and X_g (m, d), the
+    ||m_r - m_g||^2 + tr(C_r) + tr(C_g) - 2 tr((C_r C_g)^(1/2)). With centered features X_r (n, d) and X_g (m, d), the
     last trace is the sum of the singular values of X_r X_g^T / sqrt((n - 1)(m - 1)): no square root of a matrix, and
     exact where the covariances are singular. Of spatial features it is sFID (Nash et al. 2021).
 
@@ -29,9 +29,9 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
     for features in (real, generated):
         features = features.astype(np.float64)
         means.append(features.mean(0))
-        centred = (features - means[-1]) / np.sqrt(len(features) - 1)
-        spreads.append(np.square(centred).sum())
-        factors.append(np.linalg.qr(centred, mode="r"))  # (min(n, d), d), of the same covariance
+        centered = (features - means[-1]) / np.sqrt(len(features) - 1)
+        spreads.append(np.square(centered).sum())
+        factors.append(np.linalg.qr(centered, mode="r"))  # (min(n, d), d), of the same covariance
     trace = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
     return max(0.0, float(np.square(means[0] - means[1]).sum() + sum(spreads) - 2 * trace))
 
@@ -39,31 +39,31 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 def precision_and_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, Eq. 1 and 2).
 
-    A set covers what lies within one of its members' distance to that member's k-th nearest neighbour. Precision is the
+    A set covers what lies within one of its members' distance to that member's k-th nearest neighbor. Precision is the
     share of the generated that the real cover, recall the share of the real that the generated cover.
 
     Args:
         real: (n, d), n > k.
         generated: (m, d), m > k.
-        k: Neighbours.
+        k: Neighbors.
 
     Returns:
         Precision and recall in [0, 1].
 
     Raises:
-        ValueError: If the shapes do not fit, or a set has no k neighbours.
+        ValueError: If the shapes do not fit, or a set has no k neighbors.
     """
     _check(real, generated, k + 1)
     return _covered(generated, real, k), _covered(real, generated, k)
 
 
 def f1(precision: float, recall: float) -> float:
-    """Harmonic mean of precision and recall; 0 if both are."""
+    """Computes the harmonic mean of precision and recall; 0 if both are."""
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def _covered(points: np.ndarray, members: np.ndarray, k: int) -> float:
-    """Share of the points within the radius of any member."""
+    """Returns the share of the points within the radius of any member."""
     radii = np.concatenate([np.partition(d, k, axis=1)[:, k] for d in _distances(members, members)])  # 0 to itself
     return float(np.concatenate([(d <= radii).any(1) for d in _distances(points, members)]).mean())
 

@@ -17,7 +17,7 @@ from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.image_files import write_scan
 from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.records import made_from, refuse_other
-from nnunet_diffusion.samples.intensities import plan_scales, to_intensities, to_normalised
+from nnunet_diffusion.samples.intensities import plan_scales, to_intensities, to_normalized
 from nnunet_diffusion.schemas import Samples
 
 DESCRIPTION = "samples.json"
@@ -111,4 +111,4 @@ def read_samples(folder: str, numbers: Sequence[int], plan: Mapping[str, Any]) -
         image = volumes[:, 0] if len(shape) == 2 else volumes
         if image.shape[1:] != shape or len(volumes.shape) != 4:
             raise UserError(f"{paths[0]}: has {image.shape[1:]} voxels, the plan's patch {shape}: draw it again")
-        yield to_normalised(image, scales)
+        yield to_normalized(image, scales)

@@ -1,4 +1,4 @@
-"""Back from nnU-Net's normalisation to intensities as they are stored, where the plan alone tells how."""
+"""Back from nnU-Net's normalization to intensities as they are stored, where the plan alone tells how."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ SMALLEST_DEVIATION = 1e-8  # nnU-Net's, in CTNormalization
 
 
 class IntensityScale(NamedTuple):
-    """intensity = normalised * factor + offset, in `unit`."""
+    """intensity = normalized * factor + offset, in `unit`."""
 
     factor: float
     offset: float
@@ -19,11 +19,11 @@ class IntensityScale(NamedTuple):
 def intensity_scale(scheme: str, properties: Mapping[str, float]) -> IntensityScale:
     """How one channel goes back.
 
-    Normalisations that take their numbers from each scan (z-score, 0 to 1 by the scan's own range) cannot be inverted
-    for an image that is no scan's: it stays normalised, and the unit says so.
+    Normalizations that take their numbers from each scan (z-score, 0 to 1 by the scan's own range) cannot be inverted
+    for an image that is no scan's: it stays normalized, and the unit says so.
 
     Args:
-        scheme: Name of nnU-Net's normalisation class, from the plan.
+        scheme: Name of nnU-Net's normalization class, from the plan.
         properties: The channel's entry of the plan's `foreground_intensity_properties_per_channel`.
     """
     if scheme == "CTNormalization":
@@ -32,24 +32,24 @@ def intensity_scale(scheme: str, properties: Mapping[str, float]) -> IntensitySc
         return IntensityScale(255.0, 0.0, "8-bit intensity")
     if scheme == "NoNormalization":
         return IntensityScale(1.0, 0.0, "stored intensity")
-    kept = "standard deviations of a scan" if scheme == "ZScoreNormalization" else "normalised units"
+    kept = "standard deviations of a scan" if scheme == "ZScoreNormalization" else "normalized units"
     return IntensityScale(1.0, 0.0, f"{kept} ({scheme} takes its numbers from each scan and cannot be inverted)")
 
 
 def plan_scales(plan: Mapping) -> list[IntensityScale]:
-    """The scale of each channel of a plan's identity (`networks.denoiser_file.plan_identity`)."""
+    """Returns the scale of each channel of a plan's identity (`denoiser_file.plan_identity`)."""
     schemes, intensities = plan["normalization_schemes"], plan["intensities"]
     return [intensity_scale(scheme, intensities.get(str(i), {})) for i, scheme in enumerate(schemes)]
 
 
 def to_intensities(image: np.ndarray, scales: Sequence[IntensityScale]) -> np.ndarray:
-    """(C, X, Y[, Z]) in the plan's normalisation to intensities, float32."""
+    """(C, X, Y[, Z]) in the plan's normalization to intensities, float32."""
     factor, offset = _columns(image, scales)
     return (image * factor + offset).astype(np.float32)
 
 
-def to_normalised(image: np.ndarray, scales: Sequence[IntensityScale]) -> np.ndarray:
-    """The inverse of `to_intensities`."""
+def to_normalized(image: np.ndarray, scales: Sequence[IntensityScale]) -> np.ndarray:
+    """Inverts `to_intensities`."""
     factor, offset = _columns(image, scales)
     return ((image - offset) / factor).astype(np.float32)
 
