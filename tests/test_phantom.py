@@ -97,7 +97,7 @@ def test_dataset_files_are_the_same_bytes_and_cases_do_not_depend_on_their_numbe
 
 
 def test_full_disk_is_named_without_a_traceback(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["phantom", str(tmp_path), "--unlabelled", "0", "--test", "0"])
+    monkeypatch.setattr(sys, "argv", ["phantom", str(tmp_path), "--unlabeled", "0", "--test", "0"])
     with no_file_longer_than(4096), pytest.raises(SystemExit, match="1"):
         main()
     message = f"error: phantom_tr_000_0000.nii.gz was not written to {tmp_path / 'imagesTr'}, where "
