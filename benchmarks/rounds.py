@@ -151,6 +151,7 @@ def summary(scores: Scores) -> dict[str, float | None]:
 def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) -> dict[str, float]:
     """Seconds of what a person does: predict the raw scans, make a data set with the annotated ones, preprocess it."""
     ours = os.environ | command_environment(None, args.device)
+    ours.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)  # set by the rounds in this process
     hand = {f"nnUNet_{kind}": str(work / "hand" / kind) for kind in ("raw", "preprocessed")}
     description = json.loads((raw / "dataset.json").read_text())
     files = labeled_files(str(raw), description)
