@@ -233,5 +233,5 @@ def test_the_pool_of_co_training_is_what_is_neither_labelled_nor_tested_on(tmp_p
         pool, labelled, test = job["pool"], set(job["cases"]), set(job["test_cases"])
         assert len(labelled) == 4 and len(test) == 5 and not labelled & test
         assert pool["data_unlabeled"] == ["u1", "u2"] and set(pool["data"]) == set(CASES) - labelled - test
-        assert job["protocol"]["pool"] == 13 and job["settings"]["scratch"]
+        assert job["protocol"]["pool"] == 13 and job["settings"]["start"] == "scratch"
     assert {tuple(job["cases"]) for job in jobs} == {tuple(jobs[0]["cases"])}, "the same labels for every arm"

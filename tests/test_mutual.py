@@ -441,12 +441,12 @@ def test_wrong_arguments_and_missing_splits(world, learned, tmp_path, capsys):
         (["-p", "NoPlans"], "-p NoPlans: there is no"),
         (["--gate", "voxels=1"], "--gate voxels=1: known are"),
         (["-p", "Late"], "nnunet_diffusion.MutualSimilarityTrainer.epochs is not a setting"),
-        (["-p", "Other"], "setting groups is [['left ball'], ['box']] for MutualDifferenceTrainer and [] for"),
+        (["-p", "Other"], "setting groups is [['left ball'], ['box']] for MutualDifferenceTrainer and [['box']] for"),
     ]:
         plans = json.loads((world / f"{tiny.PLANS}.json").read_text())
         block = {"Late": {"MutualSimilarityTrainer": {"epochs": 3}},
                  "Other": {"MutualDifferenceTrainer": {"groups": [["left ball"], ["box"]]},
-                           "MutualSimilarityTrainer": {"groups": []}}}  # fmt: skip
+                           "MutualSimilarityTrainer": {"groups": [["box"]]}}}  # fmt: skip
         for name, settings in block.items():
             content = {**plans, "plans_name": name, "nnunet_diffusion": settings}
             (world / f"{name}.json").write_text(json.dumps(content))

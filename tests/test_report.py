@@ -320,7 +320,7 @@ def test_odd_folders_and_files_do_not_cost_the_rest(root, capsys, put):
     code, page = report(root)
     assert code == 1 and f"{MODEL.replace('__', ', ')}: validation cases of fold 0" in page
     err = capsys.readouterr().err
-    assert [name for name in odd if str(results / name) not in page or f"WARNING: {results / name}: " not in err] == []
+    assert [name for name in odd if str(results / name) not in page or f"WARNING: {results / name}" not in err] == []
 
 
 def test_folders_whose_names_say_nothing_are_none_of_the_results(root):

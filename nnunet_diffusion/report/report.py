@@ -22,6 +22,7 @@ from nnunet_diffusion.report.outcome import (
     comparison_row,
     samples_view,
     scores_view,
+    validated_on,
     validation_title,
 )
 from nnunet_diffusion.report.rounds import Round, describe_run
@@ -52,7 +53,7 @@ def build_report(
     kinds = annotation_kinds(results, {*cases, *trained}, os.path.join(raw, "dataset.json"))
     scores = {model.name: model_scores(model) for model in results.models}
     validated = [model for model in results.models if any(scores[model.name].measures["DSC"].values())]
-    views = [(model.name, validation_title(model), scores[model.name]) for model in validated]
+    views = [(m.name + validated_on(m), validation_title(m), scores[m.name]) for m in validated]
     views += [(short(path), short(path), evaluated) for path, evaluated in results.evaluations.items()]
     most = int(np.clip(BUDGET / (BYTES_PER_SLICE * 9 * max(len(validated), 1)), 4, MOST_SLICES))
     dice = {model.name: scores[model.name].measures["DSC"] for model in validated}

@@ -78,10 +78,10 @@ def fold_row(results: Results, kinds: Kinds, model: Model, fold: Fold) -> list[s
     state = "finished" if fold.is_finished else "not finished"
     start = model.settings.get("start") or "not recorded"
     if fold.transfer:
-        start = f"{short(fold.transfer['source'])}, folded at t* = {fold.transfer['timestep']}"
+        start = f"{fold.transfer['source']}, folded at t* = {fold.transfer['timestep']}"
     elif fold.denoiser is not None or start == "scratch" or model.settings.get("scratch"):
         start = "random weights"
-    return [fold.name, trained_on(results, kinds, model, fold), str(start), str(epochs or "no log"), state]
+    return [fold.name, trained_on(results, kinds, model, fold), short(str(start)), str(epochs or "no log"), state]
 
 
 def trained_on(results: Results, kinds: Kinds, model: Model, fold: Fold) -> str:

@@ -87,21 +87,17 @@ class Rounds:
             del before["cases"]["pool"][case]  # annotated meanwhile
         refuse_other(file, before, now, anew(file), growing=("annotated", "pool"))
         for entry in known.rounds:
-            for kind in ("checkpoint", "denoiser"):
-                self.refuse_other_file(known, kind, entry)
+            self.refuse_other_weights(known, entry, "checkpoint", "ended with", entry.checkpoints)
+            self.refuse_other_weights(known, entry, "denoiser", "started from", entry.denoiser)
         known.made_from = now
         return known
 
-    def refuse_other_file(self, known: State, kind: str, entry: Round) -> None:
-        """Raises UserError if what a training ended with or started from is no longer what it was."""
-        for path, sha256 in (entry.checkpoints if kind == "checkpoint" else entry.denoiser).items():
-            is_there = os.path.isfile(path)
-            if (kind == "checkpoint" and not is_there) or (is_there and known.sha256(path) != sha256):
-                how = "ended with" if kind == "checkpoint" else "started from"
-                raise UserError(
-                    f"{path}: is not the {kind} that round {entry.number} {how}: restore it, or "
-                    f"{anew(self.places.state)}"
-                )
+    def refuse_other_weights(self, known: State, entry: Round, kind: str, how: str, files: dict[str, str]) -> None:
+        """Raises UserError if what a training ended with or started from has changed; a denoiser may be gone."""
+        for path, sha256 in files.items():
+            if known.sha256(path) != sha256 if os.path.isfile(path) else kind == "checkpoint":
+                remedy = f"restore it, or {anew(self.places.state)}"
+                raise UserError(f"{path}: is not the {kind} that round {entry.number} {how}: {remedy}")
 
     def save(self) -> None:
         """Writes the state."""
