@@ -207,12 +207,13 @@ def test_the_command_refuses_unfit_data_sets_by_name(world, capsys, change, mess
 
 
 @TRAINERS
-def test_trainers_refuse_cascades_and_pretrained_weights_by_name(world, monkeypatch, cls):
+def test_trainers_refuse_cascades_and_pretrained_weights_by_name(world, tmp_path, capsys, cls):
     with pytest.raises(UserError, match=f"{cls.__name__}: 2d is a cascade's second stage"):
         build(world, cls, plans="Cascade", change=cascade)
-    monkeypatch.setattr("sys.argv", ["nnUNetv2_train", "-pretrained_weights", "x.pth"])
-    with pytest.raises(UserError, match="-pretrained_weights x.pth is for one network"):
-        build(world, cls).initialize()
+    torch.save({"network_weights": {}}, tmp_path / "x.pth")  # of one network, where these have several
+    command = ["train", str(tiny.ID), "2d", "0", "-tr", cls.__name__, "-p", tiny.PLANS, "-device", "cpu"]
+    assert main([*command, "-pretrained_weights", str(tmp_path / "x.pth")]) == 1
+    assert "x.pth does not fit the network of this training: " in capsys.readouterr().err
 
 
 def test_the_command_refuses_cascades_and_missing_cases_by_name(world, capsys):
