@@ -26,6 +26,7 @@ from nnunet_diffusion.installation import require_folders
 from nnunet_diffusion.preprocessing.planning import default_plans_name, find_dataset
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
 from nnunet_diffusion.tables import figure
+from nnunet_diffusion.trainers import settings_of
 
 BUDGETS = ("4slices", "1%", "10%")
 PAPER = dict(zip(BUDGETS, (0.5181, 0.7156, 0.7851), strict=True))  # arXiv 2402.15216, abstract
@@ -94,7 +95,7 @@ def run_steps(args: argparse.Namespace) -> tuple[Path, Path]:
     steps.run(Step("hold test patients out", split, str(preprocessed / "splits_final.json")))
     model = results / name / f"{PRETRAINER}__{plans}__{args.c}" / "fold_0"
     train = ["nnUNetv2_train", d, args.c, "0", "-tr", PRETRAINER, "-p", plans, "-device", args.device]
-    settings = json.loads((preprocessed / f"{plans}.json").read_text())["nnunet_diffusion"][PRETRAINER]
+    settings = settings_of(json.loads((preprocessed / f"{plans}.json").read_text()), PRETRAINER)
     environment = {"nnUNet_n_proc_DA": "0"} if args.device == "cpu" else {}
     steps.run(
         Step("pre-training", train, str(model / "denoiser.pth"), counts=r": Epoch \d+\s*$",

@@ -72,7 +72,7 @@ def describe_run(args: argparse.Namespace, stage: int, arm: str, seed: int, trai
     own = [(key.split(".")[1], value) for key, value in common if key.startswith(trainer + ".")]
     block = json.loads((base / f"{args.p}.json").read_text()).get("nnunet_diffusion", {})
     settings = {
-        **block.get(TRAINERS[0], {}),  # the same optimiser for all
+        **block.get("PartialLabelTrainer", {}), **block.get(TRAINERS[0], {}),  # the same optimizer for all
         "num_epochs": args.num_epochs,
         "num_iterations_per_epoch": args.num_iterations_per_epoch,
         "num_val_iterations_per_epoch": VALIDATION_ITERATIONS,

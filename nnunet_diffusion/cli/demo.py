@@ -202,6 +202,7 @@ class Demo:
     def write_plans(self) -> dict[str, int]:
         """Copies the plan for both arms, with the demo's settings; returns the number of epochs of each trainer."""
         from nnunet_diffusion.plans import read_plans
+        from nnunet_diffusion.trainers import settings_of
 
         plans = read_plans(self.preprocessed, self.plans_name)
         settings = {PRETRAINER: {}, FINETUNER: {"seed": 0}}
@@ -216,7 +217,7 @@ class Demo:
             block |= {trainer: block.get(trainer, {}) | values for trainer, values in own.items()}
             plans["plans_name"] = self.plans_name + suffix
             write_json(os.path.join(self.preprocessed, self.plans_name + suffix + ".json"), plans)
-        return {trainer: block[trainer].get("num_epochs", 1000) for trainer in settings}
+        return {trainer: settings_of(plans, trainer)["num_epochs"] for trainer in settings}
 
     def predict(self) -> None:
         """Predicts the test images with nnU-Net's own command."""
@@ -345,4 +346,6 @@ def verdict(scratch: dict, pretrained: dict) -> str:
 
 def only_for(trainer: str, plans: dict) -> dict:
     """Returns the plans with the settings of one trainer."""
-    return plans | {"nnunet_diffusion": plans["nnunet_diffusion"][trainer]}
+    from nnunet_diffusion.trainers import settings_of
+
+    return plans | {"nnunet_diffusion": settings_of(plans, trainer)}
