@@ -103,7 +103,7 @@ COMMANDS = {
         (f"{BASE}/*pseudo*", f"{BASE}/{PLANS}_round1.json", f"{RESULTS}/rounds__*",
          f"{RESULTS}/PseudoLabelTrainer__{PLANS}*"),
     ),
-    "rounds status": Command(f"{ROUNDS} --status", (*ROUNDS_READ, ROUNDS_STATE)),
+    "rounds status": Command(f"{ROUNDS} --status", (PLAN, SPLITS, COPY, ROUNDS_STATE)),
     "rounds dry_run": Command(f"{ROUNDS} --dry_run", (*ROUNDS_READ, ROUNDS_STATE)),
     "train pseudo": Command(
         f"{TRAIN} -tr PseudoLabelTrainer -p {PLANS}_round1",
@@ -155,5 +155,5 @@ COMMANDS = {
          f"{RESULTS}/report.html", f"{RESULTS}/*/evaluation_*"),
     ),
     "env": Command(f"env --root {{box}}/{TOP}/nnunet"),
-    "env --check": Command("env --check"),
+    "env --check": Command(f"env --check --root {{box}}/{TOP}/nnunet"),
 }  # fmt: skip

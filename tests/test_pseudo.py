@@ -183,7 +183,7 @@ def test_a_damaged_or_foreign_file_is_named(tmp_path, label_map):
     save_pseudo_label(tmp_path, "a", label_map, NOTHING_ANNOTATED, MANAGER, (8, 8))
     path = tmp_path / "a_seg.b2nd"
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="a_seg.b2nd is damaged"):
+    with pytest.raises(UserError, match="a_seg.b2nd:? is damaged"):
         open_pseudo_label(tmp_path, "a")
     blosc2.asarray(label_map, urlpath=str(tmp_path / "b_seg.b2nd"))
     with pytest.raises(UserError, match="b_seg.b2nd is damaged, or no file of nnunet_diffusion"):

@@ -16,8 +16,8 @@ from nnunet_diffusion.files import atomic, check_shape, naming_full_disk
 from nnunet_diffusion.model_folder import load_checkpoint, load_nothing_but_plain_values, refuse_unbuildable
 from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs
 from nnunet_diffusion.plans import check_plans
+from nnunet_diffusion.preprocessing.case_files import check_preprocessed, load_properties
 from nnunet_diffusion.preprocessing.cases import read_splits
-from nnunet_diffusion.preprocessing.properties import check_preprocessed, load_properties
 from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.settings import above, at_least
 from nnunet_diffusion.trainers import our_trainers

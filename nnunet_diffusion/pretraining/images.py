@@ -3,7 +3,6 @@
 import os
 from typing import NamedTuple
 
-import blosc2
 import numpy as np
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
@@ -12,6 +11,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from skimage.filters import threshold_triangle
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.preprocessing.case_files import open_array
 
 
 class Outside:
@@ -49,8 +49,7 @@ class ImageDataset(nnUNetBaseDataset):
 
     def load_case(self, identifier: str) -> tuple:
         """As nnU-Net's `load_case`: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
-        kwargs = {} if os.name == "nt" else {"mmap_mode": "r"}
-        image = blosc2.open(urlpath=f"{identifier}.b2nd", mode="r", dparams={"nthreads": 1}, **kwargs)
+        image = open_array(f"{identifier}.b2nd")
         nothing = np.broadcast_to(np.int16(0), (1, *image.shape[1:]))  # takes no memory
         labels = Outside(image) if self.marks_outside else nothing
         return image, labels, None, {"class_locations": {1: self.body(identifier, image)} if self.finds_body else {}}

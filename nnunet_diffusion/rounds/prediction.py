@@ -11,7 +11,6 @@ import json
 import os
 from typing import Annotated, NamedTuple
 
-import blosc2
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -23,10 +22,10 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
 from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_nothing_but_plain_values, trainers_of
 from nnunet_diffusion.partial.annotations import Annotation
-from nnunet_diffusion.preprocessing.properties import REMEDY, load_properties
+from nnunet_diffusion.preprocessing.case_files import REMEDY, load_properties, open_array
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure
-from nnunet_diffusion.rounds.pseudo_labels import open_array, write_array
+from nnunet_diffusion.rounds.pseudo_labels import open_with_metadata, write_array
 
 CHECKPOINT = "checkpoint_final.pth"
 LEVELS = 255  # of the stored confidence
@@ -201,7 +200,7 @@ def read_evidence(folder: str, name: str) -> tuple[dict[str, Evidence], str]:
         UserError: If the file is damaged.
     """
     path = os.path.join(folder, name + ".b2nd")
-    return _about(open_array(path)[1], path)
+    return _about(open_with_metadata(path)[1], path)
 
 
 def load_prediction(folder: str, name: str) -> Prediction:
@@ -211,7 +210,7 @@ def load_prediction(folder: str, name: str) -> Prediction:
         UserError: If the file is damaged.
     """
     path = os.path.join(folder, name + ".b2nd")
-    maps, text = open_array(path)
+    maps, text = open_with_metadata(path)
     if maps.ndim != 4 or len(maps) != 2:
         raise UserError(f"{path}: is {maps.shape}, not a map of labels and one of confidence: {ANEW}")
     labels, confidence = maps[:]
@@ -230,9 +229,8 @@ def _about(text: str, path: str) -> tuple[dict[str, Evidence], str]:
 
 def read_preprocessed(path: str) -> np.ndarray:
     """A preprocessed array, which nnU-Net wrote."""
+    array = open_array(path)
     try:
-        return blosc2.open(urlpath=path, mode="r")[:]
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # blosc2 raises many kinds for a damaged file
-        raise UserError(f"{path} is damaged: remove it and preprocess again ({error!r})") from error
+        return array[:]
+    except RuntimeError as error:
+        raise UserError(f"{path}: is damaged ({error}): {REMEDY}") from error

@@ -31,6 +31,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, check_shape, not_written
 from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.preprocessing.case_files import open_array
 
 ENDING = "_seg.b2nd"
 METADATA = "nnunet_diffusion"
@@ -138,18 +139,15 @@ def write_array(path: str, array: np.ndarray, patch_size, metadata: Any) -> None
         raise not_written(name, folder, error) from error
 
 
-def open_array(path: str) -> tuple[blosc2.NDArray, Any]:
+def open_with_metadata(path: str) -> tuple[blosc2.NDArray, Any]:
     """Opens an array of `write_array`, read when it is indexed, and its metadata.
 
     Raises:
         UserError: If the file is damaged or not one of ours.
     """
-    kwargs = {} if os.name == "nt" else {"mmap_mode": "r"}
+    array = open_array(path, REMEDY)
     try:
-        array = blosc2.open(urlpath=path, mode="r", dparams={"nthreads": 1}, **kwargs)
         return array, array.schunk.vlmeta[METADATA]
-    except FileNotFoundError:
-        raise
     except Exception as error:  # blosc2 raises many kinds for a damaged file
         raise UserError(f"{path} is damaged, or no file of nnunet_diffusion ({error!r}): {REMEDY}") from error
 
@@ -161,7 +159,7 @@ def open_pseudo_label(folder: str, case: str) -> PseudoLabel:
         UserError: If the file is damaged or not a pseudo label.
     """
     path = os.path.join(folder, case + ENDING)
-    segmentation, metadata = open_array(path)
+    segmentation, metadata = open_with_metadata(path)
     try:
         text, *locations = metadata
         about = json.loads(text)
@@ -269,9 +267,7 @@ class PseudoLabelDataset(nnUNetBaseDataset):
         """As nnU-Net's `load_case`: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
         if identifier not in self.images:
             return self.annotated.load_case(identifier)
-        kwargs = {} if os.name == "nt" else {"mmap_mode": "r"}
-        path = os.path.join(self.images[identifier], identifier + ".b2nd")
-        image = blosc2.open(urlpath=path, mode="r", dparams={"nthreads": 1}, **kwargs)
+        image = open_array(os.path.join(self.images[identifier], identifier + ".b2nd"))
         label = open_pseudo_label(self.folder, identifier)
         return image, label.segmentation, None, {"class_locations": label.class_locations}
 

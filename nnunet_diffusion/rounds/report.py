@@ -9,7 +9,7 @@ import SimpleITK as sitk
 
 from nnunet_diffusion.evaluation.overlays import draw_overlay
 from nnunet_diffusion.files import atomic, write_json
-from nnunet_diffusion.preprocessing.properties import load_properties
+from nnunet_diffusion.preprocessing.case_files import load_properties
 from nnunet_diffusion.rounds.evidence import Evidence
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, Verdict
 from nnunet_diffusion.rounds.prediction import Case, load_prediction, read_preprocessed

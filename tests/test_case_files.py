@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.preprocessing.properties import check_preprocessed, load_properties
+from nnunet_diffusion.preprocessing.case_files import check_preprocessed, load_properties
 
 
 class Touch:

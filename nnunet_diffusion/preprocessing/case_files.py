@@ -1,4 +1,7 @@
-"""Properties of preprocessed cases: nnU-Net pickles them, and a pickle could run any code; plain values cannot."""
+"""The files of a preprocessed case: arrays, and properties, which nnU-Net pickles.
+
+A pickle could run any code; plain values cannot.
+"""
 
 import collections
 import os
@@ -50,6 +53,22 @@ def load_properties(path: str) -> dict[str, Any]:
     return properties
 
 
+def open_array(path: str, remedy: str = REMEDY) -> blosc2.NDArray:
+    """Opens an array as nnU-Net stores it, read when it is indexed.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        UserError: If it is damaged.
+    """
+    kwargs = {} if os.name == "nt" else {"mmap_mode": "r"}
+    try:
+        return blosc2.open(urlpath=path, mode="r", dparams={"nthreads": 1}, **kwargs)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # blosc2 raises many kinds for a damaged file
+        raise UserError(f"{path}: is damaged ({error}): {remedy}") from error
+
+
 def check_preprocessed(folder: str, cases: Iterable[str]) -> None:
     """Refuses preprocessed cases that are damaged or carry code, before nnU-Net's data loader opens them.
 
@@ -67,8 +86,6 @@ def check_preprocessed(folder: str, cases: Iterable[str]) -> None:
         try:
             load_properties(f"{path}.pkl")
             for ending in (".b2nd", "_seg.b2nd"):
-                blosc2.open(urlpath=path + ending, mode="r")
+                open_array(path + ending)
         except FileNotFoundError as error:
             raise UserError(f"{path}: is not preprocessed: run nnunet_diffusion plan_and_preprocess") from error
-        except RuntimeError as error:
-            raise UserError(f"{path}{ending}: is damaged ({error}): {REMEDY}") from error
