@@ -72,8 +72,17 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
     for setting, file in files.items():
         settings[setting] = str(file)
         protocol[f"{setting}_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return {"arm": arm, "trainer": trainer, "settings": settings, "protocol": protocol, "test_cases": test,
-            "preprocessed": str(base), "configuration": args.c, "plans": args.p, "device": args.device}
+    return {
+        "arm": arm,
+        "trainer": trainer,
+        "settings": settings,
+        "protocol": protocol,
+        "test_cases": test,
+        "preprocessed": str(base),
+        "configuration": args.c,
+        "plans": args.p,
+        "device": args.device,
+    }
 
 
 def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]:
@@ -87,9 +96,17 @@ def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]
         name, cases = f"{budget.replace('%', 'percent')}_{arm['arm']}_seed{seed}", draw(budget, rest, seed)
         unlabelled = sorted({case for group in rest.values() for case in group} - set(cases))
         arm = {**arm, "protocol": arm["protocol"] | {"pool": len(unlabelled) + len(pool_identifiers(pool))}}
-        jobs.append({**arm, "name": name, "budget": budget, "seed": seed, "cases": cases,
-                     "pool": {data: unlabelled, os.path.basename(pool): pool_identifiers(pool)},
-                     "result": str(out / "runs" / f"{name}.json")})
+        jobs.append(
+            {
+                **arm,
+                "name": name,
+                "budget": budget,
+                "seed": seed,
+                "cases": cases,
+                "pool": {data: unlabelled, os.path.basename(pool): pool_identifiers(pool)},
+                "result": str(out / "runs" / f"{name}.json"),
+            }
+        )
     return jobs
 
 
@@ -98,8 +115,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__, num_epochs=20)
     parser.add_argument("--budgets", nargs="+", default=["4", "8"], help="labelled cases: 8, or 10%%")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
-    parser.add_argument("--setting", nargs="+", default=[], metavar="TRAINER.KEY=VALUE",
-                        help="for every arm of that trainer")
+    parser.add_argument(
+        "--setting", nargs="+", default=[], metavar="TRAINER.KEY=VALUE", help="for every arm of that trainer"
+    )
     parser.add_argument("--denoiser", help="denoiser.pth that planned students start from (default: random weights)")
     parser.add_argument("--teacher", help="teacher.pth of co-training (default: fold 0 of this data set)")
     parser.add_argument("--no_teacher", action="store_true", help="let teachers start from random weights")

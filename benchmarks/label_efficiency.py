@@ -88,11 +88,15 @@ def find_pretrained(args: argparse.Namespace, base: Path, test: list[str], train
     file = Path(os.environ.get("nnUNet_results", "."), base.name, model, "fold_0", result)
     split = base / "splits_final.json"
     if not file.is_file():
-        raise UserError(f"there is no {file}: run label_efficiency.py with --make_split, then nnUNetv2_train {args.d} "
-                        f"{args.c} 0 -tr {trainer} -p {args.p}, or name one with --{kind}")
+        raise UserError(
+            f"there is no {file}: run label_efficiency.py with --make_split, then nnUNetv2_train {args.d} "
+            f"{args.c} 0 -tr {trainer} -p {args.p}, or name one with --{kind}"
+        )
     if not split.is_file() or set(test) - set(json.loads(split.read_text())[0]["val"]):
-        raise UserError(f"fold 0 of {split} trains on test cases of this benchmark, so {file} may have seen them: "
-                        "pre-train on the split that --make_split writes")
+        raise UserError(
+            f"fold 0 of {split} trains on test cases of this benchmark, so {file} may have seen them: "
+            "pre-train on the split that --make_split writes"
+        )
     return file
 
 
@@ -112,8 +116,17 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
         protocol["denoiser_sha256"] = hashlib.sha256(Path(settings["start"]).read_bytes()).hexdigest()
         training = load_denoiser(settings["start"])["training"]
         protocol["pretraining"] = {key: value for key, value in training.items() if key != "held_out_loss"}
-    return {"arm": arm, "trainer": trainer, "settings": settings, "protocol": protocol, "test_cases": test,
-            "preprocessed": str(base), "configuration": args.c, "plans": args.p, "device": args.device}
+    return {
+        "arm": arm,
+        "trainer": trainer,
+        "settings": settings,
+        "protocol": protocol,
+        "test_cases": test,
+        "preprocessed": str(base),
+        "configuration": args.c,
+        "plans": args.p,
+        "device": args.device,
+    }
 
 
 def planned(args: argparse.Namespace, base: Path, trainer: str) -> dict:
@@ -121,8 +134,11 @@ def planned(args: argparse.Namespace, base: Path, trainer: str) -> dict:
     plans = read_plans(str(base), args.p, args.c)
     configuration = PlansManager(plans).get_configuration(args.c).configuration
     settings = {} if trainer == "nnUNetTrainer" else effective(plans, our_trainer(trainer))
-    return {"settings": settings, "patch_size": configuration.get("patch_size"),
-            "architecture": configuration.get("architecture")}
+    return {
+        "settings": settings,
+        "patch_size": configuration.get("patch_size"),
+        "architecture": configuration.get("architecture"),
+    }
 
 
 def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]:
@@ -136,8 +152,17 @@ def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]
     jobs = []
     for seed, budget, arm in product(args.seeds, args.budgets, arms):
         name = f"{budget.replace('%', 'percent')}_{arm['arm']}_seed{seed}"
-        jobs.append({**arm, "name": name, "budget": budget, "seed": seed, "cases": draw(budget, rest, seed),
-                     "raw": raw.get(budget), "result": str(out / "runs" / f"{name}.json")})
+        jobs.append(
+            {
+                **arm,
+                "name": name,
+                "budget": budget,
+                "seed": seed,
+                "cases": draw(budget, rest, seed),
+                "raw": raw.get(budget),
+                "result": str(out / "runs" / f"{name}.json"),
+            }
+        )
     return jobs
 
 
@@ -146,8 +171,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--budgets", nargs="+", default=["2", "8"], help="label budgets: 8, 10%% or 4slices")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
-    parser.add_argument("--setting", nargs="+", default=[], metavar="TRAINER.KEY=VALUE",
-                        help="for every arm of that trainer")
+    parser.add_argument(
+        "--setting", nargs="+", default=[], metavar="TRAINER.KEY=VALUE", help="for every arm of that trainer"
+    )
     parser.add_argument("--make_split", action="store_true", help="only hold out the test patients, and write fold 0")
     parser.add_argument("--denoiser", help="denoiser.pth of the pretrained arms (default: fold 0 of this data set)")
     return parser.parse_args()
@@ -161,8 +187,10 @@ def main() -> int:
     if args.make_split:
         test, rest = split_patients(args, base, out)
         write_split(base, sorted(case for cases in rest.values() for case in cases), test)
-        print(f"the test patients are the validation cases of fold 0 now; next:\n"
-              f"nnUNetv2_train {args.d} {args.c} 0 -tr DenoisingDiffusionTrainer -p {args.p}")
+        print(
+            f"the test patients are the validation cases of fold 0 now; next:\n"
+            f"nnUNetv2_train {args.d} {args.c} 0 -tr DenoisingDiffusionTrainer -p {args.p}"
+        )
         return 0
     return run_and_report(describe_runs(args, base, out), out, args.jobs, "label_efficiency", CONTROL, write_figure)
 

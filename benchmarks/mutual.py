@@ -72,7 +72,8 @@ def describe_run(args: argparse.Namespace, stage: int, arm: str, seed: int, trai
     own = [(key.split(".")[1], value) for key, value in common if key.startswith(trainer + ".")]
     block = json.loads((base / f"{args.p}.json").read_text()).get("nnunet_diffusion", {})
     settings = {
-        **block.get("PartialLabelTrainer", {}), **block.get(TRAINERS[0], {}),  # the same optimizer for all
+        **block.get("PartialLabelTrainer", {}),
+        **block.get(TRAINERS[0], {}),  # the same optimizer for all
         "num_epochs": args.num_epochs,
         "num_iterations_per_epoch": args.num_iterations_per_epoch,
         "num_val_iterations_per_epoch": VALIDATION_ITERATIONS,
@@ -87,12 +88,27 @@ def describe_run(args: argparse.Namespace, stage: int, arm: str, seed: int, trai
         protocol["teacher"] = args.teacher
     name = f"stage{stage}_{arm}_seed{seed}" if stage else f"{arm}_seed{seed}"
     teacher = arm if stage == 1 else args.teacher
-    job = {"arm": arm, "name": name, "budget": f"stage {stage}" if stage == 1 else "test", "seed": seed, "stage": stage,
-           "trainer": trainer, "settings": settings, "protocol": protocol, "cases": dict.fromkeys(kept),
-           "kept_labels": kept, "is_told": arm != "upper", "test_cases": test, "preprocessed": str(base),
-           "configuration": args.c, "plans": args.p, "device": args.device, "gate": protocol.get("gate", {}),
-           "completed": str(args.out / "completed" / f"{teacher}_seed{seed}"),
-           "result": str(args.out / "runs" / f"{name}.json")}
+    job = {
+        "arm": arm,
+        "name": name,
+        "budget": f"stage {stage}" if stage == 1 else "test",
+        "seed": seed,
+        "stage": stage,
+        "trainer": trainer,
+        "settings": settings,
+        "protocol": protocol,
+        "cases": dict.fromkeys(kept),
+        "kept_labels": kept,
+        "is_told": arm != "upper",
+        "test_cases": test,
+        "preprocessed": str(base),
+        "configuration": args.c,
+        "plans": args.p,
+        "device": args.device,
+        "gate": protocol.get("gate", {}),
+        "completed": str(args.out / "completed" / f"{teacher}_seed{seed}"),
+        "result": str(args.out / "runs" / f"{name}.json"),
+    }
     return {**job, "script": "mutual_stage.py"} if stage else job
 
 
@@ -141,8 +157,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--beside", nargs="*", default=list(BESIDE), choices=list(BESIDE))
     parser.add_argument("--teacher", default="pd+fd", choices=list(STAGE_1), help="whose completed labels stage 2 gets")
     parser.add_argument("--gate", nargs="*", default=[], metavar="KEY=VALUE", help="limits of the gate")
-    parser.add_argument("--setting", nargs="+", default=[], metavar="[TRAINER.]KEY=VALUE",
-                        help="for every trainer, or for one")
+    parser.add_argument(
+        "--setting", nargs="+", default=[], metavar="[TRAINER.]KEY=VALUE", help="for every trainer, or for one"
+    )
     return parser.parse_args()
 
 

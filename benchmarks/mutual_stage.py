@@ -125,11 +125,16 @@ def run(job: dict) -> None:
     scores = stage_1(job, trainer) if job["stage"] == 1 else stage_2(job, trainer)
     times.append(time.time())
     seconds = dict(zip(("prepare", "train", "test"), np.diff(times).round(1).tolist(), strict=True))
-    write_json(job["result"], {
-        **{key: job[key] for key in ("arm", "budget", "seed", "trainer", "protocol", "test_cases")},
-        "training_cases": sorted(job["cases"]), **scores, "seconds": seconds,
-        "machine": describe_machine(job["device"]),
-    })
+    write_json(
+        job["result"],
+        {
+            **{key: job[key] for key in ("arm", "budget", "seed", "trainer", "protocol", "test_cases")},
+            "training_cases": sorted(job["cases"]),
+            **scores,
+            "seconds": seconds,
+            "machine": describe_machine(job["device"]),
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -74,13 +74,33 @@ def describe_run(args: argparse.Namespace, base: Path, arm: str, seed: int, trai
         **{key: read_value(value) for key, value in (pair.split("=", 1) for pair in args.setting)},
         **ARMS[arm].get("settings", {}),
     }
-    protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, "settings": settings,
-                "complete_cases": args.complete, "labels_kept_in_others": args.keep}
+    protocol = {
+        "dataset": base.name,
+        "configuration": args.c,
+        "plans": args.p,
+        "settings": settings,
+        "complete_cases": args.complete,
+        "labels_kept_in_others": args.keep,
+    }
     name = f"{arm}_seed{seed}"
-    return {"arm": arm, "name": name, "budget": "partial", "seed": seed, "trainer": TRAINER, "settings": settings,
-            "protocol": protocol, "cases": dict.fromkeys(kept), "kept_labels": kept, "is_told": ARMS[arm]["is_told"],
-            "test_cases": test, "preprocessed": str(base), "configuration": args.c, "plans": args.p,
-            "device": args.device, "result": str(args.out / "runs" / f"{name}.json")}
+    return {
+        "arm": arm,
+        "name": name,
+        "budget": "partial",
+        "seed": seed,
+        "trainer": TRAINER,
+        "settings": settings,
+        "protocol": protocol,
+        "cases": dict.fromkeys(kept),
+        "kept_labels": kept,
+        "is_told": ARMS[arm]["is_told"],
+        "test_cases": test,
+        "preprocessed": str(base),
+        "configuration": args.c,
+        "plans": args.p,
+        "device": args.device,
+        "result": str(args.out / "runs" / f"{name}.json"),
+    }
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -88,8 +108,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argument_parser(__doc__)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
     parser.add_argument("--complete", type=int, default=4, help="cases that stay complete (default: %(default)s)")
-    parser.add_argument("--keep", nargs=2, type=int, default=[1, 2], metavar=("MIN", "MAX"),
-                        help="labels that each other case keeps (default: %(default)s)")
+    parser.add_argument(
+        "--keep",
+        nargs=2,
+        type=int,
+        default=[1, 2],
+        metavar=("MIN", "MAX"),
+        help="labels that each other case keeps (default: %(default)s)",
+    )
     parser.add_argument("--setting", nargs="+", default=[], metavar="KEY=VALUE", help="of PartialLabelTrainer")
     return parser.parse_args()
 

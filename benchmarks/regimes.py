@@ -128,8 +128,10 @@ def keep_labels(
         UserError: If that is more cases or labels than there are.
     """
     if not 0 <= complete <= len(cases) or not 1 <= keep[0] <= keep[1] <= len(labels):
-        raise UserError(f"cannot keep {complete} of {len(cases)} cases complete and {keep[0]} to {keep[1]} of "
-                        f"{len(labels)} labels in the others")
+        raise UserError(
+            f"cannot keep {complete} of {len(cases)} cases complete and {keep[0]} to {keep[1]} of "
+            f"{len(labels)} labels in the others"
+        )
     generator = random.Random(f"partial labels {seed}")
     order = generator.sample(sorted(cases), len(cases))
     kept = {case: set(generator.sample(list(labels), generator.randint(*keep))) for case in order[complete:]}

@@ -21,7 +21,10 @@ def compare(seeds: dict[int, float], control: dict[int, float]) -> list[float]:
 def short(run: dict) -> dict:
     """What is worth committing of a run."""
     return {
-        "arm": run["arm"], "budget": run["budget"], "seed": run["seed"], "training_cases": run["training_cases"],
+        "arm": run["arm"],
+        "budget": run["budget"],
+        "seed": run["seed"],
+        "training_cases": run["training_cases"],
         "dice": rounded(mean_over_organs(run["dice"])),
         "dice_per_organ": {organ: rounded(value) for organ, value in organ_means(run["dice"]).items()},
         "train_seconds": run["seconds"]["train"],
@@ -41,8 +44,13 @@ def summarize(runs: list[dict], control: str) -> tuple[str, dict]:
     groups = []
     for (budget, arm), seeds in scores.items():
         dice = seeds.values()
-        group = {"budget": budget, "arm": arm, "seeds": sorted(seeds), "mean": rounded(mean(dice)),
-                 "sd": rounded(deviation(dice))}
+        group = {
+            "budget": budget,
+            "arm": arm,
+            "seeds": sorted(seeds),
+            "mean": rounded(mean(dice)),
+            "sd": rounded(deviation(dice)),
+        }
         paired = compare(seeds, scores.get((budget, control), {})) if arm != control else []
         gain, better = "", ""
         if paired:
@@ -52,8 +60,13 @@ def summarize(runs: list[dict], control: str) -> tuple[str, dict]:
         groups.append(group)
         lines.append(f"| {budget} | {arm} | {len(seeds)} | {figure(mean(dice), deviation(dice))} | {gain} | {better} |")
     arms = {run["arm"]: run["protocol"] | {"trainer": run["trainer"]} for run in runs}
-    content = {"arms": arms, "test_cases": runs[0]["test_cases"], "machine": runs[0]["machine"], "summary": groups,
-               "runs": shorts}
+    content = {
+        "arms": arms,
+        "test_cases": runs[0]["test_cases"],
+        "machine": runs[0]["machine"],
+        "summary": groups,
+        "runs": shorts,
+    }
     return "\n".join(lines), content
 
 
@@ -76,9 +89,13 @@ def write_figure(content: dict, path: Path) -> None:
         dots = [(budgets.index(run["budget"]) + shift, run["dice"]) for run in content["runs"] if run["arm"] == arm]
         axes.plot(*zip(*dots, strict=True), ".", color=line[0].get_color(), alpha=0.4)
     protocol = next(iter(content["arms"].values()))
-    axes.set(xticks=range(len(budgets)), xticklabels=budgets, xlabel="labelled cases (or per cent, or slices)",
-             ylabel="Dice, mean over organs and test cases",
-             title=f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases")
+    axes.set(
+        xticks=range(len(budgets)),
+        xticklabels=budgets,
+        xlabel="labelled cases (or per cent, or slices)",
+        ylabel="Dice, mean over organs and test cases",
+        title=f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases",
+    )
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     with atomic(path) as temporary:
@@ -116,8 +133,12 @@ def write_arms_figure(content: dict, path: Path, control: str, scored: str = "",
             axes.plot(x, 0.9 * values.mean(0), "_", color="black", label=f"90 % of {name}")
     protocol = next(iter(content["arms"].values()))
     scored = scored or f"{len(content['test_cases'])} test cases"
-    axes.set(xticks=range(len(organs)), xticklabels=organs, ylabel="Dice, mean",
-             title=f"{protocol['dataset']}, {protocol['configuration']}, {scored}")
+    axes.set(
+        xticks=range(len(organs)),
+        xticklabels=organs,
+        ylabel="Dice, mean",
+        title=f"{protocol['dataset']}, {protocol['configuration']}, {scored}",
+    )
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="small")
     with atomic(path) as temporary:

@@ -28,8 +28,11 @@ def argument_parser(description: str, num_epochs: int = 100) -> argparse.Argumen
     parser.add_argument("-c", required=True, help="configuration")
     parser.add_argument("-p", default="nnUNetPlans", help="plans name (default: %(default)s)")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--test_cases", help="how many patients to hold out, or a file with one case a line "
-                        "(default: as before, else fold 0's validation cases, else a fifth)")
+    parser.add_argument(
+        "--test_cases",
+        help="how many patients to hold out, or a file with one case a line "
+        "(default: as before, else fold 0's validation cases, else a fifth)",
+    )
     parser.add_argument("--split_seed", type=int, default=0, help="draws the test patients (default: %(default)s)")
     parser.add_argument("--patients", help="JSON with case -> patient (default: every case is a patient)")
     parser.add_argument("--num_epochs", type=int, default=num_epochs, help="(default: %(default)s)")
@@ -127,8 +130,10 @@ def is_finished(job: dict) -> bool:
     done = json.loads(Path(job["result"]).read_text())
     wanted = job["protocol"], sorted(job["cases"]), job["test_cases"]
     if (done["protocol"], done["training_cases"], done["test_cases"]) != wanted:
-        raise UserError(f"{job['result']} was made with other settings, cases or another denoiser: delete it, or "
-                        "choose another folder with -o")
+        raise UserError(
+            f"{job['result']} was made with other settings, cases or another denoiser: delete it, or "
+            "choose another folder with -o"
+        )
     return True
 
 
@@ -165,8 +170,10 @@ def run_all(jobs: list[dict], out: Path, workers: int) -> list[dict]:
         for number, future in enumerate(as_completed(running), 1):
             if not future.result():
                 failed.append(running[future])
-            print(f"[{number}/{len(todo)}] {running[future]['name']}: {'done' if future.result() else 'FAILED'}",
-                  flush=True)
+            print(
+                f"[{number}/{len(todo)}] {running[future]['name']}: {'done' if future.result() else 'FAILED'}",
+                flush=True,
+            )
     finally:
         pool.shutdown(cancel_futures=True)
     return failed

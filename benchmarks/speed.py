@@ -64,7 +64,10 @@ def start_trainer(name: str, args: argparse.Namespace, settings: dict | None = N
     """A trainer in the middle of its first epoch."""
     plans, dataset_json = load(args.dataset, args.p, settings)
     trainer = recursive_find_trainer_class_by_name(name)(
-        plans={**plans, "continue_training": False}, configuration=args.c, fold="all", dataset_json=dataset_json,
+        plans={**plans, "continue_training": False},
+        configuration=args.c,
+        fold="all",
+        dataset_json=dataset_json,
         device=torch.device(args.device),
     )
     trainer.on_train_start()
@@ -85,10 +88,18 @@ def predictor(trainer, axes: tuple[int, ...]) -> Callable[[], None]:
     """A function that predicts one preprocessed case with the trainer's network, mirroring over `axes`."""
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
-    predict = nnUNetPredictor(device=trainer.device, allow_tqdm=False,
-                              perform_everything_on_device=trainer.device.type == "cuda")
-    predict.manual_initialization(trainer.network, trainer.plans_manager, trainer.configuration_manager, None,
-                                  trainer.dataset_json, type(trainer).__name__, axes)
+    predict = nnUNetPredictor(
+        device=trainer.device, allow_tqdm=False, perform_everything_on_device=trainer.device.type == "cuda"
+    )
+    predict.manual_initialization(
+        trainer.network,
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        None,
+        trainer.dataset_json,
+        type(trainer).__name__,
+        axes,
+    )
     dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder)
     data = torch.from_numpy(dataset.load_case(dataset.identifiers[0])[0][:])
     return lambda: predict.predict_sliding_window_return_logits(data)
@@ -106,16 +117,18 @@ def preprocessors(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
 
     def pool() -> None:
         case, paths = next(as_pool)
-        problem = preprocess_case(case, paths["images"], None, str(folder), UNLABELED_FILES, manager, configuration,
-                                  dataset_json)
+        problem = preprocess_case(
+            case, paths["images"], None, str(folder), UNLABELED_FILES, manager, configuration, dataset_json
+        )
         if problem:
             raise ValueError(problem)
 
     def stock() -> None:
         number, (_, paths) = next(as_stock)
         output = str(folder / f"stock{number}")
-        DefaultPreprocessor(verbose=False).run_case_save(output, paths["images"], paths["label"], manager,
-                                                         configuration, dataset_json)
+        DefaultPreprocessor(verbose=False).run_case_save(
+            output, paths["images"], paths["label"], manager, configuration, dataset_json
+        )
 
     return pool, stock
 
@@ -201,20 +214,32 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         {"what": "pre-training step", "goal": 1.15, **steps(stepper(denoiser))},
     ]
     axes = stock.inference_allowed_mirroring_axes
-    rows.append({"what": "prediction of a case", "goal": 1.0,
-                 **timed(predictor(tuned, axes), predictor(stock, axes), max(3, args.rounds // 5))})
+    rows.append(
+        {
+            "what": "prediction of a case",
+            "goal": 1.0,
+            **timed(predictor(tuned, axes), predictor(stock, axes), max(3, args.rounds // 5)),
+        }
+    )
     with tempfile.TemporaryDirectory() as folder:
         pool, nnunet = preprocessors(args, Path(folder, "pool"))
-        rows.append({"what": "preprocessing of a pool scan", "goal": 1.05,
-                     **timed(pool, nnunet, 2 * args.cases, warm_up=args.cases)})
+        rows.append(
+            {
+                "what": "preprocessing of a pool scan",
+                "goal": 1.05,
+                **timed(pool, nnunet, 2 * args.cases, warm_up=args.cases),
+            }
+        )
     return rows, memory
 
 
 def tabulate(rows: list[dict], memory: list[dict]) -> str:
     """The measurements as Markdown."""
     lines = ["| what | ours, s | stock, s | ratio | goal |", "|---|---|---|---|---|"]
-    lines += [f"| {r['what']} | {r['ours_seconds']:.4f} | {r['stock_seconds']:.4f} | {r['ratio']:.3f} | {r['goal']} |"
-              for r in rows]
+    lines += [
+        f"| {r['what']} | {r['ours_seconds']:.4f} | {r['stock_seconds']:.4f} | {r['ratio']:.3f} | {r['goal']} |"
+        for r in rows
+    ]
     lines += ["", "| what | peak memory, MiB | of which imports |", "|---|---|---|"]
     return "\n".join(
         lines + [f"| {m['what']} | {m['peak_mib']:.0f} | {m.get('of_which_imports_mib', 0):.0f} |" for m in memory]
@@ -239,8 +264,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results
         rows, memory = (measure_co_training if args.co_training else measure)(args)
-    write_json(args.o, {"dataset": args.dataset, "configuration": args.c, "plans": args.p, "ratios": rows,
-                        "memory": memory, "machine": describe_machine(args.device)})
+    write_json(
+        args.o,
+        {
+            "dataset": args.dataset,
+            "configuration": args.c,
+            "plans": args.p,
+            "ratios": rows,
+            "memory": memory,
+            "machine": describe_machine(args.device),
+        },
+    )
     print(tabulate(rows, memory))
 
 

@@ -59,14 +59,20 @@ def label_slices(job: dict, plans: PlansManager, dataset_json: dict, target: Pat
     chosen = {}
     for case, number in job["cases"].items():
         label = sitk.ReadImage(raw[case]["label"])
-        array, chosen[case] = keep_slices(sitk.GetArrayFromImage(label), axial_axis(label), number,
-                                          dataset_json["labels"]["ignore"], f"{job['seed']} {case}")
+        array, chosen[case] = keep_slices(
+            sitk.GetArrayFromImage(label),
+            axial_axis(label),
+            number,
+            dataset_json["labels"]["ignore"],
+            f"{job['seed']} {case}",
+        )
         masked = sitk.GetImageFromArray(array)
         masked.CopyInformation(label)
         file = str(target.parent / f"{case}{dataset_json['file_ending']}")
         sitk.WriteImage(masked, file)
-        _, seg, properties = DefaultPreprocessor(verbose=False).run_case(raw[case]["images"], file, plans,
-                                                                         configuration, dataset_json)
+        _, seg, properties = DefaultPreprocessor(verbose=False).run_case(
+            raw[case]["images"], file, plans, configuration, dataset_json
+        )
         seg = seg.astype(np.int16)
         blocks, chunks = comp_blosc2_params(seg.shape, tuple(configuration.patch_size), seg.itemsize)
         nnUNetDatasetBlosc2.save_seg(seg, str(target / f"{case}_seg"), chunks, blocks)
@@ -131,8 +137,14 @@ def seed_everything(seed: int) -> None:
 def build_trainer(job: dict):
     """Builds the arm's trainer through nnU-Net's API; its batches depend on the seed alone, not on the arm."""
     seed_everything(job["seed"])
-    trainer = get_trainer_from_args(Path(job["preprocessed"]).name, job["configuration"], 0, job["trainer"],
-                                    job["plans"], device=torch.device(job["device"]))
+    trainer = get_trainer_from_args(
+        Path(job["preprocessed"]).name,
+        job["configuration"],
+        0,
+        job["trainer"],
+        job["plans"],
+        device=torch.device(job["device"]),
+    )
     if job["trainer"] == "nnUNetTrainer":
         for name, value in job["settings"].items():
             if not hasattr(trainer, name):
@@ -158,14 +170,23 @@ def test(trainer, job: dict) -> dict[str, dict[str, float | None]]:
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
     plans, configuration, dataset_json = trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json
-    predictor = nnUNetPredictor(device=trainer.device, allow_tqdm=False,
-                                perform_everything_on_device=trainer.device.type == "cuda")
-    predictor.manual_initialization(trainer.network, plans, configuration, None, dataset_json, job["trainer"],
-                                    trainer.inference_allowed_mirroring_axes)
+    predictor = nnUNetPredictor(
+        device=trainer.device, allow_tqdm=False, perform_everything_on_device=trainer.device.type == "cuda"
+    )
+    predictor.manual_initialization(
+        trainer.network,
+        plans,
+        configuration,
+        None,
+        dataset_json,
+        job["trainer"],
+        trainer.inference_allowed_mirroring_axes,
+    )
     source, ending = Path(job["preprocessed"]), dataset_json["file_ending"]
     dataset = trainer.dataset_class(str(source / configuration.data_identifier), list(job["test_cases"]))
-    organs = {tuple(v) if isinstance(v, list) else v: n for n, v in dataset_json["labels"].items()
-              if v != 0 and n != "ignore"}
+    organs = {
+        tuple(v) if isinstance(v, list) else v: n for n, v in dataset_json["labels"].items() if v != 0 and n != "ignore"
+    }
     dice = {}
     for case in dataset.identifiers:
         data, _, _, properties = dataset.load_case(case)
@@ -173,8 +194,13 @@ def test(trainer, job: dict) -> dict[str, dict[str, float | None]]:
         prediction = os.path.join(trainer.output_folder, case)
         export_prediction_from_logits(logits, properties, configuration, plans, dataset_json, prediction)
         reference = str(source / "gt_segmentations" / (case + ending))
-        scores = compute_metrics(reference, prediction + ending, plans.image_reader_writer_class(), list(organs),
-                                 trainer.label_manager.ignore_label)
+        scores = compute_metrics(
+            reference,
+            prediction + ending,
+            plans.image_reader_writer_class(),
+            list(organs),
+            trainer.label_manager.ignore_label,
+        )
         values = {organs[label]: float(score["Dice"]) for label, score in scores["metrics"].items()}
         dice[case] = {organ: None if np.isnan(value) else value for organ, value in values.items()}
     return dice
@@ -198,11 +224,17 @@ def run(job: dict) -> None:
     dice = test(trainer, job)
     times.append(time.time())
     seconds = dict(zip(("prepare", "train", "test"), np.diff(times).round(1).tolist(), strict=True))
-    write_json(job["result"], {
-        **{key: job[key] for key in ("arm", "budget", "seed", "trainer", "protocol", "test_cases")},
-        "training_cases": sorted(job["cases"]), "slices": slices, "dice": dice, "seconds": seconds,
-        "machine": describe_machine(job["device"]),
-    })
+    write_json(
+        job["result"],
+        {
+            **{key: job[key] for key in ("arm", "budget", "seed", "trainer", "protocol", "test_cases")},
+            "training_cases": sorted(job["cases"]),
+            "slices": slices,
+            "dice": dice,
+            "seconds": seconds,
+            "machine": describe_machine(job["device"]),
+        },
+    )
 
 
 def end_with_parent() -> None:

@@ -148,9 +148,7 @@ def shapes(weights: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(weight.shape) for key, weight in weights.items()}
 
 
-def prove_same(
-    source: str, exported: str, folds: list[str], checkpoint_name: str, member: int | None = None
-) -> None:
+def prove_same(source: str, exported: str, folds: list[str], checkpoint_name: str, member: int | None = None) -> None:
     """Predicts one random patch with both folders, loaded by nnU-Net, the exported one with its own trainers only.
 
     Raises:

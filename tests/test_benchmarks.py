@@ -169,9 +169,16 @@ def test_one_member_is_the_mean_over_members():
 
 def make_run(arm, seed, dice):
     return {
-        "arm": arm, "budget": "2", "seed": seed, "trainer": "T", "training_cases": ["a"], "test_cases": ["b", "c"],
+        "arm": arm,
+        "budget": "2",
+        "seed": seed,
+        "trainer": "T",
+        "training_cases": ["a"],
+        "test_cases": ["b", "c"],
         "dice": {"b": {"liver": dice, "spleen": None}, "c": {"liver": dice, "spleen": dice + 0.1}},
-        "protocol": {"dataset": "D", "configuration": "2d"}, "seconds": {"train": 1.0}, "machine": {},
+        "protocol": {"dataset": "D", "configuration": "2d"},
+        "seconds": {"train": 1.0},
+        "machine": {},
     }
 
 

@@ -37,7 +37,7 @@ def problems(findings) -> list[str]:
 
 
 def test_exports_survive_eval_with_blanks_and_quotes(capfd, tmp_path):
-    root = tmp_path / "it's $HOME; \"data\""
+    root = tmp_path / 'it\'s $HOME; "data"'
     values = shell(capfd, "--root", str(root))
     assert values["nnUNet_extTrainer"] == OURS
     for name in installation.FOLDERS:

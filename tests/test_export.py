@@ -25,7 +25,7 @@ COMMAND = ["export", "--stock", "-d", "777", "-tr", "SameTrainer", "-p", "TinyPl
 
 # Trainers of another folder than ours, so that these tests depend on no trainer's details: the planned network, one
 # with weights of its own, one with the same weights and another function.
-TRAINERS = '''
+TRAINERS = """
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 import torch
 
@@ -54,7 +54,7 @@ class SmootherTrainer(nnUNetTrainer):
             if isinstance(module, torch.nn.LeakyReLU):
                 module.negative_slope = 0.02
         return network
-'''
+"""
 
 
 def plans() -> dict:
@@ -110,8 +110,13 @@ def make_model(results: Path, trainer: str = "SameTrainer", folds: tuple = (0, "
             "logging": {"mean_fg_dice": [np.float64(0.5), np.float32(0.25)], "lrs": [0.01], "dice": np.ones((1, 2))},
             "_best_ema": np.float64(0.5),
             "current_epoch": 1,
-            "init_args": {"plans": plans(), "configuration": "2d", "fold": fold, "dataset_json": DATASET_JSON,
-                          "device": torch.device("cuda")},  # fmt: skip
+            "init_args": {
+                "plans": plans(),
+                "configuration": "2d",
+                "fold": fold,
+                "dataset_json": DATASET_JSON,
+                "device": torch.device("cuda"),
+            },  # fmt: skip
             "trainer_name": trainer,
             "inference_allowed_mirroring_axes": (1,),
         }

@@ -78,8 +78,7 @@ OVERRIDDEN = {
         "_build_loss": "self",
         "_set_batch_size_and_oversample": "self",
         "build_network_architecture": (
-            "plans_manager, configuration_manager, num_input_channels, num_output_channels, "
-            "enable_deep_supervision"
+            "plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision"
         ),
         "configure_optimizers": "self",
         "configure_rotation_dummyDA_mirroring_and_inital_patch_size": "self",

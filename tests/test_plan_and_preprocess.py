@@ -34,11 +34,7 @@ def run(*arguments: str) -> int:
 def snapshot(folder) -> dict:
     """Every file below -> its modification time; dataset.json is copied anew, and the lock taken, each time."""
     found = (os.path.join(place, name) for place, _, names in os.walk(folder) for name in names)
-    return {
-        path: os.stat(path).st_mtime_ns
-        for path in found
-        if not path.endswith(("dataset.json", ".lock"))
-    }
+    return {path: os.stat(path).st_mtime_ns for path in found if not path.endswith(("dataset.json", ".lock"))}
 
 
 def test_partial_annotation_is_shown_and_checked(raw, preprocessed, capsys):
@@ -124,9 +120,7 @@ def test_bad_scan_in_the_pool_costs_only_itself(raw, preprocessed, capsys):
     assert run("-c", "2d", "-pl", "CompactPlanner") == 1
     error = capsys.readouterr().err
     assert (
-        "skipped u1: " in error
-        and "u1.nii.gz: is an empty file" in error
-        and "1 unlabeled scans were skipped" in error
+        "skipped u1: " in error and "u1.nii.gz: is an empty file" in error and "1 unlabeled scans were skipped" in error
     )
     assert [p.name for p in (preprocessed / "nnUNetCompactPlans_2d_unlabeled").glob("*.b2nd")] == ["u0.b2nd"]
     assert len(list((preprocessed / "nnUNetCompactPlans_2d").glob("*_seg.b2nd"))) == 3

@@ -33,7 +33,7 @@ from nnunet_diffusion.rounds.state import Round, State
 from nnunet_diffusion.tables import mean_over_organs
 
 NAME = "Dataset995_Report"
-EVIL = '<img src=x onerror=alert(1)>"&\''
+EVIL = "<img src=x onerror=alert(1)>\"&'"
 PUBLISHED = Path(__file__).parent.parent / "benchmarks" / "results"
 MODEL = "DiffusionPretrainedTrainer__nnUNetPlans__2d"
 
@@ -378,7 +378,7 @@ def test_rounds_are_shown_and_are_no_model(root):
     found = collect(NAME, "", str(preprocessed), str(results), [])
     assert [model.trainer for model in found.models] == ["DiffusionPretrainedTrainer"]
     runs = find_rounds(found, str(results), str(preprocessed))
-    (name, (first, second, third)), = runs.items()
+    ((name, (first, second, third)),) = runs.items()
     assert name == "nnUNetPlans, 2d, fold 0" and [r.dice for r in (first, second, third)] == [0.61, 0.66, None]
     assert third.decisions == {"keep": 5, "wait": 2, "drop": 1} and third.organs == {"liver": 5}
     evil = EVIL.replace("1", "N")

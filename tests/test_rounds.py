@@ -165,8 +165,12 @@ def test_a_case_is_kept_waits_and_is_dropped():
 def test_gate_settings_are_read_and_mistakes_are_named():
     settings = GateSettings.from_pairs(["is_open=true", "patience=5", "organ_confidence=0.5"])
     assert (settings.is_open, settings.patience, settings.organ_confidence) == (True, 5, 0.5)
-    for pair, message in (("x=1", "known are"), ("patience=a", "type int"), ("is_open=1", "type bool"),
-                          ("min_organs=nan", "type float")):
+    for pair, message in (
+        ("x=1", "known are"),
+        ("patience=a", "type int"),
+        ("is_open=1", "type bool"),
+        ("min_organs=nan", "type float"),
+    ):
         with pytest.raises(UserError, match=message):
             GateSettings.from_pairs([pair])
 

@@ -115,9 +115,7 @@ class MaskDiffusion(nn.Module):
         error = (output - prediction_target(diffusion.prediction, x_0, draw.noise, a)).square().mean()
         return estimate(diffusion.prediction, output, x_t, a)[0] * scale, error
 
-    def forward(
-        self, images: Tensor, mask_draw: Draw, image_draw: Draw, diffusion: Diffusion
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, mask_draw: Draw, image_draw: Draw, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
         """The cycle that needs no labels: the mask's logits, and how badly it restores the image.
 
         The gradient of the error flows through the mask into the mask pathway.

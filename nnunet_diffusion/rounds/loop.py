@@ -255,4 +255,3 @@ class Rounds:
         """Filters the predictions of a round."""
         filter_round(self.places, self.cases, entry, self.verdicts_before(entry.number))
         self.save()
-

@@ -10,6 +10,7 @@ from nnunet_diffusion.rounds.places import Places
 
 OUTCOME = {"outcome": "of nnunet_diffusion rounds"}  # the mark
 
+
 def refuse_foreign_outcome(places: Places) -> None:
     """Raises UserError if there is a model in the place of the outcome that no run of rounds put there."""
     model = places.outcome()
