@@ -1,6 +1,6 @@
 """Few labels and a pool: what student and teacher gain over supervised training, mean teacher and cross pseudo labels.
 
-A few training cases keep their labels; the others, and the data set's own pool, are the unlabelled images. Compared on
+A few training cases keep their labels; the others, and the data set's own pool, are the unlabeled images. Compared on
 held-out cases, with the same code, plan, steps, labels and seeds; with a pool a step has a second batch:
 
   supervised, mean_teacher, cross_pseudo   the planned network; random weights, or from --denoiser
@@ -94,8 +94,8 @@ def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]
     jobs = []
     for seed, budget, arm in product(args.seeds, args.budgets, arms):
         name, cases = f"{budget.replace('%', 'percent')}_{arm['arm']}_seed{seed}", draw(budget, rest, seed)
-        unlabelled = sorted({case for group in rest.values() for case in group} - set(cases))
-        arm = {**arm, "protocol": arm["protocol"] | {"pool": len(unlabelled) + len(pool_identifiers(pool))}}
+        unlabeled = sorted({case for group in rest.values() for case in group} - set(cases))
+        arm = {**arm, "protocol": arm["protocol"] | {"pool": len(unlabeled) + len(pool_identifiers(pool))}}
         jobs.append(
             {
                 **arm,
@@ -103,7 +103,7 @@ def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]
                 "budget": budget,
                 "seed": seed,
                 "cases": cases,
-                "pool": {data: unlabelled, os.path.basename(pool): pool_identifiers(pool)},
+                "pool": {data: unlabeled, os.path.basename(pool): pool_identifiers(pool)},
                 "result": str(out / "runs" / f"{name}.json"),
             }
         )
@@ -113,7 +113,7 @@ def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]
 def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argument_parser(__doc__, num_epochs=20)
-    parser.add_argument("--budgets", nargs="+", default=["4", "8"], help="labelled cases: 8, or 10%%")
+    parser.add_argument("--budgets", nargs="+", default=["4", "8"], help="labeled cases: 8, or 10%%")
     parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
     parser.add_argument(
         "--setting", nargs="+", default=[], metavar="TRAINER.KEY=VALUE", help="for every arm of that trainer"
@@ -128,7 +128,7 @@ def main() -> int:
     """Runs the benchmark; returns 1 if a run failed."""
     args = parse_arguments()
     if slices := [budget for budget in args.budgets if budget.endswith("slices")]:
-        raise UserError(f"budget {slices[0]!r}: a case is in the pool or labelled, not in part: give cases or per cent")
+        raise UserError(f"budget {slices[0]!r}: a case is in the pool or labeled, not in part: give cases or per cent")
     base = dataset_folder(args, "nnUNet_preprocessed")
     out = output_folder(args, base, "co_training")
     return run_and_report(describe_runs(args, base, out), out, args.jobs, "co_training", CONTROL, write_figure)

@@ -36,8 +36,8 @@ The paper's figures are from its abstract; nobody here has read its method secti
 - the network: nnU-Net's planned U-Net here, a large diffusion U-Net there; so are its size and the length of training;
 - the images: pre-training on the data set's own scans here, on 207,029 slices at 256 x 256 there;
 - the training: what stands above the list here; there, of a length that the abstract does not tell;
-- the test patients: held out of the labelled scans here; there, what the abstract calls FLARE 2022's evaluation;
-- the budgets: 1 % and 10 % of the labelled training patients here (at least one); there, of what is not said;
+- the test patients: held out of the labeled scans here; there, what the abstract calls FLARE 2022's evaluation;
+- the budgets: 1 % and 10 % of the labeled training patients here (at least one); there, of what is not said;
 - four slices: the axial slices here come from four patients and are drawn by seed;
 - Dice: nnU-Net's rule here, an organ in neither mask is left out of the mean.
 Figures beside each other are therefore no comparison."""
@@ -53,7 +53,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=["scratch", "full", "decoder", "linear"])
     parser.add_argument("--budgets", nargs="+", default=list(BUDGETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--test_cases", help="how many labelled patients to hold out (default: a fifth)")
+    parser.add_argument("--test_cases", help="how many labeled patients to hold out (default: a fifth)")
     parser.add_argument("--pretraining_epochs", type=int, help="default: the trainer's, or the plan's")
     parser.add_argument("--pretraining_iterations", type=int, help="steps an epoch; default likewise")
     parser.add_argument("--num_epochs", type=int, default=100, help="of fine-tuning (default: %(default)s)")

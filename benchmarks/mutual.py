@@ -1,4 +1,4 @@
-r"""Mutual-learning benchmark: what each term buys, on a complete data set that is split into partly labelled groups.
+r"""Mutual-learning benchmark: what each term buys, on a complete data set that is split into partly labeled groups.
 
 The training patients are dealt to groups that each keep some labels. Stage 1 is scored by the Dice of the labels that
 it completes training cases with, against what was erased there, stage 2 on held-out complete cases:

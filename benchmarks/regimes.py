@@ -42,7 +42,7 @@ def hold_out(patients: Grouped, number: int, seed: int) -> list[str]:
 
 
 def parse_budget(text: str) -> tuple[str, float]:
-    """Reads `8` (cases), `10%` (of the training patients) or `4slices` (labelled axial slices).
+    """Reads `8` (cases), `10%` (of the training patients) or `4slices` (labeled axial slices).
 
     Raises:
         UserError: If it is none of these, or not positive, or more than 100 %.
@@ -58,7 +58,7 @@ def parse_budget(text: str) -> tuple[str, float]:
 
 
 def draw(budget: str, patients: Grouped, seed: int) -> dict[str, int | None]:
-    """Draws the labels of a budget from the training patients: case -> number of labelled slices, None for all.
+    """Draws the labels of a budget from the training patients: case -> number of labeled slices, None for all.
 
     With one seed, a smaller budget of the same kind is a part of every larger one. Slices come from as many different
     patients as there are.
@@ -100,7 +100,7 @@ def keep_slices(label: np.ndarray, axis: int, number: int, ignore: int, seed: st
     """
     candidates = np.flatnonzero(label.any(axis=tuple(i for i in range(label.ndim) if i != axis))).tolist()
     if number > len(candidates):
-        raise UserError(f"{number} labelled slices of one case are asked for, only {len(candidates)} show an organ")
+        raise UserError(f"{number} labeled slices of one case are asked for, only {len(candidates)} show an organ")
     random.Random(seed).shuffle(candidates)
     chosen = sorted(candidates[:number])
     masked = np.full_like(label, ignore)

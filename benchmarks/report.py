@@ -92,7 +92,7 @@ def write_figure(content: dict, path: Path) -> None:
     axes.set(
         xticks=range(len(budgets)),
         xticklabels=budgets,
-        xlabel="labelled cases (or per cent, or slices)",
+        xlabel="labeled cases (or per cent, or slices)",
         ylabel="Dice, mean over organs and test cases",
         title=f"{protocol['dataset']}, {protocol['configuration']}, {len(content['test_cases'])} test cases",
     )

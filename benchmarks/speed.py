@@ -106,7 +106,7 @@ def predictor(trainer, axes: tuple[int, ...]) -> Callable[[], None]:
 
 
 def preprocessors(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Functions that preprocess the next labelled case: as a scan of the pool, and as nnU-Net does."""
+    """Functions that preprocess the next labeled case: as a scan of the pool, and as nnU-Net does."""
     plans, dataset_json = load(args.dataset, args.p)
     manager = PlansManager(plans)
     configuration = manager.get_configuration(args.c)

@@ -1,7 +1,7 @@
 """AMOS22, its 300 CTs with 15 abdominal organs (https://amos22.grand-challenge.org, https://zenodo.org/records/7262581).
 
 Read: imagesTr/amos_0001.nii.gz with labelsTr, and imagesVa with labelsVa, of the ids to 500, which are CTs; MRIs (501
-to 600) and test scans (imagesTs) are left. Label names are those of its dataset.json, with "aorta" spelt right.
+to 600) and test scans (imagesTs) are left. Label names are those of its dataset.json, with "aorta" spelled right.
 """
 
 import sys

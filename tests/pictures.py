@@ -1,7 +1,7 @@
-r"""Colour pictures that look a little like stained glands, with labels: a 2-D RGB data set for tests and benchmarks.
+r"""Color pictures that look a little like stained glands, with labels: a 2-D RGB data set for tests and benchmarks.
 
 As a program it writes a data set of folders for `nnunet_diffusion convert folder`:
-    python tests/pictures.py FOLDER --labelled 60 --unlabelled 100
+    python tests/pictures.py FOLDER --labeled 60 --unlabeled 100
     nnunet_diffusion convert folder FOLDER/images FOLDER/labels --unlabeled FOLDER/more -d 502 -n Pictures \
         --labels gland --channel_names red green blue
 """
@@ -19,7 +19,7 @@ STROMA, RIM, LUMEN, NUCLEUS = np.array([[205, 140, 180], [130, 70, 150], [235, 2
 def picture(seed: int, size: int = 96) -> tuple[np.ndarray, np.ndarray]:
     """A picture (size, size, 3) and its labels (size, size), both uint8: 1 in glands, wavy rings with a pale middle.
 
-    Dark blobs without a middle, and pale ones without a ring, are no glands. Nuclei lie everywhere; colour and light
+    Dark blobs without a middle, and pale ones without a ring, are no glands. Nuclei lie everywhere; color and light
     differ from picture to picture.
     """
     rng = np.random.default_rng(seed)
@@ -45,23 +45,23 @@ def _wavy_distance(rng: np.random.Generator, size: int) -> np.ndarray:
     return np.hypot(y - cy, x - cx) / (radius * (1 + 0.25 * np.sin(waves * angle + rng.uniform(0, 6))))
 
 
-def write_pictures(folder: Path, labelled: int, unlabelled: int, size: int = 96) -> None:
+def write_pictures(folder: Path, labeled: int, unlabeled: int, size: int = 96) -> None:
     """Writes `images`, `labels` and `more`, the pictures without labels, as PNG files."""
     for name in ("images", "labels", "more"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    for seed in range(labelled + unlabelled):
+    for seed in range(labeled + unlabeled):
         image, label = picture(seed, size)
-        place = folder / ("images" if seed < labelled else "more")
+        place = folder / ("images" if seed < labeled else "more")
         imsave(place / f"glands_{seed:03d}.png", image, check_contrast=False)
-        if seed < labelled:
+        if seed < labeled:
             imsave(folder / "labels" / f"glands_{seed:03d}.png", label, check_contrast=False)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--labelled", type=int, default=60)
-    parser.add_argument("--unlabelled", type=int, default=100)
+    parser.add_argument("--labeled", type=int, default=60)
+    parser.add_argument("--unlabeled", type=int, default=100)
     parser.add_argument("--size", type=int, default=96, help="edge in pixels (default: %(default)s)")
     arguments = parser.parse_args()
-    write_pictures(arguments.folder, arguments.labelled, arguments.unlabelled, arguments.size)
+    write_pictures(arguments.folder, arguments.labeled, arguments.unlabeled, arguments.size)

@@ -16,8 +16,8 @@ TOLERANCES_MM = (0.0, 1.0, 2.5)
 def blob(rng: np.random.RandomState, shape: tuple[int, int, int], radius: float) -> np.ndarray:
     """A ball at a random place, frayed."""
     grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)
-    centre = rng.randint(0, shape)
-    return (np.square(grid - centre).sum(-1) < radius**2) & (rng.rand(*shape) < 0.9)
+    center = rng.randint(0, shape)
+    return (np.square(grid - center).sum(-1) < radius**2) & (rng.rand(*shape) < 0.9)
 
 
 def pairs() -> dict[str, tuple[np.ndarray, np.ndarray, tuple[float, float, float]]]:

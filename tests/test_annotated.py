@@ -26,13 +26,13 @@ DECLARED = {
     "annotated_labels": {"a": ["liver"], "b": ["liver", "spleen", "background"], "c": []},
     "union_labels": {"b": [["right kidney", "left kidney"]]},
 }
-REGIONS = {"background": 0, "kidneys": [1, 2], "left": [1], "right": 2, "tumour": [3, 4], "core": 4}
+REGIONS = {"background": 0, "kidneys": [1, 2], "left": [1], "right": 2, "tumor": [3, 4], "core": 4}
 REGION_CHANNELS = output_channels(LabelManager(REGIONS, [1, 1, 2, 3, 4]))
 
 
 def test_channels_are_in_the_order_of_the_network():
     assert list(CHANNELS) == ["background", "left kidney", "right kidney", "liver", "spleen"]
-    assert list(REGION_CHANNELS) == ["kidneys", "left", "right", "tumour", "core"]
+    assert list(REGION_CHANNELS) == ["kidneys", "left", "right", "tumor", "core"]
 
 
 def test_mask_by_hand():
@@ -78,7 +78,7 @@ def test_nothing_declared_is_everything_annotated():
         (["left", "right"], [1, 1, 1, 0, 0]),  # but the sides say all of the sum
         (["left"], [0, 1, 0, 0, 0]),
         (["core"], [0, 0, 0, 0, 1]),
-        (["tumour", "left"], [0, 1, 0, 1, 0]),
+        (["tumor", "left"], [0, 1, 0, 1, 0]),
     ],
 )
 def test_region_is_annotated_if_each_label_in_it_is(named, known):
@@ -183,4 +183,4 @@ def test_table_of_regions():
     rows = summarize({"a": {0: 1, 1: 5}, "b": {0: 1, 2: 3}}, annotations, REGION_CHANNELS)
     assert tuple(rows[0]) == ("kidneys", 2, 0, 2, 8)
     assert tuple(rows[1]) == ("left", 1, 0, 0, 0)
-    assert "WARNING: ANNOTATED, BUT NO CASE HAS A VOXEL OF: left, tumour, core" in table(rows)
+    assert "WARNING: ANNOTATED, BUT NO CASE HAS A VOXEL OF: left, tumor, core" in table(rows)

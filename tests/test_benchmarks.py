@@ -87,7 +87,7 @@ def test_more_cases_than_there_are_is_refused():
 
 
 @pytest.mark.parametrize("axis", [0, 2])
-def test_exactly_the_drawn_slices_stay_labelled(axis):
+def test_exactly_the_drawn_slices_stay_labeled(axis):
     label = np.zeros((6, 5, 6), np.uint8)
     label[2:5, 1, 2:5] = 3
     masked, chosen = keep_slices(label, axis, 2, ignore=4, seed="0 case")
@@ -223,7 +223,7 @@ def test_help_is_quick_and_complete(monkeypatch, capsys):
     assert "--make_split" in capsys.readouterr().out
 
 
-def test_the_pool_of_co_training_is_what_is_neither_labelled_nor_tested_on(tmp_path, monkeypatch):
+def test_the_pool_of_co_training_is_what_is_neither_labeled_nor_tested_on(tmp_path, monkeypatch):
     base = tmp_path / "Dataset501_Neck"
     for folder, cases, endings in (
         ("data", CASES, (".b2nd", "_seg.b2nd", ".pkl")), ("data_unlabeled", ["u1", "u2"], (".b2nd", ".pkl")),
@@ -237,8 +237,8 @@ def test_the_pool_of_co_training_is_what_is_neither_labelled_nor_tested_on(tmp_p
     jobs = co_training.describe_runs(co_training.parse_arguments(), base, tmp_path)
     assert [job["arm"] for job in jobs] == list(co_training.ARMS)
     for job in jobs:
-        pool, labelled, test = job["pool"], set(job["cases"]), set(job["test_cases"])
-        assert len(labelled) == 4 and len(test) == 5 and not labelled & test
-        assert pool["data_unlabeled"] == ["u1", "u2"] and set(pool["data"]) == set(CASES) - labelled - test
+        pool, labeled, test = job["pool"], set(job["cases"]), set(job["test_cases"])
+        assert len(labeled) == 4 and len(test) == 5 and not labeled & test
+        assert pool["data_unlabeled"] == ["u1", "u2"] and set(pool["data"]) == set(CASES) - labeled - test
         assert job["protocol"]["pool"] == 13 and job["settings"]["start"] == "scratch"
     assert {tuple(job["cases"]) for job in jobs} == {tuple(jobs[0]["cases"])}, "the same labels for every arm"

@@ -101,14 +101,14 @@ def test_empty_file_foreign_file_folder_and_nothing(tmp_path):
                 read(str(tmp_path / name))
 
 
-def test_four_dimensions_and_colours(tmp_path):
+def test_four_dimensions_and_colors(tmp_path):
     volume = sitk.GetImageFromArray(noise())
     sitk.WriteImage(sitk.JoinSeries([volume, volume, volume]), str(tmp_path / "film.nii.gz"))
-    sitk.WriteImage(sitk.Compose(volume, volume), str(tmp_path / "colour.nii.gz"))
+    sitk.WriteImage(sitk.Compose(volume, volume), str(tmp_path / "color.nii.gz"))
     with pytest.raises(UserError, match=r"film.nii.gz: is 4-D, of size \(8, 7, 6, 3\)"):
         read_geometry(str(tmp_path / "film.nii.gz"))
-    with pytest.raises(UserError, match="colour.nii.gz: is 3-D.* 2 value"):
-        read_geometry(str(tmp_path / "colour.nii.gz"))
+    with pytest.raises(UserError, match="color.nii.gz: is 3-D.* 2 value"):
+        read_geometry(str(tmp_path / "color.nii.gz"))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -283,10 +283,10 @@ def picture(path, *shape, values=255):
 
 
 def test_a_picture_has_a_size_and_as_many_channels_as_it_says(tmp_path):
-    colour, grey = picture(tmp_path / "a.png", 5, 7, 3), picture(tmp_path / "b.bmp", 5, 7)
-    assert check_image(colour).size == read_geometry(grey).size == (7, 5)
-    assert [number_of_channels([path]) for path in (colour, grey, "scan.nii.gz")] == [3, 1, 1]
-    check_labeled_case([colour], picture(tmp_path / "label.png", 5, 7, values=2), {0, 1})
+    color, gray = picture(tmp_path / "a.png", 5, 7, 3), picture(tmp_path / "b.bmp", 5, 7)
+    assert check_image(color).size == read_geometry(gray).size == (7, 5)
+    assert [number_of_channels([path]) for path in (color, gray, "scan.nii.gz")] == [3, 1, 1]
+    check_labeled_case([color], picture(tmp_path / "label.png", 5, 7, values=2), {0, 1})
 
 
 def test_pictures_that_cannot_be_used_are_named(tmp_path):

@@ -388,12 +388,12 @@ def test_a_teacher_from_random_weights_is_warned_of(plans):
     assert "nnUNetv2_train 990 2d all -tr DiffusionTeacherTrainer -p Random" in log
 
 
-# ---------------------------------------------------------------- colour pictures
+# ---------------------------------------------------------------- color pictures
 
 
-def test_colour_pictures_from_folder_to_prediction(nnunet_folders, tmp_path):
+def test_color_pictures_from_folder_to_prediction(nnunet_folders, tmp_path):
     """One PNG with three channels a case: convert, plan, preprocess, teacher, student, nnU-Net's own prediction."""
-    write_pictures(tmp_path / "data", labelled=4, unlabelled=3, size=48)
+    write_pictures(tmp_path / "data", labeled=4, unlabeled=3, size=48)
     folders = [str(tmp_path / "data" / name) for name in ("images", "labels", "more")]
     names = ["-d", "502", "-n", "Pictures", "--labels", "gland", "--channel_names", "red", "green", "blue"]
     assert main(["convert", "folder", *folders[:2], "--unlabeled", folders[2], *names]) == 0

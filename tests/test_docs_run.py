@@ -102,8 +102,8 @@ def openkbp(tmp_path_factory):
 def make_home(root: Path) -> Path:
     """Gives a home folder FLARE22, and commands that are short and stay on the CPU; returns it."""
     training = root / "FLARE22" / "Training"
-    labelled = training / "FLARE22_LabeledCase50"
-    write_scans(labelled / "images", "FLARE22_Tr", range(1, 7), 13, labelled / "labels")
+    labeled = training / "FLARE22_LabeledCase50"
+    write_scans(labeled / "images", "FLARE22_Tr", range(1, 7), 13, labeled / "labels")
     write_scans(training / "FLARE22_UnlabeledCase1-1000", "Case", range(1, 4), 13)
     bin_folder, shorten = root / "bin", root / "shorten.py"
     bin_folder.mkdir()

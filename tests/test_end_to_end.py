@@ -34,7 +34,7 @@ def folders(tmp_path_factory):
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             (root / name).mkdir()
             patch.setenv(name, str(root / name))
-        tiny.write_scans(root / "labelled", 5, labels=root / "labels")
+        tiny.write_scans(root / "labeled", 5, labels=root / "labels")
         tiny.write_scans(root / "pool", 3, first=100)
         tiny.write_scans(root / "new_scans", 2, first=200)
         yield root
@@ -47,7 +47,7 @@ def masks(folder):
 def test_from_scans_to_masks_that_plain_nnunet_repeats(folders):
     labels = ["left ball", "right ball", "box"]
     run(
-        "nnunet_diffusion", "convert", "folder", folders / "labelled", folders / "labels", "--unlabeled",
+        "nnunet_diffusion", "convert", "folder", folders / "labeled", folders / "labels", "--unlabeled",
         folders / "pool", "-d", tiny.ID, "-n", "Tiny", "--labels", *labels,
     )  # fmt: skip
     assert not (folders / "nnUNet_raw" / tiny.NAME / "imagesTr").exists(), "scans are referenced, not copied"
@@ -89,7 +89,7 @@ def test_a_bad_scan_in_the_pool_is_named_and_the_rest_goes_on(folders):
     tiny.write_scans(bad, 2, first=300)
     whole = (bad / "tiny_300_0000.nii.gz").read_bytes()
     (bad / "tiny_300_0000.nii.gz").write_bytes(whole[: len(whole) // 2])
-    arguments = ("folder", folders / "labelled", folders / "labels", "-d", 991, "-n", "Bad", "--labels", "a", "b", "c")
+    arguments = ("folder", folders / "labeled", folders / "labels", "-d", 991, "-n", "Bad", "--labels", "a", "b", "c")
     run("nnunet_diffusion", "convert", *arguments, "--unlabeled", bad)
     result = run("nnunet_diffusion", "plan_and_preprocess", "-d", 991, "-pl", "CompactPlanner", "-c", "2d", code=1)
     assert "tiny_300" in result.stderr + result.stdout

@@ -49,7 +49,7 @@ def mask(shape, *voxels):
 # By hand
 
 
-def test_two_neighbouring_voxels():
+def test_two_neighboring_voxels():
     """Each has 8 corners; 4 are common (0 mm apart), 4 are 1 mm from the other's: half of both surfaces is at 0 mm."""
     distances = surface_distances(mask((1, 1, 3), (0, 0, 0)), mask((1, 1, 3), (0, 0, 1)), UNIT)
     assert sorted(distances.reference_mm) == sorted(distances.prediction_mm) == [0] * 4 + [1] * 4
@@ -201,11 +201,11 @@ def test_union_takes_the_place_of_its_members():
 
 
 def test_region_is_annotated_if_the_named_ones_in_it_cover_it():
-    labels = {"background": 0, "tumour": [1, 2], "core": [1], "edema": [2]}
-    tables = {"annotated_labels": {"a": ["core", "edema"], "b": ["core"], "c": ["tumour"]}}
+    labels = {"background": 0, "tumor": [1, 2], "core": [1], "edema": [2]}
+    tables = {"annotated_labels": {"a": ["core", "edema"], "b": ["core"], "c": ["tumor"]}}
     dataset = {"labels": labels, "regions_class_order": [1, 1, 2]} | tables
     assert {case: list(targets_of(case, dataset, NNUNET)) for case in "abc"} == {
-        "a": ["tumour", "core", "edema"], "b": ["core"], "c": ["tumour"]
+        "a": ["tumor", "core", "edema"], "b": ["core"], "c": ["tumor"]
     }  # fmt: skip
 
 

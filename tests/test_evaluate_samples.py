@@ -69,7 +69,7 @@ def test_turning_and_shifting_all_changes_nothing():
 
 
 def test_precision_and_recall_by_hand():
-    """One neighbour, real 0 1 5: radii 1 1 4. Generated 1.5 9 20: radii 7.5 7.5 11.
+    """One neighbor, real 0 1 5: radii 1 1 4. Generated 1.5 9 20: radii 7.5 7.5 11.
 
     1.5 is within 1 of 1 (and within 4 of 5), 9 within 4 of 5, 20 within none: precision 2/3. All of 0, 1, 5 are within
     7.5 of 1.5: recall 1.
@@ -170,7 +170,7 @@ def test_missing_inception_weights_are_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_inception_shows_grey_levels_to_torchvisions_network(tmp_path):
+def test_inception_shows_gray_levels_to_torchvisions_network(tmp_path):
     from torchvision.models import inception_v3
 
     network = inception_v3(weights=None, aux_logits=True, transform_input=False, init_weights=False).eval()

@@ -99,4 +99,4 @@ def test_every_batch_holds_every_group():
     twice = Counter(next(group for group, number in count.items() if number == 2) for count in counts)
     assert all(150 < twice[group] < 250 for group in "abc"), "the extra place goes round"
     last = Counter(batch[-1][0] for batch in batches)
-    assert all(150 < last[group] < 250 for group in "abc"), "nnU-Net centres the last places on foreground"
+    assert all(150 < last[group] < 250 for group in "abc"), "nnU-Net centers the last places on foreground"

@@ -118,7 +118,7 @@ def test_a_patch_without_organs_has_no_difference_and_no_nan():
 
 
 def test_organ_features_by_hand():
-    # Label map of 4 x 2 voxels, features of 2 x 1: nearest neighbour takes voxels 0 and 2 of the first column.
+    # Label map of 4 x 2 voxels, features of 2 x 1: nearest neighbor takes voxels 0 and 2 of the first column.
     label_map = torch.tensor([[1, 3], [0, 0], [7, 0], [2, 2]])[None, None]
     features = torch.tensor([[2.0], [5.0]])[None, None].repeat(1, 3, 1, 1).half()
     seen = organ_features(features, label_map, CLASSES)

@@ -1,4 +1,4 @@
-"""The optimiser and its schedule, against torch's and nnU-Net's own."""
+"""The optimizer and its schedule, against torch's and nnU-Net's own."""
 
 import pytest
 import torch

@@ -21,8 +21,8 @@ def patients():
     return [phantom(seed, SHAPE, SPACING) for seed in range(8)]
 
 
-def centre_mm(mask):
-    """(z, y, x) of the mask's centre, from the middle of the volume."""
+def center_mm(mask):
+    """(z, y, x) of the mask's center, from the middle of the volume."""
     return (np.argwhere(mask).mean(0) - (np.array(mask.shape) - 1) / 2) * SPACING
 
 
@@ -38,7 +38,7 @@ def test_same_seed_same_patient_and_another_seed_another():
 def test_every_organ_is_there_and_on_its_side(patients):
     for _, labels in patients:
         assert set(np.unique(labels)) == set(LABELS.values())
-        x = {name: centre_mm(labels == value)[2] for name, value in LABELS.items()}
+        x = {name: center_mm(labels == value)[2] for name, value in LABELS.items()}
         assert x["right_kidney"] < 0 < x["left_kidney"]  # LPS: +x is the patient's left
         assert x["liver"] < 0 < x["spleen"]
 
@@ -90,8 +90,8 @@ def test_dataset_is_what_the_other_parts_read(tmp_path):
 
 
 def test_dataset_files_are_the_same_bytes_and_cases_do_not_depend_on_their_number(tmp_path):
-    for name, labelled in ("a", 1), ("b", 2):
-        write_phantom_dataset(tmp_path / name, labelled, 0, 0, shape=(8, 18, 24), spacing_mm=(40, 16, 16))
+    for name, labeled in ("a", 1), ("b", 2):
+        write_phantom_dataset(tmp_path / name, labeled, 0, 0, shape=(8, 18, 24), spacing_mm=(40, 16, 16))
     for file in ("imagesTr/phantom_tr_000_0000.nii.gz", "labelsTr/phantom_tr_000.nii.gz"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 

@@ -36,7 +36,7 @@ INTENSITIES = {
 
 @pytest.fixture
 def dataset(nnunet_folders, monkeypatch):
-    """Returns a function that writes labelled (spacing, shape) pairs, and unlabelled ones or problems."""
+    """Returns a function that writes labeled (spacing, shape) pairs, and unlabeled ones or problems."""
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")  # nnU-Net's planning takes 0 for torch's thread count
     raw = tiny_dataset.make(nnunet_folders / "nnUNet_raw", labeled=1, unlabeled=0)
     preprocessed = nnunet_folders / "nnUNet_preprocessed" / tiny_dataset.NAME

@@ -1,4 +1,4 @@
-"""The unlabelled pool and the labelled cases: preprocessed as nnU-Net does, once, whole or not at all."""
+"""The unlabeled pool and the labeled cases: preprocessed as nnU-Net does, once, whole or not at all."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def dataset(nnunet_folders):
     return raw, str(preprocessed), PlansManager(plans())
 
 
-def test_labelled_files_are_found_as_nnunet_finds_them_without_a_fork(tmp_path, monkeypatch):
+def test_labeled_files_are_found_as_nnunet_finds_them_without_a_fork(tmp_path, monkeypatch):
     names = [f"imagesTr/{case}_{c:04d}.nii.gz" for case in ("b", "a", "a_b", "a.b") for c in (1, 0)]
     for name in [*names, "imagesTr/a_0000.json", "imagesTr/a_0000.nii", "labelsTr/a.nii.gz"]:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -436,7 +436,7 @@ def test_full_disk_names_the_case_and_leaves_nothing_half_done(dataset, monkeypa
 
 
 @pytest.mark.parametrize("where", ["run_case", "save_case"])
-def test_labelled_case_that_cannot_be_preprocessed_is_not_blamed_on_the_disk(dataset, monkeypatch, where):
+def test_labeled_case_that_cannot_be_preprocessed_is_not_blamed_on_the_disk(dataset, monkeypatch, where):
     raw, _, plans_manager = dataset
     owner = {"run_case": DefaultPreprocessor, "save_case": nnUNetDatasetBlosc2}[where]
 
@@ -600,7 +600,7 @@ def test_what_is_outside_the_body_is_marked_as_nnunet_does():
     np.testing.assert_array_equal(labels[(slice(None),) * 4], expected)
 
 
-def test_patches_are_centred_on_the_body(tmp_path):
+def test_patches_are_centered_on_the_body(tmp_path):
     """A bright box in dark air: all of it is found, and little else; with a share of 1 nearly all patches lie in it."""
     image = np.random.default_rng(0).normal(-1, 0.05, (1, 20, 30, 40)).astype(np.float32)
     image[0, 4:16, 10:20, 15:25] += 1
@@ -611,8 +611,8 @@ def test_patches_are_centred_on_the_body(tmp_path):
     labels = PlansManager({"configurations": {}}).get_label_manager({"labels": {"background": 0, "box": 1}})
     for share, least, most in ((1.0, 0.9, 1.0), (0.0, 0.0, 0.5)):
         loader = image_loader(ImageDataset([str(tmp_path / "scan")]), 8, (4, 4, 4), (4, 4, 4), labels, body_share=share)
-        centres = np.concatenate([next(loader)["data"][:, 0, 2, 2, 2].numpy() for _ in range(4)])
-        assert least <= (centres > -0.5).mean() <= most
+        centers = np.concatenate([next(loader)["data"][:, 0, 2, 2, 2].numpy() for _ in range(4)])
+        assert least <= (centers > -0.5).mean() <= most
 
 
 def test_noise_is_measured_in_what_varies_inside_the_body(tmp_path):

@@ -468,32 +468,32 @@ def test_an_unknown_data_set_is_named(root, capsys):
     assert "-d 996" in capsys.readouterr().err
 
 
-def luminance(colour):
+def luminance(color):
     """Relative luminance of #rrggbb, WCAG 2.1."""
-    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return np.dot(linear, (0.2126, 0.7152, 0.0722))
 
 
-def contrast(colour, other):
+def contrast(color, other):
     """From 1 to 21, WCAG 2.1."""
-    dark, light = sorted(map(luminance, (colour, other)))
+    dark, light = sorted(map(luminance, (color, other)))
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_what_is_read_by_its_colour_stands_out():
+def test_what_is_read_by_its_color_stands_out():
     """At least 3:1 against white, WCAG 2.1's least for what is not text, and 4.5:1 of text against what it is on."""
     assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
     css = Path(find_rounds.__code__.co_filename).with_name("page.css").read_text()
-    colours = re.findall(r"(?:outline: 3px solid |\.(?:full|union|none) { background: )(#[0-9a-f]{6})", css)
-    assert len(colours) == 4 and "opacity" not in css
-    for colour in [*colours, *charts.COLORS, charts.INK, charts.SOFT, charts.DOT, charts.MEAN]:
-        assert contrast(colour, "#ffffff") >= 3, colour
+    colors = re.findall(r"(?:outline: 3px solid |\.(?:full|union|none) { background: )(#[0-9a-f]{6})", css)
+    assert len(colors) == 4 and "opacity" not in css
+    for color in [*colors, *charts.COLORS, charts.INK, charts.SOFT, charts.DOT, charts.MEAN]:
+        assert contrast(color, "#ffffff") >= 3, color
     named = dict(re.findall(r"--([a-z-]+): (#[0-9a-f]{6});", css)) | {"white": "#ffffff"}
     texts = {text for text in re.findall(r"[^-]color: var\(--([a-z-]+)\)", css)}
     on = {"ink": ["paper", "ground"], "soft": ["paper", "ground"], "accent": ["paper", "ground"],
           "warn": ["warn-ground"], "white": ["accent"]}  # fmt: skip
-    assert texts | {"white"} == set(on), "a colour of text that this test does not know"
+    assert texts | {"white"} == set(on), "a color of text that this test does not know"
     for text, ground in ((text, ground) for text, grounds in on.items() for ground in grounds):
         assert contrast(named[text], named[ground]) >= 4.5, f"{text} on {ground}"
 

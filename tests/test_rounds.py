@@ -758,13 +758,13 @@ def test_an_annotation_that_comes_later_takes_the_place_of_the_pseudo_label(worl
 
     folder, _, _ = world
     case = pseudo_cases(run_folder(folder) / "round_1")[-1]
-    labelled, pool = folder / "nnUNetCompactPlans_2d", folder / "nnUNetCompactPlans_2d_unlabeled"
+    labeled, pool = folder / "nnUNetCompactPlans_2d", folder / "nnUNetCompactPlans_2d_unlabeled"
     assert (pool / f"{case}.b2nd").exists()
     state = run_folder(folder) / "state.json"
     before = state.read_text()
     for source, target in ((pool / f"{case}.b2nd", f"{case}.b2nd"), (pool / f"{case}.pkl", f"{case}.pkl"),
-                           (labelled / "tiny_000_seg.b2nd", f"{case}_seg.b2nd")):  # fmt: skip
-        shutil.copyfile(source, labelled / target)
+                           (labeled / "tiny_000_seg.b2nd", f"{case}_seg.b2nd")):  # fmt: skip
+        shutil.copyfile(source, labeled / target)
     try:
         rounds = the_run()
         assert rounds.new_cases == [case] and case in rounds.cases.split()[0]
@@ -774,7 +774,7 @@ def test_an_annotation_that_comes_later_takes_the_place_of_the_pseudo_label(worl
         train, _ = trainer.get_tr_and_val_datasets()
         assert case not in trainer.pseudo and case in train.identifiers
     finally:
-        for path in labelled.glob(f"{case}*"):
+        for path in labeled.glob(f"{case}*"):
             path.unlink()
         state.write_text(before)
 

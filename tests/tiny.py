@@ -24,8 +24,8 @@ def write_scans(
     for i, case in enumerate(cases):
         rng = np.random.default_rng(first + i)
         seg = np.zeros(z.shape, np.uint8)
-        for label, centre in ((1, 6), (2, 17)):
-            c = np.array([6, 10, centre]) + rng.integers(-1, 2, 3)
+        for label, center in ((1, 6), (2, 17)):
+            c = np.array([6, 10, center]) + rng.integers(-1, 2, 3)
             seg[(z - c[0]) ** 2 + (y - c[1]) ** 2 + (x - c[2]) ** 2 < 10] = label
         seg[2:5, 3:6, 10:14] = 3
         for channel in range(channels):

@@ -1,4 +1,4 @@
-"""A raw data set of nnU-Net's that takes milliseconds: boxes in noise, some scans labelled, some not."""
+"""A raw data set of nnU-Net's that takes milliseconds: boxes in noise, some scans labeled, some not."""
 
 import json
 from pathlib import Path

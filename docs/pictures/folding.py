@@ -6,18 +6,18 @@ Run it in this folder after a change: python folding.py
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-BLUE, ORANGE, GREY = "#0072b2", "#c04e00", "#52626b"
-STEPS = ("convolution", "normalise:  z", "scale and shift", "nonlinearity")
+BLUE, ORANGE, GRAY = "#0072b2", "#c04e00", "#52626b"
+STEPS = ("convolution", "normalize:  z", "scale and shift", "nonlinearity")
 
 
-def box(axis, x: float, y: float, text: str, color: str = GREY, width: float = 2.6, filled: bool = False) -> None:
-    """A box around its centre."""
+def box(axis, x: float, y: float, text: str, color: str = GRAY, width: float = 2.6, filled: bool = False) -> None:
+    """A box around its center."""
     face = color if filled else "white"
     axis.add_patch(FancyBboxPatch((x - width / 2, y - 0.3), width, 0.6, "round,pad=0.04", fc=face, ec=color, lw=1.6))
     axis.text(x, y, text, ha="center", va="center", fontsize=10, color="white" if filled else "#16232b")
 
 
-def arrow(axis, start: tuple[float, float], end: tuple[float, float], color: str = GREY) -> None:
+def arrow(axis, start: tuple[float, float], end: tuple[float, float], color: str = GRAY) -> None:
     """From one box to another."""
     axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=13, color=color, lw=1.4))
 
@@ -28,7 +28,7 @@ def column(axis, x: float, title: str, formula: str, color: str) -> None:
     for number, step in enumerate(STEPS):
         y = 4.5 - 1.15 * number
         is_affine = number == 2
-        text, edge, width = (formula, color, 3.9) if is_affine else (step, GREY, 2.6)
+        text, edge, width = (formula, color, 3.9) if is_affine else (step, GRAY, 2.6)
         box(axis, x, y, text, edge, width, is_affine)
         if number < 3:
             arrow(axis, (x, y - 0.36), (x, y - 0.79))
@@ -53,7 +53,7 @@ def main() -> None:
     text = "γ' = γ (1 + a(t*))        β' = β (1 + a(t*)) + b(t*)"
     axis.text(6.3, 0.05, text, ha="center", fontsize=12, color=BLUE)
     note = "constants for each channel: the same output, the same parameter names as nnU-Net's, no embedding left"
-    axis.text(6.3, -0.5, note, ha="center", fontsize=10, color=GREY)
+    axis.text(6.3, -0.5, note, ha="center", fontsize=10, color=GRAY)
     figure.savefig("folding.png")
 
 

@@ -118,7 +118,7 @@ def measure(real: list, samples: list, k: int) -> dict:
     Args:
         real: Pooled (n, d) and spatial (n, s) features.
         samples: The same, (m, d) and (m, s).
-        k: Neighbours of precision and recall.
+        k: Neighbors of precision and recall.
     """
     from nnunet_diffusion.samples.figures import f1, frechet_distance, precision_and_recall
 

@@ -1,4 +1,4 @@
-"""Groups of cases with the same annotated labels: the partially labelled data sets that teach each other.
+"""Groups of cases with the same annotated labels: the partially labeled data sets that teach each other.
 
 A group is what `annotated_labels` of dataset.json makes it, or what a setting names. No label is in two groups, every
 label is in one, and a case belongs to the group that has all its labels.
@@ -149,4 +149,4 @@ class GroupedLoader(nnUNetDataLoader):
         first = np.random.randint(len(self.groups))
         places = [(first + i) % len(self.groups) for i in range(self.batch_size)]
         drawn = [self.groups[group][np.random.randint(len(self.groups[group]))] for group in places]
-        return np.random.permutation(drawn)  # nnU-Net centres the last places of a batch on foreground
+        return np.random.permutation(drawn)  # nnU-Net centers the last places of a batch on foreground

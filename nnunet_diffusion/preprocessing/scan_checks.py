@@ -116,7 +116,7 @@ def check_label(path: str, label_values: Collection[int]) -> Geometry | None:
     if geometry is None:
         return None
     if (channels := number_of_channels([path])) != 1:
-        raise UserError(f"{path}: a label map has one value a pixel, not {channels}: save it in grey levels")
+        raise UserError(f"{path}: a label map has one value a pixel, not {channels}: save it in gray levels")
     found = np.sort(pd.unique(read_voxels(path).ravel()))  # hashing: much faster than np.unique on a scan
     if fractions := [float(value) for value in found if not float(value).is_integer()]:
         raise UserError(f"{path}: label values must be whole numbers, not {_some(fractions)}: is this an image?")

@@ -70,10 +70,10 @@ def case_planes(
     if not image.shape == reference.shape == prediction.shape:
         raise ValueError(f"{prediction_file}: has {prediction.shape} voxels, its scan {image.shape}")
     low, high = SOFT_TISSUE if is_ct else np.percentile(image, (1, 99))
-    grey = ((image.astype(np.float32) - low) / max(high - low, 1e-6)).clip(0, 1) * 255
+    gray = ((image.astype(np.float32) - low) / max(high - low, 1e-6)).clip(0, 1) * 255
     top, bottom, left, right = bounding_box(image, is_ct)
     box = (slice(None), slice(top, bottom), slice(left, right))
-    volumes = {"scan": grey[box].astype(np.uint8), "prediction": prediction[box], "reference": reference[box]}
+    volumes = {"scan": gray[box].astype(np.uint8), "prediction": prediction[box], "reference": reference[box]}
     scale = LONGEST / max(count * mm for count, mm in zip(volumes["scan"].shape, spacing, strict=True))
     return [_plane(name, i, volumes, spacing, scale, organ_colors(labels), most) for i, name in enumerate(PLANES)]
 

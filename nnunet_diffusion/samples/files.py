@@ -82,7 +82,7 @@ def file_name(number: int, channel: int) -> str:
 
 
 def write_sample(folder: str, number: int, image: np.ndarray, plan: Mapping[str, Any]) -> None:
-    """Writes a (C, X, Y[, Z]) image in the plan's normalisation, in intensities; each file whole or not at all."""
+    """Writes a (C, X, Y[, Z]) image in the plan's normalization, in intensities; each file whole or not at all."""
     intensities = to_intensities(image, plan_scales(plan))
     volumes, spacing_mm = intensities, list(plan["spacing"])
     if image.ndim == 3:
@@ -95,7 +95,7 @@ def write_sample(folder: str, number: int, image: np.ndarray, plan: Mapping[str,
 
 
 def read_samples(folder: str, numbers: Sequence[int], plan: Mapping[str, Any]) -> Iterator[np.ndarray]:
-    """Yields (C, X, Y[, Z]) images in the plan's normalisation, as they were given to `write_sample`.
+    """Yields (C, X, Y[, Z]) images in the plan's normalization, as they were given to `write_sample`.
 
     Raises:
         UserError: If a file cannot be read or has another size than the plan's patch.
