@@ -31,6 +31,7 @@ for variable in (*FOLDERS, "nnUNet_extTrainer"):
 LONGEST = ("openkbp", "flare22", "test_benchmarks_run", "test_train", "test_rounds", "test_mutual", "test_end_to_end")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps the tests of a file, or of a group of its own, together in one process."""
     for item in items:

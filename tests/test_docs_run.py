@@ -217,7 +217,6 @@ def test_readme(openkbp):
     write_scans(folder / "flare22" / "images", "FLARE22_Tr", range(1, 3), 13, folder / "flare22" / "labels")
     (folder / "kits23").mkdir()
     kits(folder / "kits23" / "dataset", "segmentation", 3)
-    run(openkbp, folder, ["nnunet_diffusion convert flare22 ~/FLARE22 -d 22"])
     run_page(openkbp, "README.md", PYTHON)  # processes of their own, as a user's, but for rounds
     assert (folder / "masks" / "evaluation_nnunet.csv").exists()
     exported = model(openkbp, "nnUNetTrainer", "nnUNetCompactPlans", "2d", "Dataset501_OpenKBP")
