@@ -51,6 +51,13 @@ def seeded() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def torch_loads_as_it_comes() -> Iterator[None]:
+    """Our trainers let torch load plain values only, for as long as their process lives: here for one test."""
+    yield
+    os.environ.pop("TORCH_FORCE_WEIGHTS_ONLY_LOAD", None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def session_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Sets nnU-Net's three folders for the whole session, so that expensive fixtures can share what they made."""

@@ -246,7 +246,7 @@ def test_extending(flare22):
         (case / f"ct_{number:04d}_0000.nii.gz").rename(case / "ct.nii.gz")
         if not is_test:
             (case / f"ct_{number:04d}.nii.gz").rename(case / "organs.nii.gz")
-    named = r"This is\s+`([\w/]+\.py)`(?:(?!```).)*```python\n(.*?)^```$"
+    named = r"This\s+is\s+`([\w/]+\.py)`(?:(?!```).)*```python\n(.*?)^```$"
     files = dict(re.findall(named, (ROOT / "docs/extending.md").read_text(), re.M | re.S))
     assert set(files) == {"my_trainers/FocalTrainer.py", "test_focal.py", "Dataset301_Pelvis.py"}
     for name, text in files.items():

@@ -73,7 +73,7 @@ def test_first_run_again_and_after_edits(raw, preprocessed, capsys):
     assert snapshot(preprocessed) == before
 
     edited = json.loads(plan)
-    edited["nnunet_diffusion"]["DenoisingDiffusionTrainer"]["num_epochs"] = 7
+    edited["nnunet_diffusion"] = {"DenoisingDiffusionTrainer": {"num_epochs": 7}}
     plans_file.write_text(json.dumps(edited))
     capsys.readouterr()
     assert run("-c", "2d") == 0
