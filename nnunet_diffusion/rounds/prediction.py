@@ -9,13 +9,12 @@ import contextlib
 import io
 import json
 import os
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from pydantic import Field
 from typing_extensions import TypedDict
 
 from nnunet_diffusion.errors import UserError
@@ -70,21 +69,11 @@ def network_spacing(properties: str, plans: PlansManager, configuration: Configu
     return tuple(spacing)
 
 
-class EvidenceContent(TypedDict):
-    """`Evidence` as JSON has it."""
-
-    volume_ml: float
-    position: Annotated[list[float], Field(min_length=3, max_length=3)] | None
-    confidence: float | None
-    agreement: float | None
-    disagreement: float | None
-
-
 class PredictionContent(TypedDict):
     """The metadata of a prediction."""
 
     teacher: str
-    evidence: dict[str, EvidenceContent]
+    evidence: dict[str, Evidence]
 
 
 class Teacher:
@@ -165,21 +154,13 @@ def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: s
         possible = possible_classes(case.annotation, channels)
     labels, confidence = most_probable(logits, teacher.label_manager, annotated, possible)
     if annotated is None and any(teacher.predictor.configuration_manager.use_mask_for_norm):
-        labels[
-            (image == 0).all(0)
-        ] = -1  # outside the body, as nnU-Net's preprocessing marks it and its masking needs it
+        labels[(image == 0).all(0)] = -1  # outside the body: nnU-Net's preprocessing marks it, its masking needs it
     previous = load_prediction(before, name).labels if has_prediction(before, name) else None
-    spacing = case.spacing_mm
-    evidence = measure(labels.numpy(), channels, spacing, confidence.numpy(), members, previous)
-    save_prediction(folder, name, Prediction(labels.numpy(), confidence.numpy(), evidence, teacher.identity),
-                    teacher.predictor.configuration_manager.patch_size)  # fmt: skip
-
-
-def save_prediction(folder: str, name: str, prediction: Prediction, patch_size) -> None:
-    """Saves it, whole or not at all."""
-    confidence = np.round(prediction.confidence * LEVELS).astype(np.int16)
-    about = {"teacher": prediction.teacher, "evidence": {k: v._asdict() for k, v in prediction.evidence.items()}}
-    maps = np.stack([prediction.labels, confidence])
+    labels, confidence = labels.numpy(), confidence.numpy()
+    evidence = measure(labels, channels, case.spacing_mm, confidence, members, previous)
+    about = {"teacher": teacher.identity, "evidence": {organ: e._asdict() for organ, e in evidence.items()}}
+    maps = np.stack([labels, np.round(confidence * LEVELS).astype(np.int16)])
+    patch_size = teacher.predictor.configuration_manager.patch_size
     write_array(os.path.join(folder, name + ".b2nd"), maps, patch_size, json.dumps(about))
 
 
@@ -223,8 +204,7 @@ def _about(text: str, path: str) -> tuple[dict[str, Evidence], str]:
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: is no prediction ({error}): {ANEW}") from error
     check_shape(content, PredictionContent, path, ANEW)
-    evidence = {n: Evidence(*(entry[key] for key in Evidence._fields)) for n, entry in content["evidence"].items()}
-    return evidence, content["teacher"]
+    return {name: Evidence(**entry) for name, entry in content["evidence"].items()}, content["teacher"]
 
 
 def read_preprocessed(path: str) -> np.ndarray:

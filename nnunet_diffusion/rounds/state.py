@@ -7,9 +7,6 @@ of the round, to which a line is added for each.
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-from typing_extensions import TypedDict
 
 from nnunet_diffusion.commands import MadeFrom, StepRecord
 from nnunet_diffusion.names import safe_name
@@ -33,20 +30,11 @@ class Round:
     validation_dice: float | None = None  # mean over the labels; None where nothing is held out
 
 
-class StateContent(TypedDict):
-    """A state as JSON has it."""
-
-    made_from: MadeFrom
-    rounds: list[Round]
-    steps: dict[str, StepRecord]
-    hashes: dict[str, list[str]]
-
-
 @dataclass
 class State:
     """All that a run of rounds, or of mutual learning, must remember."""
 
-    made_from: dict[str, Any]  # of `records.made_from`
+    made_from: MadeFrom
     rounds: list[Round] = field(default_factory=list)
     steps: dict[str, StepRecord] = field(default_factory=dict)
     hashes: dict[str, list[str]] = field(default_factory=dict)  # path -> size and time, SHA-256
@@ -75,7 +63,7 @@ def load_state(path: str) -> State | None:
     Raises:
         UserError: If the file is cut, edited or of another version.
     """
-    content = read_sealed(path, StateContent, FORMAT, anew(path))
+    content = read_sealed(path, State, FORMAT, anew(path))
     if content is None:
         return None
     rounds = [Round(**entry) for entry in content["rounds"]]
