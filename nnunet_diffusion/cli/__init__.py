@@ -1,7 +1,7 @@
 """The command `nnunet_diffusion`: one file a subcommand, parsed before anything heavy is imported.
 
-Such a file has HELP (one line), add_arguments(parser), run(args) -> exit code and, where nnU-Net's folders must be set,
-NEEDS: their names.
+Such a file has HELP (one line), EPILOG (what its help ends with), add_arguments(parser), run(args) -> exit code and,
+where nnU-Net's folders must be set, NEEDS: their names.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(
             name, help=module.HELP, description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        command.epilog = getattr(module, "EPILOG", None)
         module.add_arguments(command)
         command.set_defaults(run=module.run, needs=getattr(module, "NEEDS", ()))
     return parser

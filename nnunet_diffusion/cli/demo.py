@@ -51,7 +51,6 @@ FINETUNING = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.epilog = EPILOG
     parser.add_argument(
         "-o", dest="folder", metavar="FOLDER", help="results; default: ./nnunet_diffusion_demo[/DATASET]"
     )

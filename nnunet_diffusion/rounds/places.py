@@ -37,6 +37,20 @@ class Request:
         """The data set's folder of preprocessed cases."""
         return os.path.join(nnUNet_preprocessed, self.dataset)
 
+    @property
+    def results(self) -> str:
+        """The data set's folder of results."""
+        return os.path.join(nnUNet_results, self.dataset)
+
+    @property
+    def reports(self) -> str:
+        """The folder of the rounds' reports and logs, with their lock: it can be removed to start anew."""
+        return os.path.join(self.results, f"rounds__{self.plans}__{self.configuration}", f"fold_{self.fold}")
+
+    def model_folder(self, trainer: str, plans: str = "") -> str:
+        """The model folder of a trainer, by default with the plans that were asked for."""
+        return os.path.join(self.results, f"{trainer}__{plans or self.plans}__{self.configuration}")
+
 
 class Places:
     """The folders and files of one run; a round is a number, or "finetune"."""
@@ -45,12 +59,10 @@ class Places:
         """Names them; `data_identifier` is that of the configuration."""
         self.request = request
         self.base = request.base
-        self.results = os.path.join(nnUNet_results, request.dataset)
         self.name = f"{request.plans}__{request.configuration}__fold_{request.fold}"
         self.folder = pseudo_folder(self.base, data_identifier, self.name)
         self.state = os.path.join(self.folder, "state.json")
-        runs = f"rounds__{request.plans}__{request.configuration}"
-        self.reports = os.path.join(self.results, runs, f"fold_{request.fold}")
+        self.reports = request.reports
 
     def round(self, number: int) -> str:
         """The pseudo labels of a round."""
@@ -77,15 +89,12 @@ class Places:
         if number == 0 and self.request.model:
             return os.path.abspath(self.request.model)
         if number == 0:
-            return self._model(self.request.trainer, self.request.plans)
-        return self._model(TRAINER, self.plans(number))
+            return self.request.model_folder(self.request.trainer)
+        return self.request.model_folder(TRAINER, self.plans(number))
 
     def outcome(self) -> str:
         """Where `nnUNetv2_predict -tr PseudoLabelTrainer -p PLANS` looks."""
-        return self._model(TRAINER, self.request.plans)
-
-    def _model(self, trainer: str, plans: str) -> str:
-        return os.path.join(self.results, f"{trainer}__{plans}__{self.request.configuration}")
+        return self.request.model_folder(TRAINER)
 
     def folds(self, number: int | str) -> list[str]:
         """The folds that predict: of a given model all, if nothing is validated on; else this run's own."""
