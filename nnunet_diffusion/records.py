@@ -13,7 +13,6 @@ from typing import Any
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape, naming_full_disk, read_json, write_json
 
-SHOWN = 5  # cases in a message
 SEAL, FORMAT = "digest", "format"
 
 Cases = Mapping[str, str]  # case -> its files by size and time
@@ -76,10 +75,10 @@ def refuse_other(output: str, known: Mapping[str, Any], now: Mapping[str, Any], 
         raise UserError("\n  ".join([f"{output}: was made from something else: undo that, or {remedy}", *lines]))
 
 
-def some(names: Iterable[str]) -> str:
-    """The first of some names, and how many there are more."""
+def some(names: Iterable[str], most: int = 5) -> str:
+    """Writes the first of some names, and how many there are more."""
     names = sorted(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _different_values(known: Any, now: Any, key: str = "") -> list[str]:

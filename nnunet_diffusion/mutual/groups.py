@@ -13,6 +13,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.partial.annotations import Annotation, Channels
+from nnunet_diffusion.records import some
 
 KEY = "nnunet_diffusion_groups"  # in plans.json of a model folder: the labels of each group, for prediction
 SHOWN = 3  # cases in a message
@@ -48,8 +49,8 @@ def find_groups(
     homeless = [case for case, own in labels.items() if not own or not any(set(own) <= set(group) for group in sets)]
     if homeless:
         raise UserError(
-            f"{_some(homeless)}: annotated for {list(labels[homeless[0]]) or 'nothing'}, which no group of labels has: "
-            "correct annotated_labels or the setting groups, or take the cases out"
+            f"case(s) {some(map(repr, homeless), SHOWN)}: annotated for {list(labels[homeless[0]]) or 'nothing'}, "
+            "which no group of labels has: correct annotated_labels or the setting groups, or take the cases out"
         )
     groups = [Group(group, tuple(case for case in labels if set(labels[case]) <= set(group))) for group in sets]
     _refuse_unusable(groups, channels)
@@ -94,8 +95,8 @@ def _refuse_unions(annotations: Mapping[str, Annotation]) -> None:
     unions = [case for case, annotation in annotations.items() if annotation.unions]
     if unions:
         raise UserError(
-            f"{_some(unions)}: union_labels: mutual learning needs each label by itself: take the cases or their "
-            "unions out, or train PartialLabelTrainer"
+            f"case(s) {some(map(repr, unions), SHOWN)}: union_labels: mutual learning needs each label by itself: "
+            "take the cases or their unions out, or train PartialLabelTrainer"
         )
 
 
@@ -130,11 +131,6 @@ def _refuse_unusable(groups: Sequence[Group], channels: Channels) -> None:
                 f"no training case annotates {list(group.labels)}: every batch needs a case of each group: add cases "
                 "to this fold, or correct the setting groups"
             )
-
-
-def _some(cases: Sequence[str]) -> str:
-    more = f" and {len(cases) - SHOWN} more" if len(cases) > SHOWN else ""
-    return f"case(s) {', '.join(map(repr, cases[:SHOWN]))}{more}"
 
 
 class GroupedLoader(nnUNetDataLoader):

@@ -1,6 +1,5 @@
 """Feature extractors for generated images; each has a name that goes with its figures."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.pretraining.conditioning import Denoiser, fold
+from nnunet_diffusion.records import sha256
 
 INCEPTION_FILE = "inception_v3_google-0cc3c7bd.pth"  # torchvision's name for its weights
 SPATIAL_CHANNELS = 7  # the first ones, as in sFID (Nash et al. 2021)
@@ -94,9 +94,7 @@ def inception_features(path: str | None, value_range: tuple[float, float], devic
         pooled = network(_gray_levels(images.to(device), *value_range))
         return pooled.cpu(), spatial.pop().flatten(1).cpu()
 
-    with open(path, "rb") as f:
-        identity = hashlib.sha256(f.read()).hexdigest()[:12]
-    return Extractor(f"torchvision Inception v3, weights {identity}", extract)
+    return Extractor(f"torchvision Inception v3, weights {sha256(path)[:12]}", extract)
 
 
 def _gray_levels(images: Tensor, low: float, high: float) -> Tensor:
