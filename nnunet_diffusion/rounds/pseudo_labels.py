@@ -114,8 +114,8 @@ def save_pseudo_label(
         raise ValueError(f"the segmentation must be (X, Y, Z) or (1, X, Y, Z), not {segmentation.shape}")
     locations = class_locations(segmentation, label_manager)
     about = {"annotation": _to_json(annotation), "completes": completes and _to_json(completes)}
-    about |= {"info": dict(info or {}), "classes": [_key_to_json(key) for key in locations]}
-    metadata = [json.dumps(about), *map(_to_bytes, locations.values())]
+    about |= {"info": dict(info or {}), "classes": [np.asarray(key).tolist() for key in locations]}
+    metadata = [json.dumps(about), *(np.asarray(voxels, np.int32).tobytes() for voxels in locations.values())]
     write_array(os.path.join(folder, case + ENDING), segmentation, patch_size, metadata)
 
 
@@ -238,14 +238,6 @@ def _to_json(annotation: Annotation) -> dict[str, list]:
 
 def _from_json(content: Mapping[str, list]) -> Annotation:
     return Annotation(frozenset(content["labels"]), tuple(map(tuple, content["unions"])))
-
-
-def _key_to_json(key: int | tuple[int, ...]) -> int | list[int]:
-    return [int(label) for label in key] if isinstance(key, tuple) else int(key)
-
-
-def _to_bytes(locations) -> bytes:
-    return np.asarray(locations, np.int32).tobytes()
 
 
 class PseudoLabelDataset(nnUNetBaseDataset):
