@@ -22,18 +22,17 @@ from nnunet_diffusion.preprocessing.cases import fold_of
 from nnunet_diffusion.records import Journal, made_from
 from nnunet_diffusion.rounds.cases import COPY
 from nnunet_diffusion.rounds.constrained import ignore_uncertain, keep_labels
-from nnunet_diffusion.rounds.evidence import Evidence, OrganPrior, measure, organ_priors
+from nnunet_diffusion.rounds.evidence import OrganPrior, organ_priors
 from nnunet_diffusion.rounds.gate import GateSettings, filter_case
 from nnunet_diffusion.rounds.prediction import (
     Case,
     Teacher,
+    annotated_evidence,
     load_prediction,
     network_spacing,
     predict_case,
-    read_preprocessed,
 )
 from nnunet_diffusion.rounds.pseudo_labels import (
-    ENDING,
     ignoring,
     pseudo_cases,
     remove_pseudo_labels,
@@ -144,12 +143,6 @@ def complete_cases(teacher: Teacher, cases: Mapping[str, Case], folder: str, set
     report = Report(made_from=origin, cases={name: journal.entries[name] for name in cases})
     write_json(os.path.join(folder, REPORT), report)
     return report
-
-
-def annotated_evidence(case: Case, channels: Channels) -> dict[str, Evidence]:
-    """Measures the organs that a case annotates."""
-    labels = read_preprocessed(case.image.removesuffix(".b2nd") + ENDING)[0]
-    return {k: v for k, v in measure(labels, channels, case.spacing_mm).items() if k in case.annotation.labels}
 
 
 def _complete(

@@ -17,8 +17,8 @@ from nnunet_diffusion.preprocessing.cases import (
 )
 from nnunet_diffusion.preprocessing.preprocess import differing, preprocessing_identity
 from nnunet_diffusion.records import digest, size_and_time
-from nnunet_diffusion.rounds.evidence import OrganPrior, measure, organ_priors
-from nnunet_diffusion.rounds.prediction import Case, network_spacing, read_preprocessed
+from nnunet_diffusion.rounds.evidence import OrganPrior, organ_priors
+from nnunet_diffusion.rounds.prediction import Case, annotated_evidence, network_spacing
 from nnunet_diffusion.schemas import Dataset
 
 COPY = "run nnunet_diffusion plan_and_preprocess, which copies it from nnUNet_raw"
@@ -101,10 +101,11 @@ class Cases:
         return cases
 
     def case(self, name: str) -> Case:
-        """Where a case that is to be predicted lies, its spacing, and what was annotated."""
+        """Finds where a case lies, its spacing, and what was annotated."""
         annotation = self.annotations.get(name)
         folder = self.unlabeled if annotation is None else self.labeled
-        return Case(os.path.join(folder, name + ".b2nd"), self._spacing(folder, name), annotation)
+        spacing = network_spacing(os.path.join(folder, name + ".pkl"), self.plans, self.configuration)
+        return Case(os.path.join(folder, name + ".b2nd"), spacing, annotation)
 
     def lacking(self, annotation: Annotation) -> list[str]:
         """The labels or regions that a case was not annotated for."""
@@ -112,12 +113,7 @@ class Cases:
 
     def organ_priors(self) -> dict[str, OrganPrior]:
         """Measures the organs of the annotated training cases; those validated on are not looked at."""
-        found = []
-        for case in self.split()[0]:
-            labels = read_preprocessed(os.path.join(self.labeled, case + "_seg.b2nd"))[0]
-            evidence = measure(labels, self.channels, self._spacing(self.labeled, case))
-            found.append({name: e for name, e in evidence.items() if name in self.annotations[case].labels})
-        return organ_priors(found)
+        return organ_priors([annotated_evidence(self.case(case), self.channels) for case in self.split()[0]])
 
     def recorded(self) -> dict[str, dict[str, str]]:
         """All cases by the size and time of their files, annotated ones by what dataset.json says of them, too."""
@@ -129,6 +125,3 @@ class Cases:
             "annotated": annotated,
             "pool": {case: size_and_time(self.unlabeled, case, UNLABELED_FILES) for case in self.pool},
         }
-
-    def _spacing(self, folder: str, case: str) -> tuple[float, ...]:
-        return network_spacing(os.path.join(folder, case + ".pkl"), self.plans, self.configuration)

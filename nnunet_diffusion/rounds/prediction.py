@@ -20,7 +20,7 @@ from typing_extensions import TypedDict
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
 from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_nothing_but_plain_values, trainers_of
-from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.partial.annotations import Annotation, Channels
 from nnunet_diffusion.preprocessing.case_files import REMEDY, load_properties, open_array
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure
@@ -32,7 +32,7 @@ ANEW = "remove it and run the same command again"
 
 
 class Case(NamedTuple):
-    """A preprocessed scan that is to be predicted."""
+    """A preprocessed scan."""
 
     image: str  # its .b2nd
     spacing_mm: tuple[float, ...]  # of the network's space
@@ -122,7 +122,7 @@ class Teacher:
 
 
 @torch.inference_mode()
-def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: str, channels) -> None:
+def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: str, channels: Channels) -> None:
     """Predicts one case and saves it, unless this teacher did already.
 
     Args:
@@ -149,8 +149,7 @@ def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: s
     logits, members = teacher.logits(image)
     annotated = possible = None
     if case.annotation is not None:
-        label_file = case.image.removesuffix(".b2nd") + "_seg.b2nd"
-        annotated = torch.from_numpy(read_preprocessed(label_file)[0].astype(np.int16))
+        annotated = torch.from_numpy(read_annotated(case).astype(np.int16))
         possible = possible_classes(case.annotation, channels)
     labels, confidence = most_probable(logits, teacher.label_manager, annotated, possible)
     if annotated is None and any(teacher.predictor.configuration_manager.use_mask_for_norm):
@@ -205,6 +204,17 @@ def _about(text: str, path: str) -> tuple[dict[str, Evidence], str]:
         raise UserError(f"{path}: is no prediction ({error}): {ANEW}") from error
     check_shape(content, PredictionContent, path, ANEW)
     return {name: Evidence(**entry) for name, entry in content["evidence"].items()}, content["teacher"]
+
+
+def read_annotated(case: Case) -> np.ndarray:
+    """Reads the (X, Y, Z) label file of an annotated case."""
+    return read_preprocessed(case.image.removesuffix(".b2nd") + "_seg.b2nd")[0]
+
+
+def annotated_evidence(case: Case, channels: Channels) -> dict[str, Evidence]:
+    """Measures the organs that a case annotates."""
+    evidence = measure(read_annotated(case), channels, case.spacing_mm)
+    return {name: found for name, found in evidence.items() if name in case.annotation.labels}
 
 
 def read_preprocessed(path: str) -> np.ndarray:
