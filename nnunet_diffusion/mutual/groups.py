@@ -44,7 +44,9 @@ def find_groups(
     _refuse_unions(annotations)
     if problem := _problem_of_names(named, channels):
         raise UserError(f"setting groups is {[list(names) for names in named]}: {problem}")
-    sets = [_foreground(names, channels) for names in named] or sorted(set(labels.values()), key=_order(channels))
+    place = list(channels).index
+    sets = [_foreground(names, channels) for names in named]
+    sets = sets or sorted(set(labels.values()), key=lambda own: [place(label) for label in own])
     _refuse_overlap(sets, labels, bool(named))
     homeless = [case for case, own in labels.items() if not own or not any(set(own) <= set(group) for group in sets)]
     if homeless:
@@ -76,11 +78,6 @@ def too_small(groups: Sequence[Group], batch_size: int) -> list[str]:
 
 def _foreground(names, channels: Channels) -> tuple[str, ...]:
     return tuple(name for name, values in channels.items() if name in names and values != {0})
-
-
-def _order(channels: Channels):
-    names = list(channels)
-    return lambda labels: [names.index(label) for label in labels]
 
 
 def _problem_of_names(named: Sequence[Sequence[str]], channels: Channels) -> str:

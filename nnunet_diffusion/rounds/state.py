@@ -4,6 +4,7 @@
 of the round, to which a line is added for each.
 """
 
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -90,13 +91,12 @@ def fallen(dices: Sequence[float | None], tolerance: float) -> int | None:
     Returns:
         Its number; None so far.
     """
-    best = None
+    best = -math.inf
     for number, dice in enumerate(dices):
-        if dice is None:
-            continue
-        if best is not None and dice < best - tolerance:
-            return number
-        best = dice if best is None else max(best, dice)
+        if dice is not None:
+            if dice < best - tolerance:
+                return number
+            best = max(best, dice)
     return None
 
 
