@@ -19,7 +19,7 @@ Cases = Mapping[str, str]  # case -> its files by size and time
 
 
 def digest(content: Any) -> str:
-    """The SHA-256 of plain values."""
+    """Computes the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -97,7 +97,7 @@ def _different_values(known: Any, now: Any, key: str = "") -> list[str]:
 
 
 def size_and_time(folder: str, case: str, endings: Iterable[str]) -> str:
-    """The files of a case by size and time: enough to notice that one was written, and nothing is read.
+    """Records the files of a case by size and time: enough to notice that one was written, and nothing is read.
 
     Raises:
         OSError: If one is not there.
@@ -107,7 +107,7 @@ def size_and_time(folder: str, case: str, endings: Iterable[str]) -> str:
 
 
 def sha256(path: str) -> str:
-    """The SHA-256 of a file.
+    """Computes the SHA-256 of a file.
 
     Raises:
         OSError: If it cannot be read.
@@ -193,7 +193,7 @@ class Journal:
         self.entries[case] = entry
 
     def seal(self) -> str:
-        """The SHA-256 of the file, for `read_journal`."""
+        """Computes the SHA-256 of the file, for `read_journal`."""
         return sha256(self.path)
 
 
@@ -211,7 +211,7 @@ def read_journal(path: str, seal: str, schema: Any, remedy: str) -> dict[str, An
 
 
 def _whole_lines(path: str) -> list[list]:
-    """The lines [text, value] of a journal, which is cut after the last whole one."""
+    """Reads the lines [text, value] of a journal, which is cut after the last whole one."""
     lines: list[list] = []
     if not os.path.isfile(path):
         return lines

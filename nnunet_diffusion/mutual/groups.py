@@ -29,7 +29,7 @@ class Group(NamedTuple):
 def find_groups(
     annotations: Mapping[str, Annotation], channels: Channels, named: Sequence[Sequence[str]] = ()
 ) -> list[Group]:
-    """The groups of some cases, in the order of their first labels.
+    """Finds the groups of some cases, in the order of their first labels.
 
     Args:
         annotations: {case: annotation} of the training cases.
@@ -60,12 +60,12 @@ def find_groups(
 
 
 def owned_channels(groups: Sequence[Sequence[str]], channels: Channels) -> torch.Tensor:
-    """(K, C) bool: which outputs of the network each group's labels are; background is nobody's."""
+    """Returns (K, C) bool: which outputs of the network each group's labels are; background is nobody's."""
     return torch.tensor([[name in group for name in channels] for group in groups])
 
 
 def too_small(groups: Sequence[Group], batch_size: int) -> list[str]:
-    """A sentence for each group that has fewer cases than a `GroupedLoader` takes from it for a batch."""
+    """Names in a sentence each group that has fewer cases than a `GroupedLoader` takes from it for a batch."""
     patches = -(-batch_size // len(groups))
     return [
         f"group {list(group.labels)} has {len(group.cases)} training case(s) and gives up to {patches} of the "
@@ -138,7 +138,7 @@ class GroupedLoader(nnUNetDataLoader):
         self.groups = groups
 
     def get_indices(self) -> np.ndarray:
-        """The cases of a batch."""
+        """Draws the cases of a batch."""
         first = np.random.randint(len(self.groups))
         places = [(first + i) % len(self.groups) for i in range(self.batch_size)]
         drawn = [self.groups[group][np.random.randint(len(self.groups[group]))] for group in places]

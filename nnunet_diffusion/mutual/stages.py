@@ -95,7 +95,7 @@ class MutualLearning:
             steps.run_all(self.stages())
 
     def stages(self) -> Iterator[Step]:
-        """All that is to be done, in order."""
+        """Yields all that is to be done, in order."""
         yield self.training(STAGES[0])
         yield Step("complete the training cases", do=self.complete, is_done=self.is_completed)
         yield self.training(STAGES[1])
@@ -115,7 +115,7 @@ class MutualLearning:
     # ---------------------------------------------------------------- trainings
 
     def final(self, trainer: str) -> str:
-        """The checkpoint that a trainer ends with."""
+        """Returns the checkpoint that a trainer ends with."""
         return os.path.join(self.request.model_folder(trainer), f"fold_{self.fold}", CHECKPOINT)
 
     def training(self, trainer: str) -> Step:
@@ -148,23 +148,23 @@ class MutualLearning:
         )
 
     def recorded(self, cases: Sequence[str]) -> dict[str, str]:
-        """Preprocessed cases by the size and time of their files, and what dataset.json says of them."""
+        """Records preprocessed cases by the size and time of their files, and what dataset.json says of them."""
         return {
             case: f"{size_and_time(self.labeled, case, LABELED_FILES)} {digest(sorted(self.annotations[case].labels))}"
             for case in cases
         }
 
     def settings(self, trainer: str) -> dict[str, Any]:
-        """Those that the plan gives for a trainer."""
+        """Returns those that the plan gives for a trainer."""
         return self.request.settings_of(self.content, trainer)
 
     def plan(self) -> dict[str, Any]:
-        """The plan without other configurations and without settings."""
+        """Returns the plan without other configurations and without settings."""
         general = {key: value for key, value in self.content.items() if key not in ("configurations", BLOCK)}
         return general | self.configuration.configuration
 
     def denoiser(self, settings: dict[str, Any]) -> dict[str, str]:
-        """The denoiser that a training starts from, by content; none from random weights, as by default."""
+        """Returns the denoiser that a training starts from, by content; none from random weights, as by default."""
         if (start := settings.get("start", SCRATCH)) == SCRATCH:
             return {}
         path = find_start(start, self.plans, self.request.configuration, self.fold)
@@ -173,7 +173,7 @@ class MutualLearning:
     # ---------------------------------------------------------------- completion
 
     def completed_from(self) -> dict[str, Any]:
-        """What the completed labels are made from."""
+        """Says what the completed labels are made from."""
         return made_from({"teacher": self.state.sha256(self.final(STAGES[0])), "gate": self.request.gate.as_dict()})
 
     def is_completed(self) -> bool:

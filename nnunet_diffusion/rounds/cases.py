@@ -85,7 +85,7 @@ class Cases:
         return [case for case in train if case in self.annotations], validation
 
     def held_out(self) -> list[str]:
-        """The cases that this fold is validated on, sorted; none as long as there are no splits."""
+        """Lists the cases that this fold is validated on, sorted; none as long as there are no splits."""
         is_split = self.fold == "all" or os.path.isfile(os.path.join(self.base, "splits_final.json"))
         return sorted(self.split()[1]) if is_split else []
 
@@ -108,7 +108,7 @@ class Cases:
         return Case(os.path.join(folder, name + ".b2nd"), spacing, annotation)
 
     def lacking(self, annotation: Annotation) -> list[str]:
-        """The labels or regions that a case was not annotated for."""
+        """Lists the labels or regions that a case was not annotated for."""
         return [name for name in self.channels if name not in annotation.labels and name != "background"]
 
     def organ_priors(self) -> dict[str, OrganPrior]:
@@ -116,7 +116,7 @@ class Cases:
         return organ_priors([annotated_evidence(self.case(case), self.channels) for case in self.split()[0]])
 
     def recorded(self) -> dict[str, dict[str, str]]:
-        """All cases by the size and time of their files, annotated ones by what dataset.json says of them, too."""
+        """Records cases by the size and time of their files, annotated ones by what dataset.json says of them, too."""
         annotated = {
             case: f"{size_and_time(self.labeled, case, LABELED_FILES)} {digest(sorted(known.labels))} {known.unions}"
             for case, known in self.annotations.items()

@@ -109,7 +109,7 @@ class Teacher:
 
     @torch.inference_mode()
     def logits(self, image: torch.Tensor) -> tuple[torch.Tensor, list[np.ndarray]]:
-        """Mean logits (C, X, Y, Z) of an image, on the CPU, and the label map of each model if there are several."""
+        """Computes mean logits (C, X, Y, Z) of an image, on the CPU, and each model's labels if there are several."""
         total, members, models = None, [], self.predictor.list_of_parameters
         for weights in models:
             getattr(self.predictor.network, "_orig_mod", self.predictor.network).load_state_dict(weights)
@@ -164,12 +164,12 @@ def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: s
 
 
 def has_prediction(folder: str, name: str) -> bool:
-    """Whether any teacher predicted the case there."""
+    """Says whether any teacher predicted the case there."""
     return os.path.isfile(os.path.join(folder, name + ".b2nd"))
 
 
 def is_predicted(folder: str, name: str, teacher: str) -> bool:
-    """Whether this teacher predicted the case there."""
+    """Says whether this teacher predicted the case there."""
     return has_prediction(folder, name) and read_evidence(folder, name)[1] == teacher
 
 
@@ -218,7 +218,7 @@ def annotated_evidence(case: Case, channels: Channels) -> dict[str, Evidence]:
 
 
 def read_preprocessed(path: str) -> np.ndarray:
-    """A preprocessed array, which nnU-Net wrote."""
+    """Reads a preprocessed array, which nnU-Net wrote."""
     array = open_array(path)
     try:
         return array[:]

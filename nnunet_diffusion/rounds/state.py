@@ -41,14 +41,14 @@ class State:
     hashes: dict[str, list[str]] = field(default_factory=dict)  # path -> size and time, SHA-256
 
     def sha256(self, path: str) -> str:
-        """The SHA-256 of a checkpoint or denoiser, which is read again only if its size or time has changed."""
+        """Returns the SHA-256 of a checkpoint or denoiser, which is read again only if its size or time has changed."""
         stamp = size_and_time("", path, [""])
         if self.hashes.get(path, [""])[0] != stamp:
             self.hashes[path] = [stamp, sha256(path)]
         return self.hashes[path][1]
 
     def round(self, number: int) -> Round:
-        """The record of a round, a new one if need be."""
+        """Returns the record of a round, a new one if need be."""
         self.rounds += [Round(n) for n in range(len(self.rounds), number + 1)]
         return self.rounds[number]
 
@@ -74,7 +74,7 @@ def load_state(path: str) -> State | None:
 
 
 def anew(path: str) -> str:
-    """What a user can do about a run that cannot go on."""
+    """Says what a user can do about a run that cannot go on."""
     return f"remove the folder {os.path.dirname(path)} to start anew"
 
 
