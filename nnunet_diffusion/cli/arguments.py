@@ -12,11 +12,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-c", dest="configuration", metavar="CONFIG", required=True, help="configuration of the plan")
     parser.add_argument("-f", dest="fold", metavar="FOLD", required=True, help="a number, or all: nothing is held out")
     parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
-    parser.add_argument(
-        "-num_gpus", "--num_gpus", type=int, default=1, metavar="N", help="of each training; default: 1"
-    )
+    parser.add_argument("-num_gpus", "--num_gpus", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
-    parser.add_argument("--gate", nargs="+", default=[], metavar="KEY=VALUE", help="limits, see docs/rounds.md")
+    parser.add_argument("--gate", nargs="+", default=[], metavar="KEY=VALUE", help="limits: see docs/rounds.md")
 
 
 def check_usage(args: argparse.Namespace) -> None:

@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.pretraining.conditioning import Denoiser, condition
 from nnunet_diffusion.pretraining.diffusion import Diffusion
-from nnunet_diffusion.pretraining.process import (
-    add_noise,
-    alpha_bar_schedule,
-    estimate,
-    per_sample,
-    prediction_target,
-)
+from nnunet_diffusion.pretraining.process import add_noise, alpha_bar_schedule, estimate, per_sample, prediction_target
 
 
 class Draw(NamedTuple):

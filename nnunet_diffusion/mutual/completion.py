@@ -32,12 +32,7 @@ from nnunet_diffusion.rounds.prediction import (
     network_spacing,
     predict_case,
 )
-from nnunet_diffusion.rounds.pseudo_labels import (
-    ignoring,
-    pseudo_cases,
-    remove_pseudo_labels,
-    save_pseudo_label,
-)
+from nnunet_diffusion.rounds.pseudo_labels import ignoring, pseudo_cases, remove_pseudo_labels, save_pseudo_label
 from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.tables import text_table
 
