@@ -169,13 +169,13 @@ def completion_table(report: Report, cases: Mapping[str, Case], channels: Channe
     """Makes a line for each label: where it was annotated, lacking, and added; then how much is ignored."""
     names = [name for name, values in channels.items() if values != {0}]
     annotated = [sum(name in case.annotation.labels for case in cases.values()) for name in names]
-    added = [sum(name in entry["added"] for entry in report["cases"].values()) for name in names]
     entries = report["cases"].values()
+    added = [sum(name in entry["added"] for entry in entries) for name in names]
     ignored = sum(entry["ignored_voxels"] for entry in entries) / max(1, sum(entry["voxels"] for entry in entries))
-    rows = {
+    columns = {
         "label": [*names, "ignored voxels"],
-        "annotated in": [*map(str, annotated), ""],
-        "added in": [*map(str, added), f"{ignored:.2%}"],
-        "of": [*(str(len(cases) - number) for number in annotated), ""],
+        "annotated in": [*annotated, ""],
+        "added in": [*added, f"{ignored:.2%}"],
+        "of": [*(len(cases) - number for number in annotated), ""],
     }
-    return text_table(rows)
+    return text_table(columns)
