@@ -67,7 +67,7 @@ class PlannableDataset(Dataset):
 
 
 class Configuration(Strict):
-    """A configuration of plans.json; one that inherits gives what differs."""
+    """A configuration of plans.json as it stands there: one that inherits gives what differs."""
 
     inherits_from: NotRequired[str]
     data_identifier: NotRequired[str]
@@ -156,7 +156,7 @@ class Measures(Strict):
 
 @cache
 def adapter(schema: Any) -> TypeAdapter:
-    """The validator of a schema, which takes milliseconds to build."""
+    """Builds the validator of a schema, once: it takes milliseconds."""
     return TypeAdapter(schema)
 
 

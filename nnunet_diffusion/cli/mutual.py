@@ -30,9 +30,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs what is not finished; returns 0."""
     check_usage(args)
 
-    from nnunet_diffusion.installation import usable_device
+    from nnunet_diffusion.installation import dataset_name, usable_device
     from nnunet_diffusion.mutual.stages import STAGES, MutualLearning
-    from nnunet_diffusion.preprocessing.planning import dataset_name
 
     usable_device(args.device)
     request = request_of(args, dataset_name(args.dataset))

@@ -19,21 +19,16 @@ from nnunet_diffusion.plans import REMEDY, check_plans
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
 
-def dataset_name(name_or_id: str) -> str:
-    """The name of a data set in any of nnU-Net's folders; errors as `find_dataset`'s."""
-    try:
-        return safe_name(str(maybe_convert_to_dataset_name(name_or_id)), "-d", "give the id or the name of a data set")
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"-d {name_or_id}: {error}") from error
-
-
 def find_dataset(name_or_id: str) -> str:
     """The name of a data set in nnUNet_raw.
 
     Raises:
         UserError: If there is none, or more than one with that id.
     """
-    name = dataset_name(name_or_id)
+    try:
+        name = safe_name(str(maybe_convert_to_dataset_name(name_or_id)), "-d", "give the id or the name of a data set")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"-d {name_or_id}: {error}") from error
     if not os.path.isfile(os.path.join(nnUNet_raw, name, "dataset.json")):
         raise UserError(f"{os.path.join(nnUNet_raw, name)}: no dataset.json: make it with `nnunet_diffusion convert`")
     return name
