@@ -166,7 +166,7 @@ class Steps:
         print(f"  {time() - start:.0f} s", flush=True)
 
     def seconds(self) -> dict[str, float]:
-        """How long each finished step took."""
+        """Returns how long each finished step took."""
         return {title: round(s["seconds"], 1) for title, s in self.state.items() if s["seconds"] is not None}
 
     def _remember(self, step: Step, seconds: float | None) -> None:
@@ -237,7 +237,7 @@ def room_for(output: str) -> str:
 
 
 def printed_lines(process: subprocess.Popen) -> Iterator[str]:
-    """What a process prints, until it has ended, though one that it left behind may still hold its output open."""
+    """Yields what a process prints until it ends, though one that it left behind may still hold its output open."""
     output, rest = process.stdout.fileno(), ""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     while True:
@@ -253,7 +253,7 @@ def printed_lines(process: subprocess.Popen) -> Iterator[str]:
 
 
 def command_environment(root: str | None, device: str) -> dict[str, str]:
-    """What the commands need: nnU-Net's folders, our trainers, and on a CPU no more threads and workers than it has.
+    """Returns what commands need: nnU-Net's folders, our trainers, on a CPU no more threads and workers than it has.
 
     What the user has set already stays, but for the folders.
 
@@ -277,12 +277,12 @@ def command_environment(root: str | None, device: str) -> dict[str, str]:
 
 
 def number_of_cores() -> int:
-    """The cores that this process may use."""
+    """Counts the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_program(name: str, environment: Mapping[str, str]) -> str:
-    """The path of a command, from this installation before any other.
+    """Finds a command, from this installation before any other.
 
     Raises:
         UserError: If it is not installed.

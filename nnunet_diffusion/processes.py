@@ -45,7 +45,7 @@ def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, descript
 
 
 def _end_with_parent() -> None:
-    """A worker must not outlive a killed command: it would hold memory and write under the next one."""
+    """Ends a worker with its parent: it would hold memory and write under the next command."""
 
     def watch():
         multiprocessing.parent_process().join()

@@ -13,14 +13,13 @@ from typing import Any
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape, naming_full_disk, read_json, write_json
 
-SHOWN = 5  # cases in a message
 SEAL, FORMAT = "digest", "format"
 
 Cases = Mapping[str, str]  # case -> its files by size and time
 
 
 def digest(content: Any) -> str:
-    """The SHA-256 of plain values."""
+    """Computes the SHA-256 of plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -76,10 +75,10 @@ def refuse_other(output: str, known: Mapping[str, Any], now: Mapping[str, Any], 
         raise UserError("\n  ".join([f"{output}: was made from something else: undo that, or {remedy}", *lines]))
 
 
-def some(names: Iterable[str]) -> str:
-    """The first of some names, and how many there are more."""
+def some(names: Iterable[str], most: int = 5) -> str:
+    """Writes the first of some names, and how many there are more."""
     names = sorted(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _different_values(known: Any, now: Any, key: str = "") -> list[str]:
@@ -98,7 +97,7 @@ def _different_values(known: Any, now: Any, key: str = "") -> list[str]:
 
 
 def size_and_time(folder: str, case: str, endings: Iterable[str]) -> str:
-    """The files of a case by size and time: enough to notice that one was written, and nothing is read.
+    """Records the files of a case by size and time: enough to notice that one was written, and nothing is read.
 
     Raises:
         OSError: If one is not there.
@@ -108,7 +107,7 @@ def size_and_time(folder: str, case: str, endings: Iterable[str]) -> str:
 
 
 def sha256(path: str) -> str:
-    """The SHA-256 of a file.
+    """Computes the SHA-256 of a file.
 
     Raises:
         OSError: If it cannot be read.
@@ -194,7 +193,7 @@ class Journal:
         self.entries[case] = entry
 
     def seal(self) -> str:
-        """The SHA-256 of the file, for `read_journal`."""
+        """Computes the SHA-256 of the file, for `read_journal`."""
         return sha256(self.path)
 
 
@@ -212,7 +211,7 @@ def read_journal(path: str, seal: str, schema: Any, remedy: str) -> dict[str, An
 
 
 def _whole_lines(path: str) -> list[list]:
-    """The lines [text, value] of a journal, which is cut after the last whole one."""
+    """Reads the lines [text, value] of a journal, which is cut after the last whole one."""
     lines: list[list] = []
     if not os.path.isfile(path):
         return lines

@@ -22,42 +22,52 @@ FilePath = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # which no text with ha
 
 
 @with_config(STRICT)
-class LabeledFiles(TypedDict):
+class Strict(TypedDict):
+    """A shape of which other keys are free; what derives from it is as strict."""
+
+
+@with_config(ConfigDict(**STRICT, extra="forbid"))
+class StrictAndClosed(TypedDict):
+    """A shape without other keys."""
+
+
+class LabeledFiles(Strict):
     """A case of dataset.json's table `dataset`."""
 
     images: Annotated[list[FilePath], Field(min_length=1)]
     label: FilePath
 
 
-@with_config(STRICT)
-class UnlabeledFiles(TypedDict):
+class UnlabeledFiles(Strict):
     """A case of dataset.json's table `unlabeled`."""
 
     images: Annotated[list[FilePath], Field(min_length=1)]
 
 
-@with_config(STRICT)
-class Dataset(TypedDict):
-    """dataset.json; the tables of annotations and of unlabeled scans have readers of their own."""
+class EvaluatedDataset(Strict):
+    """dataset.json, as far as evaluation needs it."""
 
-    channel_names: Annotated[dict[str, str], Field(min_length=1)]
     labels: Annotated[dict[str, LabelValue], Field(min_length=2)]
     file_ending: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9.]+$")]
     regions_class_order: NotRequired[list[int]]
+
+
+class Dataset(EvaluatedDataset):
+    """dataset.json; the tables of annotations and of unlabeled scans have readers of their own."""
+
+    channel_names: Annotated[dict[str, str], Field(min_length=1)]
     dataset: NotRequired[dict[str, LabeledFiles]]
     overwrite_image_reader_writer: NotRequired[str]
 
 
-@with_config(STRICT)
 class PlannableDataset(Dataset):
     """dataset.json with what nnU-Net's planning needs beside."""
 
     numTraining: Count
 
 
-@with_config(STRICT)
-class Configuration(TypedDict):
-    """A configuration of plans.json; one that inherits gives what differs."""
+class Configuration(Strict):
+    """A configuration of plans.json as it stands there: one that inherits gives what differs."""
 
     inherits_from: NotRequired[str]
     data_identifier: NotRequired[str]
@@ -71,8 +81,7 @@ class Configuration(TypedDict):
     previous_stage: NotRequired[str | None]
 
 
-@with_config(STRICT)
-class ResolvedConfiguration(TypedDict):
+class ResolvedConfiguration(Strict):
     """A configuration with all that it inherits."""
 
     data_identifier: str
@@ -85,8 +94,7 @@ class ResolvedConfiguration(TypedDict):
     previous_stage: NotRequired[str | None]
 
 
-@with_config(STRICT)
-class PreprocessedConfiguration(TypedDict):
+class PreprocessedConfiguration(Strict):
     """What of a configuration decides the values of a preprocessed scan."""
 
     preprocessor_name: str
@@ -99,8 +107,7 @@ class PreprocessedConfiguration(TypedDict):
     resampling_fn_seg_kwargs: dict[str, Any]
 
 
-@with_config(STRICT)
-class Plans(TypedDict):
+class Plans(Strict):
     """plans.json."""
 
     dataset_name: str
@@ -113,8 +120,7 @@ class Plans(TypedDict):
     nnunet_diffusion: NotRequired[dict[str, dict[str, Any]]]
 
 
-@with_config(STRICT)
-class Split(TypedDict):
+class Split(Strict):
     """A fold of splits_final.json."""
 
     train: list[str]
@@ -124,8 +130,7 @@ class Split(TypedDict):
 Splits = Annotated[list[Split], Field(min_length=1)]
 
 
-@with_config(STRICT)
-class Fingerprint(TypedDict):
+class Fingerprint(Strict):
     """dataset_fingerprint.json; intensities of a data set without any labeled voxel are NaN."""
 
     spacings: list[list[Positive]]
@@ -134,15 +139,13 @@ class Fingerprint(TypedDict):
     median_relative_size_after_cropping: float
 
 
-@with_config(STRICT)
-class LabeledStamps(TypedDict):
+class LabeledStamps(Strict):
     """labeled_files.json: what dataset_fingerprint.json was measured from."""
 
     cases: dict[str, list[list[str | int | None]]]
 
 
-@with_config(STRICT)
-class Measures(TypedDict):
+class Measures(Strict):
     """A scan of unlabeled_fingerprint.json: its measures, or why there are none."""
 
     files: NotRequired[list[list[str | int | None]]]
@@ -153,7 +156,7 @@ class Measures(TypedDict):
 
 @cache
 def adapter(schema: Any) -> TypeAdapter:
-    """The validator of a schema, which takes milliseconds to build."""
+    """Builds the validator of a schema, once: it takes milliseconds."""
     return TypeAdapter(schema)
 
 
@@ -170,9 +173,8 @@ def _is_weight(value: Any) -> Any:
 Weights = dict[str, Annotated[Any, AfterValidator(_is_weight)]]
 
 
-@with_config(STRICT)
-class PlanIdentity(TypedDict):
-    """The plan that a denoiser or a teacher was made for; see `denoiser_file.plan_identity`."""
+class SampledPlan(Strict):
+    """The plan of a denoiser, as far as its samples tell it."""
 
     dataset_name: str
     plans_name: str
@@ -183,13 +185,17 @@ class PlanIdentity(TypedDict):
     normalization_schemes: list[str]
     intensities: dict[str, dict[str, float]]
     channel_names: Annotated[dict[str, str], Field(min_length=1)]
+
+
+class PlanIdentity(SampledPlan):
+    """The plan that a denoiser or a teacher was made for; see `denoiser_file.plan_identity`."""
+
     network_class: str
     network_kwargs: dict[str, Any]
     network_kwargs_requiring_import: list[str]
 
 
-@with_config(STRICT)
-class Process(TypedDict):
+class Process(Strict):
     """A diffusion process; see `diffusion.Diffusion.description`."""
 
     schedule: Literal["linear", "cosine", "sigmoid"]
@@ -198,8 +204,7 @@ class Process(TypedDict):
     prior: NotRequired[Annotated[list[list[float]], Field(min_length=2, max_length=2)]]
 
 
-@with_config(STRICT)
-class Training(TypedDict):
+class Training(Strict):
     """What is said of a pre-training, as far as it is used."""
 
     body_share: NotRequired[Annotated[float, Field(ge=0, le=1)]]
@@ -207,8 +212,7 @@ class Training(TypedDict):
     health: NotRequired[str]
 
 
-@with_config(STRICT)
-class Denoiser(TypedDict):
+class Denoiser(Strict):
     """denoiser.pth."""
 
     network_weights: Weights
@@ -219,8 +223,7 @@ class Denoiser(TypedDict):
     training: Training
 
 
-@with_config(STRICT)
-class Teacher(TypedDict):
+class Teacher(Strict):
     """teacher.pth."""
 
     teacher_weights: Weights
@@ -229,16 +232,14 @@ class Teacher(TypedDict):
     training: Training
 
 
-@with_config(STRICT)
-class InitArgs(TypedDict):
+class InitArgs(Strict):
     """What a trainer was built from."""
 
     configuration: str
     dataset_json: dict[str, Any]
 
 
-@with_config(STRICT)
-class Checkpoint(TypedDict):
+class Checkpoint(Strict):
     """A checkpoint of nnU-Net, as far as it is used; weights that have become NaN are the training's own matter."""
 
     network_weights: dict[str, Any]
@@ -271,69 +272,71 @@ def _shortened(text: str, limit: int = 80) -> str:
 # Of evaluations and the report.
 
 Score = Annotated[float, Field(ge=0, le=1)]  # DSC, NSD
-NnUNetScore = Annotated[float, Field(ge=0, le=1, allow_inf_nan=True)]  # nnU-Net writes NaN where it is not defined
+# nnU-Net writes NaN where a score is not defined
+NnUNetScore = Annotated[Score | None, BeforeValidator(lambda score: None if score != score else score)]
 
 
-@with_config(STRICT)
-class EvaluatedDataset(TypedDict):
-    """dataset.json, as far as evaluation needs it."""
-
-    labels: Annotated[dict[str, LabelValue], Field(min_length=2)]
-    file_ending: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9.]+$")]
-    regions_class_order: NotRequired[list[int]]
-
-
-@with_config(STRICT)
-class CaseFigures(TypedDict):
+class CaseFigures(Strict):
     """nnU-Net's figures of a label or region in a case."""
 
-    Dice: NotRequired[NnUNetScore | None]
+    Dice: NotRequired[NnUNetScore]
 
 
-@with_config(STRICT)
-class CaseMetrics(TypedDict):
+class CaseMetrics(Strict):
     """A case of nnU-Net's summary.json."""
 
     prediction_file: str
     metrics: dict[str, CaseFigures]
 
 
-@with_config(STRICT)
-class Summary(TypedDict):
-    """nnU-Net's summary.json."""
+class Summary(Strict):
+    """nnU-Net's summary.json, as far as the report needs it."""
 
     metric_per_case: list[CaseMetrics]
 
 
-@with_config(STRICT)
-class EvaluatedPair(TypedDict):
+class MeanFigures(Strict):
+    """Means over labels and cases; NaN and None where there is nothing to measure."""
+
+    Dice: NnUNetScore
+
+
+class MeanSummary(Strict):
+    """nnU-Net's summary.json, as far as rounds need it."""
+
+    foreground_mean: MeanFigures
+
+
+class EvaluatedPair(Strict):
     """The scores of an organ in a case; null: not defined."""
 
     dsc: Score | None
     nsd: Score | None
 
 
-@with_config(STRICT)
-class UsedRules(TypedDict):
+class UsedRules(Strict):
     """The rules of an evaluation."""
 
     name: str
     description: str
 
 
-@with_config(STRICT)
-class EvaluationFile(TypedDict):
+class EvaluationFile(Strict):
     """evaluation_RULES.json."""
 
     rules: UsedRules
     cases: dict[str, dict[str, EvaluatedPair]]
 
 
-@with_config(STRICT)
-class Transfer(TypedDict):
-    """transfer_report.json."""
+class TransferSource(Strict):
+    """transfer_report.json, as far as rounds need it."""
 
     source: str
+
+
+class Transfer(TransferSource):
+    """transfer_report.json, as the report shows it."""
+
     timestep: Index
     matched: list[str]
     adapted: list[str]
@@ -342,8 +345,7 @@ class Transfer(TypedDict):
     warnings: list[str]
 
 
-@with_config(STRICT)
-class QualityFigures(TypedDict):
+class QualityFigures(Strict):
     """The figures of drawn images."""
 
     FID: float
@@ -353,8 +355,7 @@ class QualityFigures(TypedDict):
     F1: float
 
 
-@with_config(STRICT)
-class Quality(TypedDict):
+class Quality(Strict):
     """quality_FEATURES.json."""
 
     values: QualityFigures
@@ -365,8 +366,7 @@ class Quality(TypedDict):
     warnings: list[str]
 
 
-@with_config(STRICT)
-class BenchmarkGroup(TypedDict):
+class BenchmarkGroup(Strict):
     """An arm of a benchmark at one budget."""
 
     arm: str
@@ -375,8 +375,7 @@ class BenchmarkGroup(TypedDict):
     sd: Annotated[float, Field(ge=0)] | None
 
 
-@with_config(STRICT)
-class BenchmarkRun(TypedDict):
+class BenchmarkRun(Strict):
     """A run of a benchmark."""
 
     arm: str
@@ -384,8 +383,7 @@ class BenchmarkRun(TypedDict):
     dice: Score
 
 
-@with_config(STRICT)
-class Benchmark(TypedDict):
+class Benchmark(Strict):
     """label_efficiency.json and partial_labels.json."""
 
     summary: Annotated[list[BenchmarkGroup], Field(min_length=1)]
@@ -393,8 +391,7 @@ class Benchmark(TypedDict):
     test_cases: list[str]
 
 
-@with_config(STRICT)
-class RoundDecisions(TypedDict):
+class RoundDecisions(Strict):
     """How many scans a round kept, left waiting and dropped."""
 
     keep: Index
@@ -402,15 +399,13 @@ class RoundDecisions(TypedDict):
     drop: Index
 
 
-@with_config(STRICT)
-class RoundCase(TypedDict):
+class RoundCase(Strict):
     """A scan of a round: organ -> why it was not believed."""
 
     reasons: dict[str, list[str]]
 
 
-@with_config(STRICT)
-class RoundReport(TypedDict):
+class RoundReport(Strict):
     """report.json of a round."""
 
     decisions: RoundDecisions
@@ -418,30 +413,13 @@ class RoundReport(TypedDict):
     cases: dict[str, RoundCase]
 
 
-@with_config(STRICT)
-class ModelPlans(TypedDict):
+class ModelPlans(Strict):
     """plans.json of a model folder, as far as its settings are concerned: trainer -> setting -> value."""
 
     nnunet_diffusion: NotRequired[dict[str, dict[str, Any]]]
 
 
-@with_config(STRICT)
-class SampledPlan(TypedDict):
-    """The plan of the denoiser that drew samples."""
-
-    dataset_name: str
-    plans_name: str
-    configuration: str
-    spacing: Spacing
-    patch_size: Size
-    transpose_forward: Annotated[list[Index], Field(min_length=3, max_length=3)]
-    normalization_schemes: Annotated[list[str], Field(min_length=1)]
-    intensities: dict[str, dict[str, float]]
-    channel_names: Annotated[dict[str, str], Field(min_length=1)]
-
-
-@with_config(STRICT)
-class Samples(TypedDict):
+class Samples(Strict):
     """samples.json."""
 
     denoiser: str
@@ -452,14 +430,12 @@ class Samples(TypedDict):
 # Of conversions.
 
 
-@with_config(STRICT)
-class ConvertedFrom(TypedDict):
+class ConvertedFrom(Strict):
     """dataset.json of a conversion: the folders that its cases came from."""
 
     converted_from: list[str]
 
 
-@with_config(STRICT)
 class SourceDataset(Dataset):
     """dataset.json of a data set that is joined with others; `partial` says more about labels than a shape can."""
 
@@ -468,8 +444,7 @@ class SourceDataset(Dataset):
     annotated_labels: NotRequired[dict[str, list[str]]]
 
 
-@with_config(ConfigDict(**STRICT, extra="forbid"))
-class JoinedSource(TypedDict):
+class JoinedSource(StrictAndClosed):
     """A source of a mapping of `convert partial`; what its mapping means is checked where it is applied."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
@@ -485,8 +460,7 @@ class JoinedSource(TypedDict):
     excludes: NotRequired[list[str]]
 
 
-@with_config(ConfigDict(**STRICT, extra="forbid"))
-class LabelMappingFile(TypedDict):
+class LabelMappingFile(StrictAndClosed):
     """The mapping of `convert partial`."""
 
     labels: Annotated[list[str], Field(min_length=1)]
@@ -497,8 +471,7 @@ class LabelMappingFile(TypedDict):
 AnnotatedLabels = dict[str, list[str]]  # of `convert folder --annotated`
 
 
-@with_config(STRICT)
-class LabelFile(TypedDict):
+class LabelFile(Strict):
     """The JSON file of `convert folder --labels` that has regions; `label_values` says more than a shape can."""
 
     labels: dict[str, Any]

@@ -355,6 +355,17 @@ def test_faulty_annotations_and_names_that_lead_elsewhere_are_named(root, capsys
     assert "case .." in err
 
 
+def test_an_organ_that_a_case_does_not_have_has_no_score(root, capsys):
+    """nnU-Net writes NaN where neither reference nor prediction has a label."""
+    _, _, results = make_results(root, files=0)
+    summary = results / MODEL / "fold_0" / "validation" / "summary.json"
+    content = json.loads(summary.read_text())
+    content["metric_per_case"][0]["metrics"]["1"]["Dice"] = float("nan")
+    summary.write_text(json.dumps(content))
+    report(root)
+    assert "summary.json" not in capsys.readouterr().err
+
+
 def make_rounds(preprocessed, results):
     """What two rounds leave; returns the last one's folder, the state's file and the rounds that it holds."""
     for number, kept in ((1, 3), (2, 5)):

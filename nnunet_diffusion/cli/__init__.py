@@ -1,7 +1,7 @@
 """The command `nnunet_diffusion`: one file a subcommand, parsed before anything heavy is imported.
 
-Such a file has HELP (one line), add_arguments(parser), run(args) -> exit code and, where nnU-Net's folders must be set,
-NEEDS: their names.
+Such a file has HELP (one line), EPILOG (what its help ends with), add_arguments(parser), run(args) -> exit code and,
+where nnU-Net's folders must be set, NEEDS: their names.
 """
 
 import argparse
@@ -17,7 +17,7 @@ COMMANDS += ("mutual", "sample", "evaluate_samples", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; it costs milliseconds because commands import torch and nnU-Net only in `run`."""
+    """Builds the parser of all commands in milliseconds: they import torch and nnU-Net only in `run`."""
     parser = argparse.ArgumentParser(
         prog="nnunet_diffusion",
         description="Learn nnU-Net's planned network from every scan there is.",
@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         command = subparsers.add_parser(
             name, help=module.HELP, description=module.HELP, formatter_class=argparse.RawDescriptionHelpFormatter
         )
+        command.epilog = getattr(module, "EPILOG", None)
         module.add_arguments(command)
         command.set_defaults(run=module.run, needs=getattr(module, "NEEDS", ()))
     return parser

@@ -51,7 +51,6 @@ FINETUNING = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.epilog = EPILOG
     parser.add_argument(
         "-o", dest="folder", metavar="FOLDER", help="results; default: ./nnunet_diffusion_demo[/DATASET]"
     )
@@ -175,23 +174,23 @@ class Demo:
             self.train_step(f"training {arm}", FINETUNER, suffix, budget[FINETUNER], "checkpoint_final.pth")
 
     def train_step(self, title: str, trainer: str, suffix: str, epochs: int, output: str) -> None:
-        """Trains one model."""
+        """Trains one model; of the plans' settings only those of its trainer decide the result."""
         from nnunet_diffusion.commands import Step
         from nnunet_diffusion.plans import read_plans
+        from nnunet_diffusion.trainers import settings_of
 
         plans, configuration = self.plans_name + suffix, self.args.configuration
         command = ["nnUNetv2_train", self.id, configuration, self.fold, "-tr", trainer, "-p", plans]
         model = os.path.join(self.results, f"{trainer}__{plans}__{configuration}", f"fold_{self.fold}")
+        content = read_plans(self.preprocessed, plans)
+        content["nnunet_diffusion"] = settings_of(content, trainer)
         step = Step(
             title,
             [*command, "-device", self.args.device],
             os.path.join(model, output),
             counts=r": Epoch \d+\s*$",
             total=epochs,
-            depends_on={
-                "dataset.json": self.dataset_json,
-                "plans": only_for(trainer, read_plans(self.preprocessed, plans)),
-            },
+            depends_on={"dataset.json": self.dataset_json, "plans": content},
             resume_with=["--c"],
             replaces=model,
             # on a CPU augmentation in the training process itself is faster, and repeats exactly
@@ -259,20 +258,18 @@ class Demo:
         print(f"\n{arms_table(scores)}\n{len(self.test)} test cases, which chose nothing; {NNUNET.description}.")
         print(verdict(*scores.values()))
         self.draw(scores)
-        write_json(
-            os.path.join(self.folder, "results.json"),
-            {
-                "dataset": self.name,
-                "configuration": self.args.configuration,
-                "planner": self.args.planner,
-                "rule": NNUNET.description,
-                "arms": {
-                    arm: {"mean": mean_over_organs(found), "organs": organ_means(found), "cases": found}
-                    for arm, found in scores.items()
-                },
-                "seconds": self.steps.seconds(),
+        results = {
+            "dataset": self.name,
+            "configuration": self.args.configuration,
+            "planner": self.args.planner,
+            "rule": NNUNET.description,
+            "arms": {
+                arm: {"mean": mean_over_organs(found), "organs": organ_means(found), "cases": found}
+                for arm, found in scores.items()
             },
-        )
+            "seconds": self.steps.seconds(),
+        }
+        write_json(os.path.join(self.folder, "results.json"), results)
         self.report([file for _, file in evaluations.values()])
         print(f"Pictures: {os.path.join(self.folder, 'overlays')}. Numbers: {self.folder}/results.json.")
         print(f"{sum(self.steps.seconds().values()) / 60:.1f} minutes in all.")
@@ -342,10 +339,3 @@ def verdict(scratch: dict, pretrained: dict) -> str:
         f"Pre-trained is {who} its from-scratch control by {abs(gain):.3f} Dice, and better in {ahead} of "
         f"{len(scratch)} cases.\nIt is one run with few cases: for evidence, repeat it with several seeds and patients."
     )
-
-
-def only_for(trainer: str, plans: dict) -> dict:
-    """Returns the plans with the settings of one trainer."""
-    from nnunet_diffusion.trainers import settings_of
-
-    return plans | {"nnunet_diffusion": settings_of(plans, trainer)}

@@ -47,24 +47,19 @@ def run(args: argparse.Namespace) -> int:
 
     if args.tolerance is not None and not 0 <= args.tolerance < float("inf"):
         raise UserError(f"--tolerance {args.tolerance}: a distance in mm is 0 or more")
-    path = find_dataset_json(args)
-    evaluation = evaluate_folders(
-        args.predictions,
-        args.references,
-        read_dataset_json(path),
-        RULES[args.rules],
-        args.tolerance,
-        args.num_processes,
-    )
+    path, folders = find_dataset_json(args), (args.predictions, args.references)
+    dataset_json, rules = read_dataset_json(path), RULES[args.rules]
+    evaluation = evaluate_folders(*folders, dataset_json, rules, args.tolerance, args.num_processes)
     if args.chill:
         evaluation.missing.clear()
-    print(*problems(evaluation), sep="\n", end="\n" if problems(evaluation) else "", file=sys.stderr, flush=True)
+    for problem in problems(evaluation):
+        print(problem, file=sys.stderr, flush=True)
     if not evaluation.scores:
         raise UserError(f"{args.predictions}: nothing could be compared with {args.references}")
     print("\n".join([summary_table(evaluation), *remarks(evaluation), f"Labels: {path}"]))
     for file in write_results(args.output or args.predictions, evaluation):
         print(f"Wrote {file}")
-    return 0 if evaluation.is_complete else 1
+    return 1 if evaluation.missing or evaluation.failed else 0
 
 
 def find_dataset_json(args: argparse.Namespace) -> str:

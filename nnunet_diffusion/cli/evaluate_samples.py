@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 import sys
+from itertools import chain, islice
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.installation import require_folders, usable_device
@@ -56,13 +57,11 @@ def run(args: argparse.Namespace) -> int:
     if args.d:
         require_folders(("nnUNet_raw",))
     dataset = find_dataset(args.d) if args.d else None
-    real = real_batches(description, math.ceil(number_of_real / DRAWN_AT_ONCE), DRAWN_AT_ONCE, dataset)
-    found = {
-        "real": features(extractor, (image for batch in real for image in batch), number_of_real, args.batch_size),
-        "samples": features(extractor, read_samples(args.samples, numbers, plan), len(numbers), args.batch_size),
-    }
-    content = measure(found["real"], found["samples"], args.k)
-    content = {"features": extractor.name, "compared_with": dataset or plan["dataset_name"], **content}
+    batches = real_batches(description, math.ceil(number_of_real / DRAWN_AT_ONCE), DRAWN_AT_ONCE, dataset)
+    real = features(extractor, chain.from_iterable(batches), number_of_real, args.batch_size)
+    drawn = features(extractor, read_samples(args.samples, numbers, plan), len(numbers), args.batch_size)
+    content = {"features": extractor.name, "compared_with": dataset or plan["dataset_name"]}
+    content |= measure(real, drawn, args.k)
     for warning in content["warnings"]:
         print(f"WARNING: {warning}", file=sys.stderr)
     print(f"{content['samples']} samples, {content['real']} real patches of {content['compared_with']}")
@@ -98,8 +97,6 @@ def find_extractor(args: argparse.Namespace, description: dict, device):
 
 def features(extractor, images, number: int, batch_size: int) -> list:
     """Extracts pooled and spatial features of the first `number` images, each (number, d)."""
-    from itertools import islice
-
     import numpy as np
     import torch
     from tqdm import tqdm

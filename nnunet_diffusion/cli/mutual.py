@@ -3,8 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from nnunet_diffusion.cli.arguments import add_run_arguments, check_usage, request_of
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.names import safe_name
 
 HELP = "Mutual learning between groups of cases that each annotate other labels: both stages and what is in between."
 NEEDS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -23,31 +23,22 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.epilog = EPILOG
-    parser.add_argument("-d", dest="dataset", metavar="ID", required=True, help="data set id or name")
-    parser.add_argument("-c", dest="configuration", metavar="CONFIG", required=True, help="configuration")
-    parser.add_argument("-f", dest="fold", metavar="FOLD", required=True, help="fold, or all")
-    parser.add_argument("-p", dest="plans", metavar="PLANS", default="nnUNetPlans", help="plans [%(default)s]")
-    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="[%(default)s]")
-    parser.add_argument("-num_gpus", type=int, default=1, metavar="N", help="of each training [1]")
-    parser.add_argument(
-        "--gate", nargs="+", default=[], metavar="KEY=VALUE", help="limits of the gate, such as voxel_confidence=0.7"
-    )
+    add_run_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs what is not finished; returns 0."""
-    safe_name(args.plans, "-p", "give the name of a plan")
-    from nnunet_diffusion.installation import usable_device
+    check_usage(args)
+
+    from nnunet_diffusion.installation import dataset_name, usable_device
     from nnunet_diffusion.mutual.stages import STAGES, MutualLearning
-    from nnunet_diffusion.trainers import settings_of
 
     usable_device(args.device)
-    learning = MutualLearning(args.dataset, args.configuration, args.fold, args.plans, args.device, args.gate,
-                              args.num_gpus, settings_of)  # fmt: skip
+    request = request_of(args, dataset_name(args.dataset))
+    learning = MutualLearning(request)
     check_settings(learning.content, STAGES)
     learning.run()
-    print(f"{learning.output_folder(STAGES[1])}: predict with -tr {STAGES[1]}")
+    print(f"{request.model_folder(STAGES[1])}: predict with -tr {STAGES[1]}")
     return 0
 
 

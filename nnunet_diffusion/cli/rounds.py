@@ -3,6 +3,7 @@
 import argparse
 import math
 
+from nnunet_diffusion.cli.arguments import add_run_arguments, check_usage, request_of
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.names import safe_name
 
@@ -24,11 +25,7 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    parser.epilog = EPILOG
-    parser.add_argument("-d", dest="dataset", metavar="ID", required=True, help="data set id or name")
-    parser.add_argument("-c", dest="configuration", metavar="CONFIG", required=True, help="configuration of the plan")
-    parser.add_argument("-f", dest="fold", metavar="FOLD", required=True, help="a number, or all: nothing is held out")
-    parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    add_run_arguments(parser)
     parser.add_argument(
         "-tr", dest="trainer", default="DiffusionPretrainedTrainer", metavar="TRAINER",
         help="of the first model; default: %(default)s",
@@ -46,15 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--disable_tta", action="store_true",
         help="predict the pool without mirroring, as nnUNetv2_predict's option: up to 2, 4 or 8 times faster",
     )  # fmt: skip
-    parser.add_argument("--gate", nargs="+", default=[], metavar="KEY=VALUE", help="limits, see docs/rounds.md")
     parser.add_argument(
         "--tolerance", type=float, default=0.01, metavar="DICE",
         help="stop when the validation Dice is lower than the best before by more; default: %(default)s",
     )  # fmt: skip
-    parser.add_argument(
-        "-num_gpus", "--num_gpus", type=int, default=1, metavar="N", help="of each training; default: 1"
-    )
-    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--stop_after", choices=("train", "predict", "gate"), default="", help="end after that stage")
     parser.add_argument(
         "--num_parts", type=int, metavar="N", help="predict a part of the pool for the round that is due"
@@ -66,24 +58,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the rounds, a part of a prediction, or only looks."""
-    check_usage(args)
+    check_rounds_usage(args)
 
     import os
 
     from nnunet_diffusion.installation import EXT_TRAINER, ext_trainer_folders, usable_device, with_our_trainers
     from nnunet_diffusion.locks import locked
     from nnunet_diffusion.preprocessing.planning import find_dataset
-    from nnunet_diffusion.rounds.gate import GateSettings
     from nnunet_diffusion.rounds.loop import Rounds
     from nnunet_diffusion.rounds.overview import plan_of_work, status
-    from nnunet_diffusion.rounds.places import Request
-    from nnunet_diffusion.trainers import settings_of
 
     os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())
-    request = Request(
-        find_dataset(args.dataset), args.configuration, args.fold, args.plans, args.trainer, args.model, args.start,
-        args.finetune, GateSettings.from_pairs(args.gate), args.tolerance, args.device, args.num_gpus,
-        mirroring=not args.disable_tta, settings_of=settings_of,
+    request = request_of(
+        args, find_dataset(args.dataset), trainer=args.trainer, model=args.model, start=args.start,
+        finetune=args.finetune, tolerance=args.tolerance, mirroring=not args.disable_tta,
     )  # fmt: skip
     if args.status or args.dry_run:
         rounds = Rounds(request, is_looking=args.status)
@@ -93,32 +81,20 @@ def run(args: argparse.Namespace) -> int:
     if args.num_parts:
         Rounds(request).predict_part(args.rounds, args.num_parts, args.part_id)
     else:
-        with locked(lock_file(request), f"the run in {os.path.dirname(lock_file(request))}") as lock:
+        with locked(os.path.join(request.reports, "lock"), f"the run in {request.reports}") as lock:
             Rounds(request, lock).run(args.rounds, args.stop_after)
     return 0
 
 
-def check_usage(args: argparse.Namespace) -> None:
+def check_rounds_usage(args: argparse.Namespace) -> None:
     """Raises UserError for arguments that contradict each other."""
+    check_usage(args)
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}: at least 1")
-    if not (args.fold == "all" or args.fold.isdigit()):
-        raise UserError(f"-f {args.fold}: must be a number, or all")
     if not math.isfinite(args.tolerance) or args.tolerance < 0:
         raise UserError(f"--tolerance {args.tolerance}: must be a number from 0")
-    safe_name(args.plans, "-p", "give the name of a plan")
     safe_name(args.trainer, "-tr", "give the name of a trainer")
     if (args.num_parts is None) != (args.part_id is None):
         raise UserError("--num_parts and --part_id: give both or none")
     if args.num_parts is not None and not 0 <= args.part_id < args.num_parts:
         raise UserError(f"--part_id {args.part_id}: must be from 0 to {args.num_parts - 1}")
-
-
-def lock_file(request) -> str:
-    """The lock of a run lies with its reports, so that its folder can be removed to start anew."""
-    import os
-
-    from nnunetv2.paths import nnUNet_results
-
-    folder = f"rounds__{request.plans}__{request.configuration}"
-    return os.path.join(nnUNet_results, request.dataset, folder, f"fold_{request.fold}", "lock")

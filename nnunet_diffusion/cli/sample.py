@@ -126,7 +126,7 @@ def find_denoiser(args: argparse.Namespace) -> str:
 
 
 def only_plans(args: argparse.Namespace) -> str:
-    """The plans of the only denoiser of that data set, trainer, configuration and fold; else nnU-Net's default."""
+    """Returns the plans of the only denoiser of data set, trainer, configuration and fold; else nnU-Net's default."""
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     results = Path(os.environ["nnUNet_results"], maybe_convert_to_dataset_name(args.d))

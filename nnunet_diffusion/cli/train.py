@@ -20,7 +20,6 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments: nnUNetv2_train's."""
-    parser.epilog = EPILOG
     parser.add_argument("dataset", help="data set id or name")
     parser.add_argument("configuration", help="of the plan")
     parser.add_argument("fold", help="a number, or all")

@@ -26,7 +26,7 @@ Output = Tensor | Sequence[Tensor]  # of a network, with deep supervision those 
 def labeled_loss(
     student: Output, masks: Sequence[Output], errors: Sequence[Tensor], supervised_loss: Callable[[Output], Tensor]
 ) -> Tensor:
-    """L_s.
+    """Computes L_s.
 
     Args:
         student: Logits p1.
@@ -45,7 +45,7 @@ def labeled_loss(
 def unlabeled_loss(
     student: Tensor, masks: Sequence[Tensor], errors: Sequence[Tensor], gate: float, batch_dice: bool
 ) -> tuple[Tensor, Tensor]:
-    """L_u without lambda, for images whose masks pass the gate; the others teach through E alone.
+    """Computes L_u without lambda, for images whose masks pass the gate; the others teach through E alone.
 
     Args:
         student: (B, C, X, Y[, Z]) logits p1.
@@ -68,7 +68,7 @@ def unlabeled_loss(
 
 
 def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Mean squared difference of the probabilities (Tarvainen and Valpola 2017, arXiv 1703.01780): mean teacher.
+    """Computes the mean squared difference of the probabilities: mean teacher (Tarvainen and Valpola 2017).
 
     Args:
         student: (B, C, X, Y[, Z]) logits.
@@ -80,7 +80,7 @@ def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:
 def pseudo_label_loss(
     logits: Tensor, labels: Tensor, is_kept: Tensor, batch_dice: bool = False, smooth: float = 1e-5
 ) -> Tensor:
-    """nnU-Net's cross-entropy minus foreground Dice over the images that are kept; 0 if none is.
+    """Computes nnU-Net's cross-entropy minus foreground Dice over the images that are kept; 0 if none is.
 
     Args:
         logits: (B, C, X, Y[, Z]).
@@ -103,7 +103,7 @@ def pseudo_label_loss(
 
 
 def agreement(first: Tensor, second: Tensor, classes: int) -> Tensor:
-    """How far two masks agree: the mean Dice over the foreground classes that one of them has; 1 if none has any.
+    """Computes how far two masks agree: mean Dice over the foreground classes that one of them has; 1 if none has any.
 
     Args:
         first: (B, ...) integer labels 0 ... classes - 1.

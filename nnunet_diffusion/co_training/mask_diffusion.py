@@ -19,13 +19,7 @@ from torch import Tensor, nn
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.pretraining.conditioning import Denoiser, condition
 from nnunet_diffusion.pretraining.diffusion import Diffusion
-from nnunet_diffusion.pretraining.process import (
-    add_noise,
-    alpha_bar_schedule,
-    estimate,
-    per_sample,
-    prediction_target,
-)
+from nnunet_diffusion.pretraining.process import add_noise, alpha_bar_schedule, estimate, per_sample, prediction_target
 
 
 class Draw(NamedTuple):
@@ -67,7 +61,7 @@ def draw_rounds(images: Tensor, classes: int, rounds: int, timesteps: int) -> Ro
 
 
 def segment(pathway: nn.Module, images: Tensor, draw: Draw, alpha_bar: Tensor) -> Tensor:
-    """Logits (B, classes, X, Y[, Z]) of the mask pathway; images (B, C, X, Y[, Z]) in the plan's normalization."""
+    """Maps normalized images (B, C, X, Y[, Z]) to logits (B, classes, X, Y[, Z]) of the mask pathway."""
     noised_blank = (1 - per_sample(alpha_bar[draw.timestep], images)).sqrt() * draw.noise
     return pathway(torch.cat([noised_blank, images], 1), draw.timestep)
 
@@ -93,7 +87,7 @@ class MaskDiffusion(nn.Module):
         self.image_pathway.compile(*args, **kwargs)
 
     def segment(self, images: Tensor, draw: Draw, diffusion: Diffusion) -> Tensor:
-        """As the function `segment`."""
+        """Calls the function `segment`."""
         return segment(self.mask_pathway, images, draw, diffusion.alpha_bar)
 
     def restore(self, images: Tensor, mask: Tensor, draw: Draw, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
@@ -116,7 +110,7 @@ class MaskDiffusion(nn.Module):
         return estimate(diffusion.prediction, output, x_t, a)[0] * scale, error
 
     def forward(self, images: Tensor, mask_draw: Draw, image_draw: Draw, diffusion: Diffusion) -> tuple[Tensor, Tensor]:
-        """The cycle that needs no labels: the mask's logits, and how badly it restores the image.
+        """Goes through the cycle that needs no labels: the mask's logits, and how badly it restores the image.
 
         The gradient of the error flows through the mask into the mask pathway.
         """
@@ -173,7 +167,7 @@ class MaskStudent(nn.Module):
         self.timestep.fill_(timestep)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, *patch_size) images to (B, classes, *patch_size) logits."""
+        """Maps (B, C, *patch_size) images to (B, classes, *patch_size) logits."""
         if self.training:
             timestep = torch.randint(len(self.alpha_bar), (len(images),), device=images.device)
             noise = torch.randn((len(images), *self.noise.shape[1:]), device=images.device)

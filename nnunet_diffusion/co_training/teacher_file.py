@@ -1,13 +1,9 @@
 """teacher.pth: a pair of mask and image pathway that learned without labels; plain tensors and plain values only."""
 
-from importlib.metadata import version
 from typing import Any
 
-import torch
-
 from nnunet_diffusion.co_training.mask_diffusion import MaskDiffusion
-from nnunet_diffusion.files import atomic
-from nnunet_diffusion.pretraining.denoiser_file import check_own, load_own, refuse_other_topology
+from nnunet_diffusion.pretraining.denoiser_file import check_own, load_own, refuse_other_topology, save_own
 from nnunet_diffusion.schemas import Teacher
 
 FORMAT = "nnunet_diffusion teacher"
@@ -24,17 +20,9 @@ def save_teacher(path: str, pair: MaskDiffusion, process: dict, plan: dict, trai
         plan: From `plan_identity`.
         training: What it was trained on, for how long, and what its masks were found to be.
     """
-    content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "versions": {name: version(name) for name in ("nnunet_diffusion", "nnunetv2", "torch")},
-        "teacher_weights": {name: tensor.cpu() for name, tensor in pair.state_dict().items()},
-        "process": process,
-        "plan": plan,
-        "training": training,
-    }
-    with atomic(path) as temporary:
-        torch.save(content, temporary)
+    weights = {name: tensor.cpu() for name, tensor in pair.state_dict().items()}
+    content = {"teacher_weights": weights, "process": process, "plan": plan, "training": training}
+    save_own(path, FORMAT, FORMAT_VERSION, content)
 
 
 def load_teacher(path: str) -> dict[str, Any]:

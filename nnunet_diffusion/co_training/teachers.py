@@ -25,18 +25,18 @@ class Teacher(nn.Module):
     needs_pool = False
 
     def start_from(self, student: nn.Module) -> None:
-        """What there is to do when the student has its first weights."""
+        """Does what there is to do when the student has its first weights."""
 
     def labeled(self, student: Student, images: Tensor, supervised_loss: SupervisedLoss) -> Tensor:
-        """The loss of a labeled batch; `supervised_loss` is that of an output on the labels."""
+        """Computes the loss of a labeled batch; `supervised_loss` is that of an output on the labels."""
         return supervised_loss(student(images))
 
     def unlabeled(self, student: Student, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch without labels, and (B,) figures of its images to report."""
+        """Computes the loss of a batch without labels, and (B,) figures of its images to report."""
         raise NotImplementedError
 
     def after_step(self, student: nn.Module) -> None:
-        """What there is to do when the student's weights have moved."""
+        """Does what there is to do when the student's weights have moved."""
 
 
 class MeanTeacher(Teacher):
@@ -60,7 +60,7 @@ class MeanTeacher(Teacher):
         self.average.module.load_state_dict(student.state_dict())
 
     def unlabeled(self, student, images):
-        """The student must say what the average says of the perturbed images."""
+        """Makes the student say what the average says of the perturbed images."""
         with torch.no_grad():
             target = finest(self.average(images + self.perturbation * torch.randn_like(images)))
         return consistency_loss(finest(student(images)), target), {}
@@ -87,15 +87,15 @@ class CrossPseudo(Teacher):
         self.gate, self.batch_dice = gate, batch_dice
 
     def masks(self, images: Tensor) -> tuple[list[Output], list[Tensor]]:
-        """The logits of the teacher's masks, the first for the student, and errors that it learns from by itself."""
+        """Returns logits of its masks, the first for the student, and errors that it learns from by itself."""
         return [self.network(images)], []
 
     def labeled(self, student, images, supervised_loss):
-        """Both learn the labels."""
+        """Lets both learn the labels."""
         return labeled_loss(student(images), *self.masks(images), supervised_loss)
 
     def unlabeled(self, student, images):
-        """Both learn from each other."""
+        """Lets both learn from each other."""
         masks, errors = self.masks(images)
         masks = [finest(mask) for mask in masks]
         loss, agreed = unlabeled_loss(finest(student(images)), masks, errors, self.gate, self.batch_dice)

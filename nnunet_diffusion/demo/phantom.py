@@ -95,14 +95,8 @@ def draw_liver(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
         t.blob(t.move(center + shift, 6), t.vary(radii, 0.1), liver, LIVER, t.move(tilt, 5), cavity + 2)
     for _ in range(int(t.rng.integers(3, 8))):
         radii = t.rng.uniform((12, 4, 4), (32, 7, 7))
-        t.blob(
-            t.move((-55, -10, 52) + shift, 22),
-            radii,
-            t.tissue["vein"] + 8,
-            LIVER,
-            t.rng.uniform(-70, 70, 2),
-            only=LIVER,
-        )
+        center, tilt = t.move((-55, -10, 52) + shift, 22), t.rng.uniform(-70, 70, 2)
+        t.blob(center, radii, t.tissue["vein"] + 8, LIVER, tilt, only=LIVER)
     for _ in range(int(t.rng.choice([0, 0, 1, 3]))):
         hu = t.rng.choice([8.0, t.tissue["liver"] - 35])
         t.blob(t.move((-75, 0, 45) + shift, 32), [t.rng.uniform(7, 20)] * 3, hu, LIVER, only=LIVER)
@@ -121,13 +115,8 @@ def draw_spleen(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
 def draw_pancreas(t: Torso, cavity: np.ndarray, shift: np.ndarray) -> None:
     """Draws it unlabeled, and much like the spleen in contrast."""
     hu = t.tissue["spleen"] - 12 + 12 * t.texture
-    t.blob(
-        t.move((18, -12, 2) + shift, 6),
-        t.vary((54, 11, 13), 0.15),
-        hu,
-        tilt_deg=t.move((-14, 22), 6),
-        inside=cavity + 2,
-    )
+    center, radii, tilt = t.move((18, -12, 2) + shift, 6), t.vary((54, 11, 13), 0.15), t.move((-14, 22), 6)
+    t.blob(center, radii, hu, tilt_deg=tilt, inside=cavity + 2)
     t.blob(t.move((-22, -14, -22) + shift, 6), t.vary((18, 15, 26), 0.15), hu, inside=cavity + 2)
 
 

@@ -38,11 +38,6 @@ class Evaluation:
     failed: dict[str, str] = field(default_factory=dict)  # case -> why it could not be compared
     unexpected: list[str] = field(default_factory=list)  # predictions without a reference
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every reference was compared."""
-        return not self.missing and not self.failed
-
 
 def evaluate_folders(
     predictions: str,

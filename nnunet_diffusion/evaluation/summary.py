@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from nnunet_diffusion.evaluation.folders import Evaluation
 from nnunet_diffusion.evaluation.rules import Score
 from nnunet_diffusion.files import atomic, write_json
+from nnunet_diffusion.records import some
 from nnunet_diffusion.tables import Scores, defined, deviation, figure, mean, text_table
 
 MOST_NAMES = 20  # in a line
@@ -72,7 +73,9 @@ def remarks(evaluation: Evaluation) -> list[str]:
     for organ in evaluation.organs:
         cases = [case for case, left_out in evaluation.left_out.items() if organ in left_out]
         if cases:
-            lines.append(f"Not annotated by itself, so not counted: {organ} in {len(cases)} case(s): {listed(cases)}")
+            lines.append(
+                f"Not annotated by itself, so not counted: {organ} in {len(cases)} case(s): {some(cases, MOST_NAMES)}"
+            )
     return lines
 
 
@@ -80,16 +83,11 @@ def problems(evaluation: Evaluation) -> list[str]:
     """Lists what was not compared, and why."""
     failed = evaluation.failed.items()
     lines = [f"{case}: {problem}".encode("utf-8", "backslashreplace").decode() for case, problem in failed]
-    if evaluation.missing:
-        lines.append(f"no prediction for {len(evaluation.missing)} reference(s): {listed(evaluation.missing)}")
-    if evaluation.unexpected:
-        lines.append(f"no reference for {len(evaluation.unexpected)} prediction(s): {listed(evaluation.unexpected)}")
+    if missing := evaluation.missing:
+        lines.append(f"no prediction for {len(missing)} reference(s): {some(missing, MOST_NAMES)}")
+    if others := evaluation.unexpected:
+        lines.append(f"no reference for {len(others)} prediction(s): {some(others, MOST_NAMES)}")
     return lines
-
-
-def listed(names: list[str]) -> str:
-    """Writes names in a line, not more than a person reads."""
-    return ", ".join(names[:MOST_NAMES]) + (f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else "")
 
 
 def write_results(folder: str, evaluation: Evaluation) -> list[str]:

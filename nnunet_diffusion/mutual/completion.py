@@ -22,23 +22,17 @@ from nnunet_diffusion.preprocessing.cases import fold_of
 from nnunet_diffusion.records import Journal, made_from
 from nnunet_diffusion.rounds.cases import COPY
 from nnunet_diffusion.rounds.constrained import ignore_uncertain, keep_labels
-from nnunet_diffusion.rounds.evidence import Evidence, OrganPrior, measure, organ_priors
+from nnunet_diffusion.rounds.evidence import OrganPrior, organ_priors
 from nnunet_diffusion.rounds.gate import GateSettings, filter_case
 from nnunet_diffusion.rounds.prediction import (
     Case,
     Teacher,
+    annotated_evidence,
     load_prediction,
     network_spacing,
     predict_case,
-    read_preprocessed,
 )
-from nnunet_diffusion.rounds.pseudo_labels import (
-    ENDING,
-    ignoring,
-    pseudo_cases,
-    remove_pseudo_labels,
-    save_pseudo_label,
-)
+from nnunet_diffusion.rounds.pseudo_labels import ignoring, pseudo_cases, remove_pseudo_labels, save_pseudo_label
 from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.tables import text_table
 
@@ -146,12 +140,6 @@ def complete_cases(teacher: Teacher, cases: Mapping[str, Case], folder: str, set
     return report
 
 
-def annotated_evidence(case: Case, channels: Channels) -> dict[str, Evidence]:
-    """Measures the organs that a case annotates."""
-    labels = read_preprocessed(case.image.removesuffix(".b2nd") + ENDING)[0]
-    return {k: v for k, v in measure(labels, channels, case.spacing_mm).items() if k in case.annotation.labels}
-
-
 def _complete(
     teacher: Teacher, name: str, case: Case, folder: str, settings: GateSettings, priors: Mapping[str, OrganPrior]
 ) -> Completed:
@@ -181,13 +169,13 @@ def completion_table(report: Report, cases: Mapping[str, Case], channels: Channe
     """Makes a line for each label: where it was annotated, lacking, and added; then how much is ignored."""
     names = [name for name, values in channels.items() if values != {0}]
     annotated = [sum(name in case.annotation.labels for case in cases.values()) for name in names]
-    added = [sum(name in entry["added"] for entry in report["cases"].values()) for name in names]
     entries = report["cases"].values()
+    added = [sum(name in entry["added"] for entry in entries) for name in names]
     ignored = sum(entry["ignored_voxels"] for entry in entries) / max(1, sum(entry["voxels"] for entry in entries))
-    rows = {
+    columns = {
         "label": [*names, "ignored voxels"],
-        "annotated in": [*map(str, annotated), ""],
-        "added in": [*map(str, added), f"{ignored:.2%}"],
-        "of": [*(str(len(cases) - number) for number in annotated), ""],
+        "annotated in": [*annotated, ""],
+        "added in": [*added, f"{ignored:.2%}"],
+        "of": [*(len(cases) - number for number in annotated), ""],
     }
-    return text_table(rows)
+    return text_table(columns)

@@ -11,7 +11,7 @@ from nnunet_diffusion.rounds.pseudo_labels import PseudoLabelDataset, pseudo_fol
 
 
 def completed_folder(base: str, data_identifier: str, plans: str, configuration: str, fold: int | str) -> str:
-    """Where the completed labels of a fold's training cases are.
+    """Says where the completed labels of a fold's training cases are.
 
     Args:
         base: The data set's folder in nnUNet_preprocessed.
@@ -30,7 +30,7 @@ class Stacked:
         self.arrays, self.shape = arrays, (len(arrays), *arrays[0].shape[1:])
 
     def __getitem__(self, index) -> np.ndarray:
-        """A part of all of them; the first index is not theirs."""
+        """Returns a part of all of them; the first index is not theirs."""
         return np.concatenate([array[(slice(None), *index[1:])] for array in self.arrays])
 
 
@@ -61,6 +61,6 @@ class CompletedDataset(PseudoLabelDataset):
             )
 
     def load_case(self, identifier: str) -> tuple:
-        """As nnU-Net's, with labels (2, X, Y, Z); foreground is drawn from the completed ones."""
+        """Loads a case as nnU-Net does, with labels (2, X, Y, Z); foreground is drawn from the completed ones."""
         image, completed, _, properties = super().load_case(identifier)
         return image, Stacked(self.annotated.load_case(identifier)[1], completed), None, properties

@@ -13,6 +13,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.partial.annotations import Annotation, Channels
+from nnunet_diffusion.records import some
 
 KEY = "nnunet_diffusion_groups"  # in plans.json of a model folder: the labels of each group, for prediction
 SHOWN = 3  # cases in a message
@@ -28,7 +29,7 @@ class Group(NamedTuple):
 def find_groups(
     annotations: Mapping[str, Annotation], channels: Channels, named: Sequence[Sequence[str]] = ()
 ) -> list[Group]:
-    """The groups of some cases, in the order of their first labels.
+    """Finds the groups of some cases, in the order of their first labels.
 
     Args:
         annotations: {case: annotation} of the training cases.
@@ -43,13 +44,15 @@ def find_groups(
     _refuse_unions(annotations)
     if problem := _problem_of_names(named, channels):
         raise UserError(f"setting groups is {[list(names) for names in named]}: {problem}")
-    sets = [_foreground(names, channels) for names in named] or sorted(set(labels.values()), key=_order(channels))
+    place = list(channels).index
+    sets = [_foreground(names, channels) for names in named]
+    sets = sets or sorted(set(labels.values()), key=lambda own: [place(label) for label in own])
     _refuse_overlap(sets, labels, bool(named))
     homeless = [case for case, own in labels.items() if not own or not any(set(own) <= set(group) for group in sets)]
     if homeless:
         raise UserError(
-            f"{_some(homeless)}: annotated for {list(labels[homeless[0]]) or 'nothing'}, which no group of labels has: "
-            "correct annotated_labels or the setting groups, or take the cases out"
+            f"case(s) {some(map(repr, homeless), SHOWN)}: annotated for {list(labels[homeless[0]]) or 'nothing'}, "
+            "which no group of labels has: correct annotated_labels or the setting groups, or take the cases out"
         )
     groups = [Group(group, tuple(case for case in labels if set(labels[case]) <= set(group))) for group in sets]
     _refuse_unusable(groups, channels)
@@ -57,12 +60,12 @@ def find_groups(
 
 
 def owned_channels(groups: Sequence[Sequence[str]], channels: Channels) -> torch.Tensor:
-    """(K, C) bool: which outputs of the network each group's labels are; background is nobody's."""
+    """Returns (K, C) bool: which outputs of the network each group's labels are; background is nobody's."""
     return torch.tensor([[name in group for name in channels] for group in groups])
 
 
 def too_small(groups: Sequence[Group], batch_size: int) -> list[str]:
-    """A sentence for each group that has fewer cases than a `GroupedLoader` takes from it for a batch."""
+    """Names in a sentence each group that has fewer cases than a `GroupedLoader` takes from it for a batch."""
     patches = -(-batch_size // len(groups))
     return [
         f"group {list(group.labels)} has {len(group.cases)} training case(s) and gives up to {patches} of the "
@@ -77,11 +80,6 @@ def _foreground(names, channels: Channels) -> tuple[str, ...]:
     return tuple(name for name, values in channels.items() if name in names and values != {0})
 
 
-def _order(channels: Channels):
-    names = list(channels)
-    return lambda labels: [names.index(label) for label in labels]
-
-
 def _problem_of_names(named: Sequence[Sequence[str]], channels: Channels) -> str:
     if not all(isinstance(group, (list, tuple)) and group for group in named):
         return "it must be a list of lists of label names"
@@ -94,8 +92,8 @@ def _refuse_unions(annotations: Mapping[str, Annotation]) -> None:
     unions = [case for case, annotation in annotations.items() if annotation.unions]
     if unions:
         raise UserError(
-            f"{_some(unions)}: union_labels: mutual learning needs each label by itself: take the cases or their "
-            "unions out, or train PartialLabelTrainer"
+            f"case(s) {some(map(repr, unions), SHOWN)}: union_labels: mutual learning needs each label by itself: "
+            "take the cases or their unions out, or train PartialLabelTrainer"
         )
 
 
@@ -132,11 +130,6 @@ def _refuse_unusable(groups: Sequence[Group], channels: Channels) -> None:
             )
 
 
-def _some(cases: Sequence[str]) -> str:
-    more = f" and {len(cases) - SHOWN} more" if len(cases) > SHOWN else ""
-    return f"case(s) {', '.join(map(repr, cases[:SHOWN]))}{more}"
-
-
 class GroupedLoader(nnUNetDataLoader):
     """nnU-Net's loader whose batches hold equally many cases of every group, or one more of some, in random order."""
 
@@ -145,7 +138,7 @@ class GroupedLoader(nnUNetDataLoader):
         self.groups = groups
 
     def get_indices(self) -> np.ndarray:
-        """The cases of a batch."""
+        """Draws the cases of a batch."""
         first = np.random.randint(len(self.groups))
         places = [(first + i) % len(self.groups) for i in range(self.batch_size)]
         drawn = [self.groups[group][np.random.randint(len(self.groups[group]))] for group in places]

@@ -71,7 +71,7 @@ class MembersLoss(nn.Module):
     def forward(
         self, outputs: Sequence[MemberOutput], batch: GroupedBatch, learners: Iterable[int], strength: float
     ) -> Tensor:
-        """The sum of the losses of some members.
+        """Sums the losses of some members.
 
         Args:
             outputs: Of all members, on all cases.
@@ -99,7 +99,7 @@ class DifferenceLoss(MembersLoss):
     """Stage 1: a member knows its group's labels, and learns from the other groups what these are not."""
 
     def forward(self, outputs, batch, learners, strength):
-        """See `MembersLoss`."""
+        """Sums as `MembersLoss` says."""
         learners = list(learners)
         total = sum(self._own_group(k, outputs[k], batch) for k in learners)
         if (batch.group == batch.group[0]).all():
@@ -141,7 +141,7 @@ class SimilarityLoss(MembersLoss):
     """Stage 2: a member knows all labels, from its group's completed ones, the other groups' true ones, and members."""
 
     def forward(self, outputs, batch, learners, strength):
-        """See `MembersLoss`."""
+        """Sums as `MembersLoss` says."""
         learners = list(learners)
         total = sum(self._completed(k, outputs[k], batch) for k in learners)
         if self.prediction_weight > 0:
@@ -178,7 +178,7 @@ class SimilarityLoss(MembersLoss):
 
 
 def of_owners(tensors: Sequence[Tensor], group: Tensor) -> Tensor:
-    """From K tensors (B, ...), of each case what the member of its group computed: (B, ...), constant."""
+    """Takes from K tensors (B, ...), of each case, what the member of its group computed: (B, ...), constant."""
     owned = torch.empty_like(tensors[0])
     for k, tensor in enumerate(tensors):
         owned[group == k] = tensor.detach()[group == k]

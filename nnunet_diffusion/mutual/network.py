@@ -27,7 +27,7 @@ def decode(network: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def log_odds(logits: Tensor, owned: Tensor) -> Tensor:
-    """Log odds of each owned class against all that is not owned: the output of a member that learned these only.
+    """Computes log odds of each owned class against all that is not owned: what a member that learned these only says.
 
     Args:
         logits: (B, C, X, Y[, Z]).
@@ -69,7 +69,7 @@ class Members(nn.Module):
         self.feature_stage, self.checkpointing = 0, False
 
     def forward(self, x: Tensor, learner: int | None = None) -> list[MemberOutput] | list[Tensor] | Tensor:
-        """Images (B, C, X, Y[, Z]) to each member's output, or to logits.
+        """Maps images (B, C, X, Y[, Z]) to each member's output, or to logits.
 
         Args:
             x: The images.

@@ -6,9 +6,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.commands import Step, Steps, command_environment
@@ -31,12 +30,12 @@ from nnunet_diffusion.preprocessing.cases import LABELED_FILES, fold_of
 from nnunet_diffusion.pretraining.start import SCRATCH, find_start
 from nnunet_diffusion.records import digest, made_from, refuse_other, size_and_time
 from nnunet_diffusion.rounds.cases import COPY
-from nnunet_diffusion.rounds.gate import GateSettings
+from nnunet_diffusion.rounds.places import Request
 from nnunet_diffusion.rounds.prediction import CHECKPOINT, Teacher
 from nnunet_diffusion.rounds.pseudo_labels import ENDING, pseudo_cases
 from nnunet_diffusion.rounds.state import State, load_state
 from nnunet_diffusion.schemas import Dataset
-from nnunet_diffusion.settings import BLOCK, SettingsOf, given_settings
+from nnunet_diffusion.settings import BLOCK
 
 STAGES = ("MutualDifferenceTrainer", "MutualSimilarityTrainer")
 
@@ -44,54 +43,41 @@ STAGES = ("MutualDifferenceTrainer", "MutualSimilarityTrainer")
 class MutualLearning:
     """Both stages on one fold, with logs and the state in a results folder of their own."""
 
-    def __init__(self, dataset: str, configuration: str, fold: str, plans: str, device: str, gate: list[str],
-                 num_gpus: int = 1, settings_of: SettingsOf = given_settings):  # fmt: skip
+    def __init__(self, request: Request):
         """Checks what was asked for.
 
         Args:
-            dataset: Id or name.
-            configuration: Of the plan.
-            fold: A number, or all.
-            plans: Name of the plan.
-            device: cpu or cuda.
-            gate: Settings of the gate, as KEY=VALUE.
-            num_gpus: Of each training.
-            settings_of: Says what settings the plan gives a trainer.
+            request: The data set, plan, configuration, fold, device and gate; the rest is of rounds.
 
         Raises:
             UserError: If there is no such data set, plan, configuration or fold, or mutual learning is not for it.
         """
-        try:
-            self.dataset = maybe_convert_to_dataset_name(dataset)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"-d {dataset}: {error}") from error
-        self.configuration, self.fold, self.plans, self.device = configuration, fold, plans, device
-        self.num_gpus, self.settings_of = num_gpus, settings_of
-        self.gate = GateSettings.from_pairs(gate)
-        self.base = os.path.join(nnUNet_preprocessed, self.dataset)
-        if not (fold.isdigit() or fold == "all"):
-            raise UserError(f"-f {fold}: give the number of a fold, or all")
+        self.request, self.base, self.fold = request, request.base, request.fold
+        plans, configuration = request.plans, request.configuration
         self.content = read_plans(self.base, plans, configuration)
         self.dataset_json = read_json(os.path.join(self.base, "dataset.json"), Dataset, COPY)
-        self.refuse_cascade_and_regions()
-        identifier = PlansManager(self.content).get_configuration(configuration).data_identifier
+        self.plans = PlansManager(self.content)
+        self.configuration = self.plans.get_configuration(configuration)
+        label_manager = self.plans.get_label_manager(self.dataset_json)
+        self.refuse_cascade_and_regions(label_manager)
+        self.channels = output_channels(label_manager)
+        identifier = self.configuration.data_identifier
         self.labeled = os.path.join(self.base, identifier)
-        self.completed_folder = completed_folder(self.base, identifier, plans, configuration, fold)
-        self.cases = training_cases_of(self.base, identifier, fold)
-        self.folder = os.path.join(nnUNet_results, self.dataset, f"mutual__{plans}__{configuration}", f"fold_{fold}")
+        self.completed_folder = completed_folder(self.base, identifier, plans, configuration, self.fold)
+        self.cases = training_cases_of(self.base, identifier, self.fold)
+        self.folder = os.path.join(request.results, f"mutual__{plans}__{configuration}", f"fold_{self.fold}")
 
-    def refuse_cascade_and_regions(self) -> None:
+    def refuse_cascade_and_regions(self, label_manager: LabelManager) -> None:
         """Raises UserError for what both trainers refuse, before anything is trained."""
-        manager = PlansManager(self.content)
-        if manager.get_configuration(self.configuration).previous_stage_name is not None:
-            raise UserError(f"-c {self.configuration}: a cascade's second stage has no mutual learning: take the first")
-        labels = manager.get_label_manager(self.dataset_json)
-        if labels.has_regions:
+        if self.configuration.previous_stage_name is not None:
+            raise UserError(
+                f"-c {self.request.configuration}: a cascade's second stage has no mutual learning: take the first"
+            )
+        if label_manager.has_regions:
             raise UserError(
                 f"{self.base}/dataset.json: its labels are regions, which overlap: mutual learning is between labels "
                 "that do not: train PartialLabelTrainer"
             )
-        self.channels = output_channels(labels)
 
     def run(self) -> None:
         """Does what is not finished.
@@ -104,12 +90,12 @@ class MutualLearning:
         with locked(os.path.join(self.folder, "lock"), f"the run in {self.folder}") as lock:
             file = os.path.join(self.folder, "state.json")
             self.state = load_state(file) or State(made_from({}))
-            environment = command_environment(None, self.device)
+            environment = command_environment(None, self.request.device)
             steps = Steps(self.folder, environment, 3, self.state.steps, lambda: self.state.save(file), (lock,))
             steps.run_all(self.stages())
 
     def stages(self) -> Iterator[Step]:
-        """All that is to be done, in order."""
+        """Yields all that is to be done, in order."""
         yield self.training(STAGES[0])
         yield Step("complete the training cases", do=self.complete, is_done=self.is_completed)
         yield self.training(STAGES[1])
@@ -128,17 +114,14 @@ class MutualLearning:
 
     # ---------------------------------------------------------------- trainings
 
-    def output_folder(self, trainer: str) -> str:
-        """The model folder of a trainer."""
-        return os.path.join(nnUNet_results, self.dataset, f"{trainer}__{self.plans}__{self.configuration}")
-
     def final(self, trainer: str) -> str:
-        """The checkpoint that a trainer ends with."""
-        return os.path.join(self.output_folder(trainer), f"fold_{self.fold}", CHECKPOINT)
+        """Returns the checkpoint that a trainer ends with."""
+        return os.path.join(self.request.model_folder(trainer), f"fold_{self.fold}", CHECKPOINT)
 
     def training(self, trainer: str) -> Step:
         """Trains one stage; a finished one is never trained anew."""
-        choice = [self.dataset, self.configuration, self.fold, "-tr", trainer, "-p", self.plans]
+        request, settings = self.request, self.settings(trainer)
+        choice = [request.dataset, request.configuration, request.fold, "-tr", trainer, "-p", request.plans]
         splits = os.path.join(self.base, "splits_final.json")
         validation = [] if self.fold == "all" else fold_of(splits, self.fold)[1]
         completed = pseudo_cases(self.completed_folder) if trainer == STAGES[1] else []
@@ -146,14 +129,14 @@ class MutualLearning:
             f"train {trainer}",
             ["nnunet_diffusion", "train", *choice],
             self.final(trainer),
-            where=["-device", self.device, "-num_gpus", str(self.num_gpus)],
+            where=["-device", request.device, "-num_gpus", str(request.num_gpus)],
             counts=r"Epoch time: ",
             depends_on={
                 "nnunet_diffusion": version("nnunet_diffusion"),
                 **self.plan(),
                 "labels": self.dataset_json["labels"],
-                "settings": self.settings(trainer),
-                "denoiser": self.denoiser(self.settings(trainer)),
+                "settings": settings,
+                "denoiser": self.denoiser(settings),
             },
             cases={
                 "training": self.recorded(self.cases),
@@ -165,33 +148,33 @@ class MutualLearning:
         )
 
     def recorded(self, cases: Sequence[str]) -> dict[str, str]:
-        """Preprocessed cases by the size and time of their files, and what dataset.json says of them."""
+        """Records preprocessed cases by the size and time of their files, and what dataset.json says of them."""
         return {
             case: f"{size_and_time(self.labeled, case, LABELED_FILES)} {digest(sorted(self.annotations[case].labels))}"
             for case in cases
         }
 
     def settings(self, trainer: str) -> dict[str, Any]:
-        """Those that the plan gives for a trainer."""
-        return self.settings_of(self.content, trainer)
+        """Returns those that the plan gives for a trainer."""
+        return self.request.settings_of(self.content, trainer)
 
     def plan(self) -> dict[str, Any]:
-        """The plan without other configurations and without settings."""
+        """Returns the plan without other configurations and without settings."""
         general = {key: value for key, value in self.content.items() if key not in ("configurations", BLOCK)}
-        return general | PlansManager(self.content).get_configuration(self.configuration).configuration
+        return general | self.configuration.configuration
 
     def denoiser(self, settings: dict[str, Any]) -> dict[str, str]:
-        """The denoiser that a training starts from, by content; none from random weights, as by default."""
+        """Returns the denoiser that a training starts from, by content; none from random weights, as by default."""
         if (start := settings.get("start", SCRATCH)) == SCRATCH:
             return {}
-        path = find_start(start, PlansManager(self.content), self.configuration, self.fold)
+        path = find_start(start, self.plans, self.request.configuration, self.fold)
         return {path: self.state.sha256(path)}
 
     # ---------------------------------------------------------------- completion
 
     def completed_from(self) -> dict[str, Any]:
-        """What the completed labels are made from."""
-        return made_from({"teacher": self.state.sha256(self.final(STAGES[0])), "gate": self.gate.as_dict()})
+        """Says what the completed labels are made from."""
+        return made_from({"teacher": self.state.sha256(self.final(STAGES[0])), "gate": self.request.gate.as_dict()})
 
     def is_completed(self) -> bool:
         """Says whether the training cases are completed.
@@ -211,8 +194,8 @@ class MutualLearning:
     def complete(self) -> None:
         """Completes the training cases with the networks of stage 1."""
         origin = self.completed_from()
-        identity, device = origin["values"]["teacher"], torch.device(self.device)
-        teacher = Teacher(self.output_folder(STAGES[0]), [self.fold], identity, device)
+        identity, device = origin["values"]["teacher"], torch.device(self.request.device)
+        teacher = Teacher(self.request.model_folder(STAGES[0]), [self.fold], identity, device)
         cases = describe_cases(self.base, teacher, self.cases)
-        report = complete_cases(teacher, cases, self.completed_folder, self.gate)
+        report = complete_cases(teacher, cases, self.completed_folder, self.request.gate)
         print(completion_table(report, cases, self.channels), flush=True)

@@ -19,7 +19,7 @@ from nnunet_diffusion.partial.merged_softmax import MergedSoftmax
 
 
 def ramp_up(epoch: int, start: float, length: float) -> float:
-    """Weight of the mutual terms: 0 before `start`, then exp(-5 (1 - t)^2) of Laine and Aila 2017, and 1 at the end."""
+    """Weighs the mutual terms: 0 before `start`, then exp(-5 (1 - t)^2) of Laine and Aila 2017, and 1 at the end."""
     if epoch < start:
         return 0.0
     t = min(1.0, (epoch - start + 1) / length) if length > 0 else 1.0
@@ -74,7 +74,7 @@ def organ_features(features: Tensor, labels: Tensor, classes: int) -> OrganFeatu
 
 
 def feature_difference(own: OrganFeatures, other: OrganFeatures) -> Tensor:
-    """|cosine| between each organ that a network sees and each true organ, as the network that owns it sees that.
+    """Computes |cosine| of each organ that a network sees and each true organ, as the network that owns it sees that.
 
     Args:
         own: The network's features of the organs that it predicts.
@@ -89,20 +89,20 @@ def feature_difference(own: OrganFeatures, other: OrganFeatures) -> Tensor:
 
 
 def prediction_similarity(logits: Tensor, other: Tensor) -> Tensor:
-    """KL(p_other || p) of two networks' (B, C, X, Y[, Z]) logits, the other one constant: mean over voxels, in nats."""
+    """Computes KL(p_other || p) of (B, C, X, Y[, Z]) logits, the other constant: mean over voxels, in nats."""
     log_p, log_other = (z.log_softmax(1, dtype=_precision(z)) for z in (logits, other.detach()))
     divergence = F.kl_div(log_p, log_other, reduction="none", log_target=True).sum(1)
     return divergence.sum() / max(1, divergence.numel())
 
 
 def organ_errors(merged: MergedSoftmax, smooth: float = 1e-5) -> Tensor:
-    """(B, C) one minus the soft Dice of each class in each case, constant; of use where it is annotated."""
+    """Returns (B, C) one minus the soft Dice of each class in each case, constant; of use where it is annotated."""
     dice = (2 * merged.inside + smooth) / (merged.voxels + merged.mass + smooth)
     return 1 - dice.detach()
 
 
 def feature_similarity(features: Sequence[OrganFeatures], errors: Tensor) -> list[Tensor]:
-    """One minus the cosine between a network's features of an organ and those of the network that sees it best.
+    """Computes one minus the cosine of a network's features of an organ and those of the network that sees it best.
 
     Dynamic: who is best is decided for each organ of each case. The best one's features are constant, and it learns
     nothing from this organ.

@@ -63,9 +63,6 @@ def save_denoiser(path: str, denoiser: Denoiser, timestep: int, process: dict, p
     """
     folded = {name: tensor.cpu() for name, tensor in fold(denoiser, timestep).state_dict().items()}
     content = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "versions": {name: version(name) for name in ("nnunet_diffusion", "nnunetv2", "torch")},
         "network_weights": folded,
         "timestep": timestep,
         "denoiser_weights": {name: tensor.cpu() for name, tensor in denoiser.state_dict().items()},
@@ -74,8 +71,16 @@ def save_denoiser(path: str, denoiser: Denoiser, timestep: int, process: dict, p
         "training": training,
         "nnssl_adaptation_plan": _nnssl_adaptation_plan(denoiser, plan),
     }
+    save_own(path, FORMAT, FORMAT_VERSION, content)
+
+
+def save_own(path: str, file_format: str, format_version: int, content: dict[str, Any]) -> None:
+    """Writes plain tensors and values whole or not at all, with their format and the versions that made them."""
+    versions = {name: version(name) for name in ("nnunet_diffusion", "nnunetv2", "torch")}
     with atomic(path) as temporary:
-        torch.save(content, temporary)
+        torch.save(
+            {"format": file_format, "format_version": format_version, "versions": versions, **content}, temporary
+        )
 
 
 def load_denoiser(path: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ NO_MODELS = ("rounds", "mutual")  # folders of these commands, named like a trai
 MEASURES = {"DSC": "dsc", "NSD": "nsd"}
 # File -> its schema, and what the user can do if it cannot be read.
 FILES = {
+    "dataset.json": (schemas.Dataset, "correct it"),
     "plans.json": (schemas.ModelPlans, "copy it from nnUNet_preprocessed"),
     "transfer_report.json": (schemas.Transfer, "train the fold again to have it"),
     "summary.json": (schemas.Summary, "make it anew with nnUNetv2_train ... --val"),
@@ -143,7 +144,7 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
     names = found.entries(results)
     models = [match for name in names if (match := MODEL.fullmatch(name)) and match["trainer"] not in NO_MODELS]
     for folder in (raw, preprocessed, *(os.path.join(results, match[0]) for match in models)):
-        found.dataset_json = found.dataset_json or found.attempt(os.path.join(folder, "dataset.json"), _dataset) or {}
+        found.dataset_json = found.dataset_json or found.json(os.path.join(folder, "dataset.json")) or {}
     found.splits = found.attempt(os.path.join(preprocessed, "splits_final.json"), read_splits) or []
     for name in filter(lambda name: os.path.isdir(os.path.join(results, name)), names):
         for benchmark in ("label_efficiency", "partial_labels"):
@@ -157,10 +158,6 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
         elif not os.path.lexists(path):
             found.note(f"{path}: there is no such file: left out")
     return found
-
-
-def _dataset(path: str) -> dict:
-    return read_json(path, schemas.Dataset)
 
 
 def _model(found: Results, folder: str, match: re.Match) -> Model:

@@ -17,8 +17,8 @@ from nnunet_diffusion.preprocessing.cases import (
 )
 from nnunet_diffusion.preprocessing.preprocess import differing, preprocessing_identity
 from nnunet_diffusion.records import digest, size_and_time
-from nnunet_diffusion.rounds.evidence import OrganPrior, measure, organ_priors
-from nnunet_diffusion.rounds.prediction import Case, network_spacing, read_preprocessed
+from nnunet_diffusion.rounds.evidence import OrganPrior, organ_priors
+from nnunet_diffusion.rounds.prediction import Case, annotated_evidence, network_spacing
 from nnunet_diffusion.schemas import Dataset
 
 COPY = "run nnunet_diffusion plan_and_preprocess, which copies it from nnUNet_raw"
@@ -85,7 +85,7 @@ class Cases:
         return [case for case in train if case in self.annotations], validation
 
     def held_out(self) -> list[str]:
-        """The cases that this fold is validated on, sorted; none as long as there are no splits."""
+        """Lists the cases that this fold is validated on, sorted; none as long as there are no splits."""
         is_split = self.fold == "all" or os.path.isfile(os.path.join(self.base, "splits_final.json"))
         return sorted(self.split()[1]) if is_split else []
 
@@ -101,26 +101,22 @@ class Cases:
         return cases
 
     def case(self, name: str) -> Case:
-        """Where a case that is to be predicted lies, its spacing, and what was annotated."""
+        """Finds where a case lies, its spacing, and what was annotated."""
         annotation = self.annotations.get(name)
         folder = self.unlabeled if annotation is None else self.labeled
-        return Case(os.path.join(folder, name + ".b2nd"), self._spacing(folder, name), annotation)
+        spacing = network_spacing(os.path.join(folder, name + ".pkl"), self.plans, self.configuration)
+        return Case(os.path.join(folder, name + ".b2nd"), spacing, annotation)
 
     def lacking(self, annotation: Annotation) -> list[str]:
-        """The labels or regions that a case was not annotated for."""
+        """Lists the labels or regions that a case was not annotated for."""
         return [name for name in self.channels if name not in annotation.labels and name != "background"]
 
     def organ_priors(self) -> dict[str, OrganPrior]:
         """Measures the organs of the annotated training cases; those validated on are not looked at."""
-        found = []
-        for case in self.split()[0]:
-            labels = read_preprocessed(os.path.join(self.labeled, case + "_seg.b2nd"))[0]
-            evidence = measure(labels, self.channels, self._spacing(self.labeled, case))
-            found.append({name: e for name, e in evidence.items() if name in self.annotations[case].labels})
-        return organ_priors(found)
+        return organ_priors([annotated_evidence(self.case(case), self.channels) for case in self.split()[0]])
 
     def recorded(self) -> dict[str, dict[str, str]]:
-        """All cases by the size and time of their files, annotated ones by what dataset.json says of them, too."""
+        """Records cases by the size and time of their files, annotated ones by what dataset.json says of them, too."""
         annotated = {
             case: f"{size_and_time(self.labeled, case, LABELED_FILES)} {digest(sorted(known.labels))} {known.unions}"
             for case, known in self.annotations.items()
@@ -129,6 +125,3 @@ class Cases:
             "annotated": annotated,
             "pool": {case: size_and_time(self.unlabeled, case, UNLABELED_FILES) for case in self.pool},
         }
-
-    def _spacing(self, folder: str, case: str) -> tuple[float, ...]:
-        return network_spacing(os.path.join(folder, case + ".pkl"), self.plans, self.configuration)

@@ -16,7 +16,7 @@ NOTHING_ANNOTATED = Annotation(frozenset({"background"}))
 
 
 def possible_classes(annotation: Annotation, channels: Channels) -> Tensor:
-    """The classes that a voxel may have, by its value in the case's label file.
+    """Finds the classes that a voxel may have, by its value in the case's label file.
 
     Args:
         annotation: Of the case.
@@ -41,7 +41,7 @@ def possible_classes(annotation: Annotation, channels: Channels) -> Tensor:
 def most_probable(
     logits: Tensor, label_manager: LabelManager, annotated: Tensor | None = None, possible: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The most probable label of each voxel, given what was annotated, and how probable it is.
+    """Finds the most probable label of each voxel, given what was annotated, and how probable it is.
 
     Args:
         logits: (C, X, Y, Z) output of the network before the softmax; computed slice by slice in float32.
@@ -81,20 +81,20 @@ def most_probable(
 
 
 def _is_fixed(annotated: Tensor, possible: Tensor) -> Tensor:
-    """Whether a voxel is outside the body or ignored, or has a value that the annotation does not know."""
+    """Says whether a voxel is outside the body or ignored, or has a value that the annotation does not know."""
     is_unknown = torch.cat([~possible.any(1), torch.tensor([True])])
     return is_unknown[torch.where(annotated < 0, len(possible), annotated.clamp_max(len(possible))).long()]
 
 
 def _choice(annotated: Tensor, possible: Tensor) -> Tensor:
-    """(..., C) bool; everything is possible where nothing will be read."""
+    """Returns (..., C) bool; everything is possible where nothing will be read."""
     is_fixed = _is_fixed(annotated, possible)
     choice = possible[torch.where(is_fixed, 0, annotated).long()]
     return choice | is_fixed[..., None]
 
 
 def ignore_uncertain(labels: Tensor, confidence: Tensor, least: float, ignore_label: int) -> Tensor:
-    """The labels with `ignore_label` where the confidence is below `least`, but not outside the body."""
+    """Puts `ignore_label` where the confidence is below `least`, but not outside the body."""
     return torch.where((confidence < least) & (labels >= 0), ignore_label, labels).to(labels.dtype)
 
 

@@ -17,8 +17,6 @@ from nnunet_diffusion.rounds.pseudo_labels import ignoring, pseudo_cases, remove
 from nnunet_diffusion.rounds.report import draw, to_draw, write_report
 from nnunet_diffusion.rounds.state import Round, anew, waited
 
-VerdictContent = tuple[str, list[str], dict[str, list[str]]]
-
 
 def read_verdicts(places: Places, entry: Round) -> dict[str, Verdict]:
     """Reads what the filter decided in a round; nothing if it has not yet.
@@ -28,7 +26,7 @@ def read_verdicts(places: Places, entry: Round) -> dict[str, Verdict]:
     """
     if not entry.verdicts:
         return {}
-    found = read_journal(places.verdicts(entry.number), entry.verdicts, VerdictContent, anew(places.state))
+    found = read_journal(places.verdicts(entry.number), entry.verdicts, Verdict, anew(places.state))
     return {case: Verdict(*verdict) for case, verdict in found.items()}
 
 

@@ -45,7 +45,7 @@ class GateSettings:
 
     @classmethod
     def from_pairs(cls, pairs: Sequence[str]) -> "GateSettings":
-        """Settings from KEY=VALUE texts.
+        """Reads settings from KEY=VALUE texts.
 
         Raises:
             UserError: If a key is unknown or a value has another type.
@@ -65,7 +65,7 @@ class GateSettings:
         return cls(**values)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Returns plain values, for JSON."""
         return asdict(self)
 
 

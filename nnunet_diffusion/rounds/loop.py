@@ -60,7 +60,7 @@ class Rounds:
     # ---------------------------------------------------------------- what is there
 
     def compared(self, known: State | None) -> State:
-        """The state to go on with; raises UserError if anything that the run was made from has changed."""
+        """Returns the state to go on with; raises UserError if anything that the run was made from has changed."""
         request, file = self.request, self.places.state
         held_out = self.cases.held_out() or (known.made_from["values"].get("validation", []) if known else [])
         now = made_from({
@@ -104,15 +104,15 @@ class Rounds:
         self.state.save(self.places.state)
 
     def verdicts_before(self, number: int) -> list[dict]:
-        """The verdicts of the rounds before one, in their order."""
+        """Reads the verdicts of the rounds before one, in their order."""
         return [read_verdicts(self.places, self.state.round(n)) for n in range(1, number)]
 
     def dices(self) -> list[float | None]:
-        """Validation Dice of the rounds that were trained."""
+        """Lists the validation Dice of the rounds that were trained."""
         return [entry.validation_dice for entry in self.state.rounds if entry.checkpoints]
 
     def fallen(self) -> int | None:
-        """The first round whose model is worse than the best before; None so far."""
+        """Finds the first round whose model is worse than the best before; None so far."""
         return fallen(self.dices(), self.request.tolerance)
 
     # ---------------------------------------------------------------- what is done
@@ -138,7 +138,7 @@ class Rounds:
         steps.run_all(self.stages(rounds), stop_after)
 
     def stages(self, rounds: int) -> Iterator[Step]:
-        """All that is to be done, in order, until the last round or until the validation Dice falls."""
+        """Yields all that is to be done, in order, until the last round or until the validation Dice falls."""
         yield self.first_training(rounds)
         for number in range(1, rounds + 1):
             if (worse := self.fallen()) is not None:
@@ -218,11 +218,11 @@ class Rounds:
         return entry
 
     def teacher(self, number: int) -> str:
-        """A name for the weights that a round is predicted with."""
+        """Names the weights that a round is predicted with."""
         return digest(sorted(self.state.round(number - 1).checkpoints.values()))
 
     def to_predict(self, entry: Round, num_parts: int = 1, part_id: int = 0) -> list[str]:
-        """The cases of a round, or of a part of it, that are not predicted yet."""
+        """Lists the cases of a round, or of a part of it, that are not predicted yet."""
         candidates, teacher = self.cases.to_predict(), self.teacher(entry.number)
         folder = self.places.predicted(entry.number)
         mine = entry.cases[part_id::num_parts]

@@ -37,6 +37,20 @@ class Request:
         """The data set's folder of preprocessed cases."""
         return os.path.join(nnUNet_preprocessed, self.dataset)
 
+    @property
+    def results(self) -> str:
+        """The data set's folder of results."""
+        return os.path.join(nnUNet_results, self.dataset)
+
+    @property
+    def reports(self) -> str:
+        """The folder of the rounds' reports and logs, with their lock: it can be removed to start anew."""
+        return os.path.join(self.results, f"rounds__{self.plans}__{self.configuration}", f"fold_{self.fold}")
+
+    def model_folder(self, trainer: str, plans: str = "") -> str:
+        """Returns the model folder of a trainer, by default with the plans that were asked for."""
+        return os.path.join(self.results, f"{trainer}__{plans or self.plans}__{self.configuration}")
+
 
 class Places:
     """The folders and files of one run; a round is a number, or "finetune"."""
@@ -45,50 +59,45 @@ class Places:
         """Names them; `data_identifier` is that of the configuration."""
         self.request = request
         self.base = request.base
-        self.results = os.path.join(nnUNet_results, request.dataset)
         self.name = f"{request.plans}__{request.configuration}__fold_{request.fold}"
         self.folder = pseudo_folder(self.base, data_identifier, self.name)
         self.state = os.path.join(self.folder, "state.json")
-        runs = f"rounds__{request.plans}__{request.configuration}"
-        self.reports = os.path.join(self.results, runs, f"fold_{request.fold}")
+        self.reports = request.reports
 
     def round(self, number: int) -> str:
-        """The pseudo labels of a round."""
+        """Returns the pseudo labels of a round."""
         return os.path.join(self.folder, f"round_{number}")
 
     def predicted(self, number: int) -> str:
-        """The predictions of a round."""
+        """Returns the predictions of a round."""
         return os.path.join(self.round(number), "predicted")
 
     def verdicts(self, number: int) -> str:
-        """What the filter decided about each case."""
+        """Says what the filter decided about each case."""
         return os.path.join(self.round(number), "verdicts.jsonl")
 
     def plans(self, number: int | str) -> str:
-        """The name of the plans with a round's settings."""
+        """Returns the name of the plans with a round's settings."""
         return f"{self.request.plans}_round{number}"
 
     def pseudo_labels(self, number: int) -> str:
-        """The trainer's setting; it has a placeholder for the fold, since folds share their plans."""
+        """Returns the trainer's setting; it has a placeholder for the fold, since folds share their plans."""
         return f"{self.request.plans}__{self.request.configuration}__fold_{{fold}}/round_{number}"
 
     def model(self, number: int | str) -> str:
-        """The model folder of a round."""
+        """Returns the model folder of a round."""
         if number == 0 and self.request.model:
             return os.path.abspath(self.request.model)
         if number == 0:
-            return self._model(self.request.trainer, self.request.plans)
-        return self._model(TRAINER, self.plans(number))
+            return self.request.model_folder(self.request.trainer)
+        return self.request.model_folder(TRAINER, self.plans(number))
 
     def outcome(self) -> str:
-        """Where `nnUNetv2_predict -tr PseudoLabelTrainer -p PLANS` looks."""
-        return self._model(TRAINER, self.request.plans)
-
-    def _model(self, trainer: str, plans: str) -> str:
-        return os.path.join(self.results, f"{trainer}__{plans}__{self.request.configuration}")
+        """Says where `nnUNetv2_predict -tr PseudoLabelTrainer -p PLANS` looks."""
+        return self.request.model_folder(TRAINER)
 
     def folds(self, number: int | str) -> list[str]:
-        """The folds that predict: of a given model all, if nothing is validated on; else this run's own."""
+        """Lists the folds that predict: of a given model all, if nothing is validated on; else this run's own."""
         if number == 0 and self.request.model and self.request.fold == "all":
             model = self.model(0)
             names = sorted(name[5:] for name in os.listdir(model) if name.startswith("fold_"))
@@ -96,5 +105,5 @@ class Places:
         return [self.request.fold]
 
     def checkpoints(self, number: int | str) -> list[str]:
-        """The checkpoints of a round's model."""
+        """Lists the checkpoints of a round's model."""
         return [os.path.join(self.model(number), f"fold_{fold}", CHECKPOINT) for fold in self.folds(number)]

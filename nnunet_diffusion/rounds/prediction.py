@@ -9,19 +9,18 @@ import contextlib
 import io
 import json
 import os
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from pydantic import Field
 from typing_extensions import TypedDict
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
 from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_nothing_but_plain_values, trainers_of
-from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.partial.annotations import Annotation, Channels
 from nnunet_diffusion.preprocessing.case_files import REMEDY, load_properties, open_array
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure
@@ -33,7 +32,7 @@ ANEW = "remove it and run the same command again"
 
 
 class Case(NamedTuple):
-    """A preprocessed scan that is to be predicted."""
+    """A preprocessed scan."""
 
     image: str  # its .b2nd
     spacing_mm: tuple[float, ...]  # of the network's space
@@ -70,21 +69,11 @@ def network_spacing(properties: str, plans: PlansManager, configuration: Configu
     return tuple(spacing)
 
 
-class EvidenceContent(TypedDict):
-    """`Evidence` as JSON has it."""
-
-    volume_ml: float
-    position: Annotated[list[float], Field(min_length=3, max_length=3)] | None
-    confidence: float | None
-    agreement: float | None
-    disagreement: float | None
-
-
 class PredictionContent(TypedDict):
     """The metadata of a prediction."""
 
     teacher: str
-    evidence: dict[str, EvidenceContent]
+    evidence: dict[str, Evidence]
 
 
 class Teacher:
@@ -120,7 +109,7 @@ class Teacher:
 
     @torch.inference_mode()
     def logits(self, image: torch.Tensor) -> tuple[torch.Tensor, list[np.ndarray]]:
-        """Mean logits (C, X, Y, Z) of an image, on the CPU, and the label map of each model if there are several."""
+        """Computes mean logits (C, X, Y, Z) of an image, on the CPU, and each model's labels if there are several."""
         total, members, models = None, [], self.predictor.list_of_parameters
         for weights in models:
             getattr(self.predictor.network, "_orig_mod", self.predictor.network).load_state_dict(weights)
@@ -133,7 +122,7 @@ class Teacher:
 
 
 @torch.inference_mode()
-def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: str, channels) -> None:
+def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: str, channels: Channels) -> None:
     """Predicts one case and saves it, unless this teacher did already.
 
     Args:
@@ -160,36 +149,27 @@ def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: s
     logits, members = teacher.logits(image)
     annotated = possible = None
     if case.annotation is not None:
-        label_file = case.image.removesuffix(".b2nd") + "_seg.b2nd"
-        annotated = torch.from_numpy(read_preprocessed(label_file)[0].astype(np.int16))
+        annotated = torch.from_numpy(read_annotated(case).astype(np.int16))
         possible = possible_classes(case.annotation, channels)
     labels, confidence = most_probable(logits, teacher.label_manager, annotated, possible)
     if annotated is None and any(teacher.predictor.configuration_manager.use_mask_for_norm):
-        labels[
-            (image == 0).all(0)
-        ] = -1  # outside the body, as nnU-Net's preprocessing marks it and its masking needs it
+        labels[(image == 0).all(0)] = -1  # outside the body: nnU-Net's preprocessing marks it, its masking needs it
     previous = load_prediction(before, name).labels if has_prediction(before, name) else None
-    spacing = case.spacing_mm
-    evidence = measure(labels.numpy(), channels, spacing, confidence.numpy(), members, previous)
-    save_prediction(folder, name, Prediction(labels.numpy(), confidence.numpy(), evidence, teacher.identity),
-                    teacher.predictor.configuration_manager.patch_size)  # fmt: skip
-
-
-def save_prediction(folder: str, name: str, prediction: Prediction, patch_size) -> None:
-    """Saves it, whole or not at all."""
-    confidence = np.round(prediction.confidence * LEVELS).astype(np.int16)
-    about = {"teacher": prediction.teacher, "evidence": {k: v._asdict() for k, v in prediction.evidence.items()}}
-    maps = np.stack([prediction.labels, confidence])
+    labels, confidence = labels.numpy(), confidence.numpy()
+    evidence = measure(labels, channels, case.spacing_mm, confidence, members, previous)
+    about = {"teacher": teacher.identity, "evidence": {organ: e._asdict() for organ, e in evidence.items()}}
+    maps = np.stack([labels, np.round(confidence * LEVELS).astype(np.int16)])
+    patch_size = teacher.predictor.configuration_manager.patch_size
     write_array(os.path.join(folder, name + ".b2nd"), maps, patch_size, json.dumps(about))
 
 
 def has_prediction(folder: str, name: str) -> bool:
-    """Whether any teacher predicted the case there."""
+    """Says whether any teacher predicted the case there."""
     return os.path.isfile(os.path.join(folder, name + ".b2nd"))
 
 
 def is_predicted(folder: str, name: str, teacher: str) -> bool:
-    """Whether this teacher predicted the case there."""
+    """Says whether this teacher predicted the case there."""
     return has_prediction(folder, name) and read_evidence(folder, name)[1] == teacher
 
 
@@ -223,12 +203,22 @@ def _about(text: str, path: str) -> tuple[dict[str, Evidence], str]:
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: is no prediction ({error}): {ANEW}") from error
     check_shape(content, PredictionContent, path, ANEW)
-    evidence = {n: Evidence(*(entry[key] for key in Evidence._fields)) for n, entry in content["evidence"].items()}
-    return evidence, content["teacher"]
+    return {name: Evidence(**entry) for name, entry in content["evidence"].items()}, content["teacher"]
+
+
+def read_annotated(case: Case) -> np.ndarray:
+    """Reads the (X, Y, Z) label file of an annotated case."""
+    return read_preprocessed(case.image.removesuffix(".b2nd") + "_seg.b2nd")[0]
+
+
+def annotated_evidence(case: Case, channels: Channels) -> dict[str, Evidence]:
+    """Measures the organs that a case annotates."""
+    evidence = measure(read_annotated(case), channels, case.spacing_mm)
+    return {name: found for name, found in evidence.items() if name in case.annotation.labels}
 
 
 def read_preprocessed(path: str) -> np.ndarray:
-    """A preprocessed array, which nnU-Net wrote."""
+    """Reads a preprocessed array, which nnU-Net wrote."""
     array = open_array(path)
     try:
         return array[:]

@@ -75,7 +75,7 @@ def pseudo_folder(preprocessed_dataset_folder_base: str, data_identifier: str, *
 
 
 def pseudo_cases(folder: str) -> list[str]:
-    """The cases that have a pseudo label in a folder, sorted; none if there is no such folder."""
+    """Lists the cases that have a pseudo label in a folder, sorted; none if there is no such folder."""
     names = os.listdir(folder) if os.path.isdir(folder) else ()
     return sorted(name.removesuffix(ENDING) for name in names if name.endswith(ENDING) and not name.startswith("."))
 
@@ -114,8 +114,8 @@ def save_pseudo_label(
         raise ValueError(f"the segmentation must be (X, Y, Z) or (1, X, Y, Z), not {segmentation.shape}")
     locations = class_locations(segmentation, label_manager)
     about = {"annotation": _to_json(annotation), "completes": completes and _to_json(completes)}
-    about |= {"info": dict(info or {}), "classes": [_key_to_json(key) for key in locations]}
-    metadata = [json.dumps(about), *map(_to_bytes, locations.values())]
+    about |= {"info": dict(info or {}), "classes": [np.asarray(key).tolist() for key in locations]}
+    metadata = [json.dumps(about), *(np.asarray(voxels, np.int32).tobytes() for voxels in locations.values())]
     write_array(os.path.join(folder, case + ENDING), segmentation, patch_size, metadata)
 
 
@@ -224,7 +224,7 @@ def with_annotated_share(cases: list[str], annotated: set[str], share: float) ->
 
 
 def class_locations(segmentation: np.ndarray, label_manager: LabelManager) -> dict:
-    """Voxels of each class, chosen as nnU-Net's preprocessing chooses them, from a (1, X, Y, Z) label map."""
+    """Draws voxels of each class of a (1, X, Y, Z) label map, as nnU-Net's preprocessing does."""
     # nnU-Net 2.8.1 DefaultPreprocessor.run_case_npy; changed: nothing, it cannot be called for a label map alone
     collect = list(label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels)
     if label_manager.has_ignore_label:
@@ -238,14 +238,6 @@ def _to_json(annotation: Annotation) -> dict[str, list]:
 
 def _from_json(content: Mapping[str, list]) -> Annotation:
     return Annotation(frozenset(content["labels"]), tuple(map(tuple, content["unions"])))
-
-
-def _key_to_json(key: int | tuple[int, ...]) -> int | list[int]:
-    return [int(label) for label in key] if isinstance(key, tuple) else int(key)
-
-
-def _to_bytes(locations) -> bytes:
-    return np.asarray(locations, np.int32).tobytes()
 
 
 class PseudoLabelDataset(nnUNetBaseDataset):
@@ -264,7 +256,7 @@ class PseudoLabelDataset(nnUNetBaseDataset):
         self.annotated, self.images, self.folder = annotated, dict(images), folder
 
     def load_case(self, identifier: str) -> tuple:
-        """As nnU-Net's `load_case`: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
+        """Loads as nnU-Net does: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
         if identifier not in self.images:
             return self.annotated.load_case(identifier)
         image = open_array(os.path.join(self.images[identifier], identifier + ".b2nd"))
@@ -273,12 +265,12 @@ class PseudoLabelDataset(nnUNetBaseDataset):
 
     @staticmethod
     def save_case(data, seg, properties, output_filename_truncated):
-        """Not for writing."""
+        """Refuses: this is not for writing."""
         raise NotImplementedError("images are written by preprocessing, pseudo labels by save_pseudo_label")
 
     @staticmethod
     def get_identifiers(folder: str) -> list[str]:
-        """The cases with pseudo labels in a folder."""
+        """Lists the cases with pseudo labels in a folder."""
         return pseudo_cases(folder)
 
 
@@ -293,5 +285,5 @@ class IgnoringLabelManager(LabelManager):
 
 
 def ignoring(label_manager: LabelManager) -> LabelManager:
-    """A label manager with an ignore label: the same, if it has one, else one that ignores the next value."""
+    """Returns a label manager with an ignore label: the same, if it has one, else one that ignores the next value."""
     return label_manager if label_manager.has_ignore_label else IgnoringLabelManager(label_manager)

@@ -30,7 +30,7 @@ def remove_stale(folder: str, is_ours_alone: bool = False) -> None:
 
 
 def _is_running(process: int) -> bool:
-    """Whether this machine has a process of that number; where it cannot be asked, on Windows, as if it had."""
+    """Says whether this machine has a process of that number; where it cannot be asked, on Windows, as if it had."""
     if os.name == "nt":
         return True
     try:

@@ -4,12 +4,10 @@
 of the round, to which a line is added for each.
 """
 
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
-
-from typing_extensions import TypedDict
 
 from nnunet_diffusion.commands import MadeFrom, StepRecord
 from nnunet_diffusion.names import safe_name
@@ -33,33 +31,24 @@ class Round:
     validation_dice: float | None = None  # mean over the labels; None where nothing is held out
 
 
-class StateContent(TypedDict):
-    """A state as JSON has it."""
-
-    made_from: MadeFrom
-    rounds: list[Round]
-    steps: dict[str, StepRecord]
-    hashes: dict[str, list[str]]
-
-
 @dataclass
 class State:
     """All that a run of rounds, or of mutual learning, must remember."""
 
-    made_from: dict[str, Any]  # of `records.made_from`
+    made_from: MadeFrom
     rounds: list[Round] = field(default_factory=list)
     steps: dict[str, StepRecord] = field(default_factory=dict)
     hashes: dict[str, list[str]] = field(default_factory=dict)  # path -> size and time, SHA-256
 
     def sha256(self, path: str) -> str:
-        """The SHA-256 of a checkpoint or denoiser, which is read again only if its size or time has changed."""
+        """Returns the SHA-256 of a checkpoint or denoiser, which is read again only if its size or time has changed."""
         stamp = size_and_time("", path, [""])
         if self.hashes.get(path, [""])[0] != stamp:
             self.hashes[path] = [stamp, sha256(path)]
         return self.hashes[path][1]
 
     def round(self, number: int) -> Round:
-        """The record of a round, a new one if need be."""
+        """Returns the record of a round, a new one if need be."""
         self.rounds += [Round(n) for n in range(len(self.rounds), number + 1)]
         return self.rounds[number]
 
@@ -75,7 +64,7 @@ def load_state(path: str) -> State | None:
     Raises:
         UserError: If the file is cut, edited or of another version.
     """
-    content = read_sealed(path, StateContent, FORMAT, anew(path))
+    content = read_sealed(path, State, FORMAT, anew(path))
     if content is None:
         return None
     rounds = [Round(**entry) for entry in content["rounds"]]
@@ -85,7 +74,7 @@ def load_state(path: str) -> State | None:
 
 
 def anew(path: str) -> str:
-    """What a user can do about a run that cannot go on."""
+    """Says what a user can do about a run that cannot go on."""
     return f"remove the folder {os.path.dirname(path)} to start anew"
 
 
@@ -102,13 +91,12 @@ def fallen(dices: Sequence[float | None], tolerance: float) -> int | None:
     Returns:
         Its number; None so far.
     """
-    best = None
+    best = -math.inf
     for number, dice in enumerate(dices):
-        if dice is None:
-            continue
-        if best is not None and dice < best - tolerance:
-            return number
-        best = dice if best is None else max(best, dice)
+        if dice is not None:
+            if dice < best - tolerance:
+                return number
+            best = max(best, dice)
     return None
 
 

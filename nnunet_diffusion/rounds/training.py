@@ -4,33 +4,12 @@ import math
 import os
 from typing import Any
 
-from pydantic import ConfigDict, with_config
-from typing_extensions import TypedDict
-
 from nnunet_diffusion.commands import Step
 from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.rounds.places import TRAINER, Places
 from nnunet_diffusion.rounds.prediction import CHECKPOINT
+from nnunet_diffusion.schemas import MeanSummary, TransferSource
 from nnunet_diffusion.settings import BLOCK
-
-
-@with_config(ConfigDict(strict=True))
-class Scores(TypedDict):
-    """Scores of a validation; NaN and None where there is nothing to score."""
-
-    Dice: float | None
-
-
-class Summary(TypedDict):
-    """nnU-Net's summary.json."""
-
-    foreground_mean: Scores
-
-
-class Transfer(TypedDict):
-    """transfer_report.json."""
-
-    source: str
 
 
 def write_plans(places: Places, plans: dict, number: int | str, before: int) -> dict[str, Any]:
@@ -92,7 +71,7 @@ def validation_dice(model: str, fold: str) -> float | None:
     if fold == "all" or not os.path.isfile(path):
         return None
     remedy = "make it anew: nnUNetv2_train with the same arguments and --val"
-    dice = read_json(path, Summary, remedy)["foreground_mean"]["Dice"]
+    dice = read_json(path, MeanSummary, remedy)["foreground_mean"]["Dice"]
     return dice if dice is not None and math.isfinite(dice) else None
 
 
@@ -105,5 +84,5 @@ def denoiser_of(model: str, fold: str) -> str:
     report = os.path.join(model, f"fold_{fold}", "transfer_report.json")
     if not os.path.isfile(report):
         return ""
-    source = read_json(report, Transfer, "remove it: then the denoiser is not compared any more")["source"]
+    source = read_json(report, TransferSource, "remove it: then the denoiser is not compared any more")["source"]
     return source if os.path.isfile(source) else ""

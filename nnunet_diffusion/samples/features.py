@@ -1,6 +1,5 @@
 """Feature extractors for generated images; each has a name that goes with its figures."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from torch.nn import functional as F
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.pretraining.conditioning import Denoiser, fold
+from nnunet_diffusion.records import sha256
 
 INCEPTION_FILE = "inception_v3_google-0cc3c7bd.pth"  # torchvision's name for its weights
 SPATIAL_CHANNELS = 7  # the first ones, as in sFID (Nash et al. 2021)
@@ -31,7 +31,7 @@ class Extractor:
 
 
 def encoder_features(denoiser: Denoiser, timestep: int, identity: str) -> Extractor:
-    """The denoiser's own encoder, folded at a timestep: needs no download, knows CT; our choice.
+    """Takes the denoiser's own encoder, folded at a timestep: needs no download, knows CT; our choice.
 
     Pooled: the mean over space of its deepest stage. Spatial: the first seven channels of its middle stage, averaged to
     a grid of 8 x 8 or 4 x 4 x 4. It was trained on such images as it judges, so it may be lenient with its own faults.
@@ -56,7 +56,7 @@ def encoder_features(denoiser: Denoiser, timestep: int, identity: str) -> Extrac
 
 
 def inception_features(path: str | None, value_range: tuple[float, float], device: torch.device | str) -> Extractor:
-    """Inception v3 of torchvision: pooled features (2048) and, spatial, seven channels of Mixed_6d (17 x 17 x 7).
+    """Takes torchvision's Inception v3: pooled features (2048) and, spatial, seven channels of Mixed_6d (17 x 17 x 7).
 
     Published FIDs use another training of it (TensorFlow's of 2015) with other resizing: not the same figures. The
     first channel is shown to it in gray levels, of 3-D patches the middle slice of the first axis.
@@ -94,13 +94,11 @@ def inception_features(path: str | None, value_range: tuple[float, float], devic
         pooled = network(_gray_levels(images.to(device), *value_range))
         return pooled.cpu(), spatial.pop().flatten(1).cpu()
 
-    with open(path, "rb") as f:
-        identity = hashlib.sha256(f.read()).hexdigest()[:12]
-    return Extractor(f"torchvision Inception v3, weights {identity}", extract)
+    return Extractor(f"torchvision Inception v3, weights {sha256(path)[:12]}", extract)
 
 
 def _gray_levels(images: Tensor, low: float, high: float) -> Tensor:
-    """(B, C, X, Y[, Z]) to (B, 3, 299, 299) in [-1, 1], as these weights were trained."""
+    """Maps (B, C, X, Y[, Z]) to (B, 3, 299, 299) in [-1, 1], as these weights were trained."""
     images = images[:, :1] if images.ndim == 4 else images[:, :1, images.shape[2] // 2]
     images = ((images - low) / (high - low)).clamp(0, 1) * 2 - 1
     images = F.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False, antialias=True)

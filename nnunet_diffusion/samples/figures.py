@@ -8,7 +8,7 @@ import numpy as np
 
 
 def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
-    """FID (Heusel et al. 2017, Eq. 6): squared Fréchet distance of the Gaussians with the sets' means and covariances.
+    """Computes FID (Heusel et al. 2017, Eq. 6): squared Fréchet distance of Gaussians with the sets' moments.
 
     ||m_r - m_g||^2 + tr(C_r) + tr(C_g) - 2 tr((C_r C_g)^(1/2)). With centered features X_r (n, d) and X_g (m, d), the
     last trace is the sum of the singular values of X_r X_g^T / sqrt((n - 1)(m - 1)): no square root of a matrix, and
@@ -37,7 +37,7 @@ def frechet_distance(real: np.ndarray, generated: np.ndarray) -> float:
 
 
 def precision_and_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, Eq. 1 and 2).
+    """Computes improved precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991, Eq. 1 and 2).
 
     A set covers what lies within one of its members' distance to that member's k-th nearest neighbor. Precision is the
     share of the generated that the real cover, recall the share of the real that the generated cover.

@@ -70,14 +70,14 @@ def read_description(folder: str) -> dict[str, Any]:
 
 
 def numbers_in(folder: str, channels: int) -> list[int]:
-    """The samples of which every channel is there, sorted."""
+    """Lists the samples of which every channel is there, sorted."""
     files = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     numbers = sorted(int(match[1]) for match in map(FILE.fullmatch, files) if match)
     return [n for n in numbers if all(file_name(n, channel) in files for channel in range(channels))]
 
 
 def file_name(number: int, channel: int) -> str:
-    """The file of one channel of a sample."""
+    """Names the file of one channel of a sample."""
     return f"sample_{number:05d}_{channel:04d}.nii.gz"
 
 

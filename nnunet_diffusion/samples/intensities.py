@@ -17,7 +17,7 @@ class IntensityScale(NamedTuple):
 
 
 def intensity_scale(scheme: str, properties: Mapping[str, float]) -> IntensityScale:
-    """How one channel goes back.
+    """Says how one channel goes back.
 
     Normalizations that take their numbers from each scan (z-score, 0 to 1 by the scan's own range) cannot be inverted
     for an image that is no scan's: it stays normalized, and the unit says so.
@@ -43,7 +43,7 @@ def plan_scales(plan: Mapping) -> list[IntensityScale]:
 
 
 def to_intensities(image: np.ndarray, scales: Sequence[IntensityScale]) -> np.ndarray:
-    """(C, X, Y[, Z]) in the plan's normalization to intensities, float32."""
+    """Maps (C, X, Y[, Z]) in the plan's normalization to intensities, float32."""
     factor, offset = _columns(image, scales)
     return (image * factor + offset).astype(np.float32)
 

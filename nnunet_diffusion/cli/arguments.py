@@ -1,0 +1,35 @@
+"""What `rounds` and `mutual` are both told: the data, the plan, the fold, the machine, and the limits of the filter."""
+
+import argparse
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.names import safe_name
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments that `request_of` reads."""
+    parser.add_argument("-d", dest="dataset", metavar="ID", required=True, help="data set id or name")
+    parser.add_argument("-c", dest="configuration", metavar="CONFIG", required=True, help="configuration of the plan")
+    parser.add_argument("-f", dest="fold", metavar="FOLD", required=True, help="a number, or all: nothing is held out")
+    parser.add_argument("-p", dest="plans", default="nnUNetPlans", metavar="PLANS", help="default: %(default)s")
+    parser.add_argument("-num_gpus", "--num_gpus", type=int, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
+    parser.add_argument("--gate", nargs="+", default=[], metavar="KEY=VALUE", help="limits: see docs/rounds.md")
+
+
+def check_usage(args: argparse.Namespace) -> None:
+    """Raises UserError for a fold or a name of plans that cannot be one, before anything heavy is imported."""
+    if not (args.fold == "all" or args.fold.isdigit()):
+        raise UserError(f"-f {args.fold}: give the number of a fold, or all")
+    safe_name(args.plans, "-p", "give the name of a plan")
+
+
+def request_of(args: argparse.Namespace, dataset: str, **more):
+    """Builds the `Request` of the arguments for a data set, given its folder's name; `more` are further fields."""
+    from nnunet_diffusion.rounds.gate import GateSettings
+    from nnunet_diffusion.rounds.places import Request
+    from nnunet_diffusion.trainers import settings_of
+
+    gate = GateSettings.from_pairs(args.gate)
+    return Request(dataset, args.configuration, args.fold, args.plans, gate=gate, device=args.device,
+                   num_gpus=args.num_gpus, settings_of=settings_of, **more)  # fmt: skip
