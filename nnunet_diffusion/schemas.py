@@ -22,22 +22,29 @@ FilePath = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # which no text with ha
 
 
 @with_config(STRICT)
-class LabeledFiles(TypedDict):
+class Strict(TypedDict):
+    """A shape of which other keys are free; what derives from it is as strict."""
+
+
+@with_config(ConfigDict(**STRICT, extra="forbid"))
+class StrictAndClosed(TypedDict):
+    """A shape without other keys."""
+
+
+class LabeledFiles(Strict):
     """A case of dataset.json's table `dataset`."""
 
     images: Annotated[list[FilePath], Field(min_length=1)]
     label: FilePath
 
 
-@with_config(STRICT)
-class UnlabeledFiles(TypedDict):
+class UnlabeledFiles(Strict):
     """A case of dataset.json's table `unlabeled`."""
 
     images: Annotated[list[FilePath], Field(min_length=1)]
 
 
-@with_config(STRICT)
-class Dataset(TypedDict):
+class Dataset(Strict):
     """dataset.json; the tables of annotations and of unlabeled scans have readers of their own."""
 
     channel_names: Annotated[dict[str, str], Field(min_length=1)]
@@ -48,15 +55,13 @@ class Dataset(TypedDict):
     overwrite_image_reader_writer: NotRequired[str]
 
 
-@with_config(STRICT)
 class PlannableDataset(Dataset):
     """dataset.json with what nnU-Net's planning needs beside."""
 
     numTraining: Count
 
 
-@with_config(STRICT)
-class Configuration(TypedDict):
+class Configuration(Strict):
     """A configuration of plans.json; one that inherits gives what differs."""
 
     inherits_from: NotRequired[str]
@@ -71,8 +76,7 @@ class Configuration(TypedDict):
     previous_stage: NotRequired[str | None]
 
 
-@with_config(STRICT)
-class ResolvedConfiguration(TypedDict):
+class ResolvedConfiguration(Strict):
     """A configuration with all that it inherits."""
 
     data_identifier: str
@@ -85,8 +89,7 @@ class ResolvedConfiguration(TypedDict):
     previous_stage: NotRequired[str | None]
 
 
-@with_config(STRICT)
-class PreprocessedConfiguration(TypedDict):
+class PreprocessedConfiguration(Strict):
     """What of a configuration decides the values of a preprocessed scan."""
 
     preprocessor_name: str
@@ -99,8 +102,7 @@ class PreprocessedConfiguration(TypedDict):
     resampling_fn_seg_kwargs: dict[str, Any]
 
 
-@with_config(STRICT)
-class Plans(TypedDict):
+class Plans(Strict):
     """plans.json."""
 
     dataset_name: str
@@ -113,8 +115,7 @@ class Plans(TypedDict):
     nnunet_diffusion: NotRequired[dict[str, dict[str, Any]]]
 
 
-@with_config(STRICT)
-class Split(TypedDict):
+class Split(Strict):
     """A fold of splits_final.json."""
 
     train: list[str]
@@ -124,8 +125,7 @@ class Split(TypedDict):
 Splits = Annotated[list[Split], Field(min_length=1)]
 
 
-@with_config(STRICT)
-class Fingerprint(TypedDict):
+class Fingerprint(Strict):
     """dataset_fingerprint.json; intensities of a data set without any labeled voxel are NaN."""
 
     spacings: list[list[Positive]]
@@ -134,15 +134,13 @@ class Fingerprint(TypedDict):
     median_relative_size_after_cropping: float
 
 
-@with_config(STRICT)
-class LabeledStamps(TypedDict):
+class LabeledStamps(Strict):
     """labeled_files.json: what dataset_fingerprint.json was measured from."""
 
     cases: dict[str, list[list[str | int | None]]]
 
 
-@with_config(STRICT)
-class Measures(TypedDict):
+class Measures(Strict):
     """A scan of unlabeled_fingerprint.json: its measures, or why there are none."""
 
     files: NotRequired[list[list[str | int | None]]]
@@ -170,8 +168,7 @@ def _is_weight(value: Any) -> Any:
 Weights = dict[str, Annotated[Any, AfterValidator(_is_weight)]]
 
 
-@with_config(STRICT)
-class PlanIdentity(TypedDict):
+class PlanIdentity(Strict):
     """The plan that a denoiser or a teacher was made for; see `denoiser_file.plan_identity`."""
 
     dataset_name: str
@@ -188,8 +185,7 @@ class PlanIdentity(TypedDict):
     network_kwargs_requiring_import: list[str]
 
 
-@with_config(STRICT)
-class Process(TypedDict):
+class Process(Strict):
     """A diffusion process; see `diffusion.Diffusion.description`."""
 
     schedule: Literal["linear", "cosine", "sigmoid"]
@@ -198,8 +194,7 @@ class Process(TypedDict):
     prior: NotRequired[Annotated[list[list[float]], Field(min_length=2, max_length=2)]]
 
 
-@with_config(STRICT)
-class Training(TypedDict):
+class Training(Strict):
     """What is said of a pre-training, as far as it is used."""
 
     body_share: NotRequired[Annotated[float, Field(ge=0, le=1)]]
@@ -207,8 +202,7 @@ class Training(TypedDict):
     health: NotRequired[str]
 
 
-@with_config(STRICT)
-class Denoiser(TypedDict):
+class Denoiser(Strict):
     """denoiser.pth."""
 
     network_weights: Weights
@@ -219,8 +213,7 @@ class Denoiser(TypedDict):
     training: Training
 
 
-@with_config(STRICT)
-class Teacher(TypedDict):
+class Teacher(Strict):
     """teacher.pth."""
 
     teacher_weights: Weights
@@ -229,16 +222,14 @@ class Teacher(TypedDict):
     training: Training
 
 
-@with_config(STRICT)
-class InitArgs(TypedDict):
+class InitArgs(Strict):
     """What a trainer was built from."""
 
     configuration: str
     dataset_json: dict[str, Any]
 
 
-@with_config(STRICT)
-class Checkpoint(TypedDict):
+class Checkpoint(Strict):
     """A checkpoint of nnU-Net, as far as it is used; weights that have become NaN are the training's own matter."""
 
     network_weights: dict[str, Any]
@@ -452,14 +443,12 @@ class Samples(TypedDict):
 # Of conversions.
 
 
-@with_config(STRICT)
-class ConvertedFrom(TypedDict):
+class ConvertedFrom(Strict):
     """dataset.json of a conversion: the folders that its cases came from."""
 
     converted_from: list[str]
 
 
-@with_config(STRICT)
 class SourceDataset(Dataset):
     """dataset.json of a data set that is joined with others; `partial` says more about labels than a shape can."""
 
@@ -468,8 +457,7 @@ class SourceDataset(Dataset):
     annotated_labels: NotRequired[dict[str, list[str]]]
 
 
-@with_config(ConfigDict(**STRICT, extra="forbid"))
-class JoinedSource(TypedDict):
+class JoinedSource(StrictAndClosed):
     """A source of a mapping of `convert partial`; what its mapping means is checked where it is applied."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
@@ -485,8 +473,7 @@ class JoinedSource(TypedDict):
     excludes: NotRequired[list[str]]
 
 
-@with_config(ConfigDict(**STRICT, extra="forbid"))
-class LabelMappingFile(TypedDict):
+class LabelMappingFile(StrictAndClosed):
     """The mapping of `convert partial`."""
 
     labels: Annotated[list[str], Field(min_length=1)]
@@ -497,8 +484,7 @@ class LabelMappingFile(TypedDict):
 AnnotatedLabels = dict[str, list[str]]  # of `convert folder --annotated`
 
 
-@with_config(STRICT)
-class LabelFile(TypedDict):
+class LabelFile(Strict):
     """The JSON file of `convert folder --labels` that has regions; `label_values` says more than a shape can."""
 
     labels: dict[str, Any]
