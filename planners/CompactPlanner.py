@@ -25,24 +25,9 @@ class CompactPlanner(ExperimentPlanner):
         "DiffusionTeacherTrainer": {"initial_lr": 1e-3},
     }
 
-    def __init__(
-        self,
-        dataset_name_or_id,
-        gpu_memory_target_in_gb=8,
-        preprocessor_name="DefaultPreprocessor",
-        plans_name="nnUNetCompactPlans",
-        overwrite_target_spacing=None,
-        suppress_transpose=False,
-    ):
-        """Takes nnU-Net's own arguments."""
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
+    def __init__(self, dataset_name_or_id, plans_name="nnUNetCompactPlans", **options):
+        """Takes nnU-Net's own arguments, all but the first by keyword."""
+        super().__init__(dataset_name_or_id, plans_name=plans_name, **options)
         self.UNet_base_num_features = 16
         self.UNet_max_features_2d = self.UNet_max_features_3d = 128
         self.UNet_blocks_per_stage_encoder = (1,) * 14

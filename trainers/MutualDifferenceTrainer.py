@@ -6,7 +6,6 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from torch import autocast
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.model_folder import unwrap
@@ -43,13 +42,13 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         **dict.fromkeys(("supervised_share", "ramp_share"), between(0, 1)),
     }
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def prepare(self):
+        """Refuses regions, cascades, and `alternate` in several processes."""
         name = type(self).__name__
         if self.label_manager.has_regions:
             raise UserError(f"{name}: regions overlap, mutual learning is between labels that do not")
         if self.is_cascaded:
-            raise UserError(f"{name}: {configuration} is a cascade's second stage: train another one")
+            raise UserError(f"{name}: {self.configuration_name} is a cascade's second stage: train another one")
         if self.is_ddp and self.alternate:
             raise UserError(f"{name}: alternate works in one process only: use the setting checkpointing")
 
@@ -155,7 +154,7 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         members = len(self.cases_of_groups)
         learners = [next(self.turns) % members] if self.alternate else range(members)
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device.type, enabled=self.device.type == "cuda"):
+        with self.mixed_precision():
             outputs = self.network(data, learners[0] if self.alternate else None)
             loss = self.members_loss(outputs, grouped, learners, self.strength)
         self.optimize(loss, max_norm=12 * len(learners) ** 0.5)
@@ -163,9 +162,8 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
 
     def describe(self, batch: dict) -> GroupedBatch:
         """Describes a batch: its targets, what they say something about, and whose they are."""
-        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
         return GroupedBatch(
-            [target.to(self.device, non_blocking=True) for target in targets],
+            self.targets(batch),
             group_map(batch["keys"], self.annotations, self.channels),
             torch.tensor([self.group_of[case] for case in batch["keys"]]),
         )

@@ -1,6 +1,5 @@
 """Stage 2 of mutual learning: one network of all organs for each group of cases, from completed labels."""
 
-import torch
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -26,8 +25,9 @@ class MutualSimilarityTrainer(MutualDifferenceTrainer):
     supervised_share: float = 0.0  # the predictions of the others ramp up from the first epoch on
     validate_members: bool = True  # the final validation predicts with every member as well
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def prepare(self):
+        """Ignores what a completed label says nothing about."""
+        super().prepare()
         self.label_manager = ignoring(self.label_manager)
 
     @staticmethod

@@ -132,6 +132,11 @@ class PartialLabelTrainer(ConfiguredTrainer):
         describe = annotated_mask if self.label_manager.has_regions else group_map
         return annotated(self.loss, describe(batch["keys"], self.annotations, self.channels))
 
+    def targets(self, batch: dict) -> list[torch.Tensor]:
+        """Returns the target at each scale, on the device."""
+        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+        return [target.to(self.device, non_blocking=True) for target in targets]
+
     def get_tr_and_val_datasets(self):
         """Repeats training cases of rare labels, if asked to."""
         train, validation = super().get_tr_and_val_datasets()
@@ -156,8 +161,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         """Loss and counts of hard predictions over the annotated pairs."""
         # nnU-Net 2.8.1 validation_step; changed: the counts
         data = batch["data"].to(self.device, non_blocking=True)
-        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
-        targets = [target.to(self.device, non_blocking=True) for target in targets]
+        targets = self.targets(batch)
         with self.mixed_precision(), self.with_annotations(batch):
             output = self.network(data)
             loss = self.loss(output, targets if self.enable_deep_supervision else targets[0])
