@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nnunet_diffusion.errors import UserError
@@ -45,6 +47,20 @@ def with_our_trainers(folders: list[str]) -> str:
 def is_same(folder: str, other: str) -> bool:
     """Whether two paths lead to the same place."""
     return os.path.realpath(folder) == os.path.realpath(other)
+
+
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Sets environment variables of this process for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def require_folders(names: tuple[str, ...] = FOLDERS) -> None:

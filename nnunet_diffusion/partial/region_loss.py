@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from nnunet_diffusion.partial.losses import PartialLoss
-from nnunet_diffusion.partial.soft_dice import soft_dice
+from nnunet_diffusion.partial.soft_dice import SMOOTH, soft_dice
 
 
 class PartialRegionLoss(PartialLoss):
@@ -17,12 +17,11 @@ class PartialRegionLoss(PartialLoss):
         batch_dice: As in the plan's configuration.
         ddp: Whether several processes train; only batch Dice talks to the others.
         use_ignore_label: Whether the last channel of the target is the ignore label.
-        smooth: As nnU-Net's trainer sets it.
     """
 
-    def __init__(self, batch_dice: bool = False, ddp: bool = False, use_ignore_label=False, smooth: float = 1e-5):
+    def __init__(self, batch_dice: bool = False, ddp: bool = False, use_ignore_label=False):
         super().__init__()
-        self.dice_options = {"batch_dice": batch_dice, "smooth": smooth, "ddp": ddp}
+        self.dice_options = {"batch_dice": batch_dice, "smooth": SMOOTH, "ddp": ddp}
         self.use_ignore_label = use_ignore_label
         self.complete = DC_and_BCE_loss(
             {}, {**self.dice_options, "do_bg": True}, 1, 1, use_ignore_label, MemoryEfficientSoftDiceLoss

@@ -4,6 +4,8 @@ import torch
 from nnunetv2.utilities.ddp_allgather import AllGatherGrad
 from torch import Tensor
 
+SMOOTH = 1e-5  # as nnU-Net's trainer sets it
+
 
 def soft_dice(
     inside: Tensor,

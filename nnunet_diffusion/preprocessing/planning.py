@@ -13,6 +13,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, naming_full_disk, read_json
+from nnunet_diffusion.installation import environment
 from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.plans import REMEDY, check_plans
 
@@ -88,7 +89,10 @@ def make_plan(planner, plans_file: str) -> None:
         os.mkdir(os.path.dirname(made))
         if has_configurations(plans_file):
             shutil.copyfile(plans_file, made)  # nnU-Net takes over the configurations that a user added
-        with contextlib.redirect_stdout(io.StringIO()), at_least_one_thread(), preprocessed_in(temporary):
+        variables = {"nnUNet_preprocessed": temporary}
+        if os.environ.get("nnUNet_n_proc_DA") == "0":  # augment in this process: nnU-Net 2.8.1 takes it for torch's
+            variables["nnUNet_n_proc_DA"] = "1"  # number of threads
+        with contextlib.redirect_stdout(io.StringIO()), environment(variables):
             planner.plan_experiment()
         check_plans(read_json(made), plans_file)  # what a user added was taken over as it was
         os.replace(made, plans_file)
@@ -101,30 +105,6 @@ def has_configurations(plans_file: str) -> bool:
     except UserError:
         return False
     return isinstance(plans, dict) and isinstance(plans.get("configurations"), dict)
-
-
-@contextlib.contextmanager
-def preprocessed_in(folder: str):
-    """Lets nnU-Net write what belongs into nnUNet_preprocessed into another folder."""
-    before = os.environ["nnUNet_preprocessed"]
-    os.environ["nnUNet_preprocessed"] = folder
-    try:
-        yield
-    finally:
-        os.environ["nnUNet_preprocessed"] = before
-
-
-@contextlib.contextmanager
-def at_least_one_thread():
-    """Lifts nnUNet_n_proc_DA=0 (augment in the main process), which nnU-Net 2.8.1 takes for torch's thread count."""
-    if os.environ.get("nnUNet_n_proc_DA") != "0":
-        yield
-        return
-    os.environ["nnUNet_n_proc_DA"] = "1"
-    try:
-        yield
-    finally:
-        os.environ["nnUNet_n_proc_DA"] = "0"
 
 
 def is_outdated(plans: dict, planner) -> bool:
