@@ -64,9 +64,9 @@ def chosen(plans: dict, trainer_class: type, others: Collection[type] = ()) -> d
     return {name: value for name, (value, _) in given[0].items()}
 
 
-def effective(plans: dict, trainer_class: type, others: Collection[type] = ()) -> dict[str, Any]:
+def effective(plans: dict, trainer_class: type) -> dict[str, Any]:
     """Returns all settings of a trainer: the plans' where given, else the class's own; for the errors see `chosen`."""
-    return _defaults(trainer_class) | chosen(plans, trainer_class, others)
+    return _defaults(trainer_class) | chosen(plans, trainer_class)
 
 
 def given_settings(plans: dict, trainer: str) -> dict[str, Any]:
@@ -151,15 +151,6 @@ def index_of(length: str) -> Rule:
 def one_of(*names: str) -> Rule:
     """Allows one of these names."""
     return lambda value, settings: "" if value in names else " or ".join(names)
-
-
-def apply(trainer: Any, others: Collection[type] = ()) -> None:
-    """Sets all settings of a trainer on the instance; for the errors see `chosen`.
-
-    Defaults must be set too, because nnU-Net's own constructor writes some of the same names.
-    """
-    for name, value in effective(trainer.plans_manager.plans, type(trainer), others).items():
-        setattr(trainer, name, value)
 
 
 def _names_of_trainers() -> set[str]:

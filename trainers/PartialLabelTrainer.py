@@ -1,5 +1,7 @@
 """Trains on cases that were each annotated for only some of the labels."""
 
+from dataclasses import asdict
+
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import join
@@ -90,7 +92,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         if report:
             self.print_to_log_file(f"{report}\n{seen_images(report.source, self.fold)}".strip())
             if self.local_rank == 0:
-                write_json(join(self.output_folder, "transfer_report.json"), report.as_dict())
+                write_json(join(self.output_folder, "transfer_report.json"), asdict(report))
 
     def planned_networks(self) -> list[torch.nn.Module]:
         """Returns the networks that a denoiser is loaded into, each of the planned topology."""

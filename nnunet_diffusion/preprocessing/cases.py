@@ -65,7 +65,10 @@ def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
     """
     if "dataset" in dataset_json:
         found = {
-            case: {key: _absolute(dataset_folder, paths) for key, paths in files.items() if key in ("images", "label")}
+            case: {
+                "images": [absolute_path(dataset_folder, path) for path in files["images"]],
+                "label": absolute_path(dataset_folder, files["label"]),
+            }
             for case, files in dataset_json["dataset"].items()
         }
         where = f"{os.path.join(dataset_folder, 'dataset.json')}: dataset"
@@ -79,10 +82,6 @@ def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
             if re.fullmatch(r"_\d{4}", name[len(case) : -len(ending)]):
                 files["images"].append(os.path.join(where, name))
     return {safe_name(case, where, RENAME): files for case, files in found.items()}
-
-
-def _absolute(folder: str, paths: str | list[str]) -> str | list[str]:
-    return absolute_path(folder, paths) if isinstance(paths, str) else [absolute_path(folder, p) for p in paths]
 
 
 def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
@@ -114,7 +113,7 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
         label = os.path.join(dataset_folder, "labelsTr", case + dataset_json["file_ending"])
         if case in labeled or os.path.exists(label):
             raise UserError(f"{where}: case {case!r} is both labeled and in 'unlabeled': take it out of one of them")
-        cases[case] = _absolute(dataset_folder, images)
+        cases[case] = [absolute_path(dataset_folder, path) for path in images]
     return cases
 
 

@@ -178,7 +178,10 @@ def hold_out(labeled: list[str], pool: list[str], share: float) -> tuple[list[st
     return [image for image in [*labeled, *pool] if image not in held_out], sorted(held_out)
 
 
-def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_size, label_manager, **kwargs):
+def image_loader(
+    dataset: ImageDataset, batch_size: int, patch_size, sampled_size, label_manager,
+    transforms=None, workers: int = 0, pin_memory: bool = False, body_share: float = 0.0,
+):  # fmt: skip
     """Returns random patches of images by nnU-Net's own loader.
 
     Args:
@@ -187,20 +190,21 @@ def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_siz
         patch_size: Of the patches that come out, in voxels.
         sampled_size: Of the patches before the transforms, at least `patch_size`.
         label_manager: nnU-Net's.
-        **kwargs: `transforms`; `workers`, number of background processes; `pin_memory`; `body_share`, of the patches
-            that are centered on the body.
+        transforms: nnU-Net's augmentation; None: patches are taken as they are.
+        workers: Number of background processes.
+        pin_memory: For CUDA.
+        body_share: Of the patches that are centered on the body.
 
     Returns:
         An iterator over batches {"data": (B, C, X, Y[, Z]), "target": all background, "keys": identifiers}.
     """
-    share = kwargs.get("body_share", 0.0)
-    dataset.finds_body = share > 0
+    dataset.finds_body = body_share > 0
     loader = nnUNetDataLoader(
-        dataset, batch_size, sampled_size, patch_size, label_manager, share, transforms=kwargs.get("transforms")
+        dataset, batch_size, sampled_size, patch_size, label_manager, body_share, transforms=transforms
     )
     # An ignore label restricts patches to annotated voxels, which says nothing about images.
     loader.has_ignore = False
-    return in_background(loader, kwargs.get("workers", 0), 6, kwargs.get("pin_memory", False))
+    return in_background(loader, workers, 6, pin_memory)
 
 
 def in_background(loader: nnUNetDataLoader, workers: int, cached: int, pin_memory: bool):

@@ -1,6 +1,6 @@
 """Transfer of a denoiser's weights into the planned segmentation network, with a report that hides nothing."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,6 @@ class TransferReport:
     source: str = ""
     timestep: int | None = None
     warnings: list[str] = field(default_factory=list)
-
-    def as_dict(self) -> dict:
-        """For JSON."""
-        return asdict(self)
 
     def __str__(self) -> str:
         """A few lines for the log."""
