@@ -153,6 +153,15 @@ def one_of(*names: str) -> Rule:
     return lambda value, settings: "" if value in names else " or ".join(names)
 
 
+def apply(trainer: Any) -> None:
+    """Sets all settings of a trainer on the instance; for the errors see `chosen`.
+
+    Defaults must be set too, because nnU-Net's own constructor writes some of the same names.
+    """
+    for name, value in effective(trainer.plans_manager.plans, type(trainer)).items():
+        setattr(trainer, name, value)
+
+
 def _names_of_trainers() -> set[str]:
     others = {file.stem for folder in ext_trainer_folders() for file in Path(folder).glob("*Trainer.py")}
     return {*trainer_names(), *others}

@@ -49,8 +49,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         check_shape(dataset_json, Dataset, "dataset.json")
         settings.chosen(plans, type(self), our_trainers())
         super().__init__(plans, configuration, fold, dataset_json, device)
-        for name, value in settings.effective(plans, type(self)).items():
-            setattr(self, name, value)  # defaults too: nnU-Net's own constructor writes some of the same names
+        settings.apply(self)
         self.is_resumed = False
         if self.is_ddp and (device.type != "cuda" or device.index is not None):
             # nnU-Net takes the number of the process for that of its GPU, which holds on the first machine only
