@@ -62,18 +62,9 @@ class PlannableDataset(Dataset):
 
 
 class Configuration(Strict):
-    """A configuration of plans.json; one that inherits gives what differs."""
+    """A configuration of plans.json as it stands there: one that inherits gives what differs."""
 
     inherits_from: NotRequired[str]
-    data_identifier: NotRequired[str]
-    preprocessor_name: NotRequired[str]
-    spacing: NotRequired[Spacing]
-    patch_size: NotRequired[Size]
-    batch_size: NotRequired[Count]
-    normalization_schemes: NotRequired[list[str]]
-    use_mask_for_norm: NotRequired[list[bool]]
-    architecture: NotRequired[dict[str, Any]]
-    previous_stage: NotRequired[str | None]
 
 
 class ResolvedConfiguration(Strict):
@@ -86,6 +77,7 @@ class ResolvedConfiguration(Strict):
     batch_size: Count
     normalization_schemes: list[str]
     use_mask_for_norm: list[bool]
+    architecture: NotRequired[dict[str, Any]]
     previous_stage: NotRequired[str | None]
 
 
@@ -151,7 +143,7 @@ class Measures(Strict):
 
 @cache
 def adapter(schema: Any) -> TypeAdapter:
-    """The validator of a schema, which takes milliseconds to build."""
+    """Builds the validator of a schema, once: it takes milliseconds."""
     return TypeAdapter(schema)
 
 
