@@ -17,7 +17,7 @@ GPUS = ("/dev/nvidiactl", "/proc/driver/nvidia", "/dev/dxg", "/dev/kfd")
 
 
 def trainers_folder() -> str:
-    """The installed folder of our trainers, which nnUNet_extTrainer must name; imports none of them.
+    """Finds the installed folder of our trainers, which nnUNet_extTrainer must name; imports none of them.
 
     Raises:
         UserError: If the package was copied rather than installed, so that its trainers are not where it looks.
@@ -29,23 +29,23 @@ def trainers_folder() -> str:
 
 
 def trainer_names() -> list[str]:
-    """Our trainers: each file is named as the class in it."""
+    """Lists our trainers: each file is named as the class in it."""
     return sorted(path.stem for path in Path(trainers_folder()).glob("[!_]*.py"))
 
 
 def ext_trainer_folders() -> list[str]:
-    """The folders that nnUNet_extTrainer names, in the order in which nnU-Net searches them."""
+    """Lists the folders that nnUNet_extTrainer names, in the order in which nnU-Net searches them."""
     return [folder for folder in os.environ.get(EXT_TRAINER, "").split(os.pathsep) if folder.strip()]
 
 
 def with_our_trainers(folders: list[str]) -> str:
-    """The value of nnUNet_extTrainer that keeps `folders` and has ours, once; first unless it has a place already."""
+    """Returns the nnUNet_extTrainer that keeps `folders` and has ours, once; first unless it has a place already."""
     ours = trainers_folder()
     return os.pathsep.join(folders if any(is_same(folder, ours) for folder in folders) else [ours, *folders])
 
 
 def is_same(folder: str, other: str) -> bool:
-    """Whether two paths lead to the same place."""
+    """Says whether two paths lead to the same place."""
     return os.path.realpath(folder) == os.path.realpath(other)
 
 
@@ -88,12 +88,12 @@ def dataset_name(name_or_id: str, option: str = "-d ") -> str:
 
 
 def may_have_gpu() -> bool:
-    """Whether there are traces of a GPU; takes no time, while torch would take seconds to say."""
+    """Looks for traces of a GPU; takes no time, while torch would take seconds to say."""
     return shutil.which("nvidia-smi") is not None or any(map(os.path.exists, GPUS))
 
 
 def usable_device(name: str | None = None):
-    """The torch device of that name, or the best that this machine has.
+    """Returns the torch device of that name, or the best that this machine has.
 
     Raises:
         UserError: If it cannot be used here.

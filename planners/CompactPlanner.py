@@ -36,7 +36,7 @@ class CompactPlanner(ExperimentPlanner):
         self.lowres_creation_threshold = 0
 
     def get_plans_for_configuration(self, spacing, median_shape, *args, **kwargs):
-        """nnU-Net's plan for images that are no larger than the largest patch allowed; other arguments as nnU-Net's."""
+        """Plans as nnU-Net, for images that are no larger than the largest patch allowed; arguments as nnU-Net's."""
         dimensions = len(spacing)
         capped = [min(size, cap) for size, cap in zip(median_shape, self.max_patch_size[dimensions], strict=False)]
         plan = super().get_plans_for_configuration(spacing, capped, *args, **kwargs)

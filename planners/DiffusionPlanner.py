@@ -43,7 +43,7 @@ class DiffusionPlanner(ResEncUNetPlanner):
         )
 
     def generate_data_identifier(self, configuration_name):
-        """Not nnU-Net's `nnUNetPlans_...`, whose spacing is that of the labeled cases alone."""
+        """Leaves `nnUNetPlans_...` to nnU-Net, whose spacing is that of the labeled cases alone."""
         shared = configuration_name in ("2d", "2d_256", "3d_fullres")
         return f"{self.data_name if shared else self.plans_identifier}_{configuration_name}"
 

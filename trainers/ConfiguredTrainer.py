@@ -68,7 +68,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         super().initialize()
 
     def _set_batch_size_and_oversample(self):
-        """nnU-Net's; from here to the loss it thinks that one process trains, so that it does not wrap the network."""
+        """Lets nnU-Net think, from here to the loss, that one process trains, so that it does not wrap the network."""
         super()._set_batch_size_and_oversample()
         self.is_one_of_many, self.is_ddp = self.is_ddp, False
 

@@ -160,7 +160,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
-        """Loss and counts of hard predictions over the annotated pairs."""
+        """Computes the loss, and counts hard predictions over the annotated pairs."""
         # nnU-Net 2.8.1 validation_step; changed: the counts
         data = batch["data"].to(self.device, non_blocking=True)
         targets = self.targets(batch)
@@ -173,7 +173,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
-        """nnU-Net's; its moving average would never recover from an epoch that met no annotated label."""
+        """Logs as nnU-Net, whose moving average would never recover from an epoch that met no annotated label."""
         if not any(output[key].any() for output in val_outputs for key in ("tp_hard", "fp_hard", "fn_hard")):
             self.print_to_log_file("No validation patch held an annotated label: Dice of this epoch is taken to be 0")
             val_outputs = [{**output, "fn_hard": output["fn_hard"] + 1} for output in val_outputs]

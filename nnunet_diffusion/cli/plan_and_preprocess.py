@@ -118,7 +118,7 @@ def do_pool_part(args, name: str, planner_class: type) -> dict[str, str]:
 
 
 def chosen(args, name: str, planner_class: type) -> tuple:
-    """The plan that there is, and which of its configurations to preprocess; UserError if either cannot be used."""
+    """Reads the plan that there is, and chooses its configurations; UserError if either cannot be used."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunet_diffusion.preprocessing.planning import choose, existing_plan
@@ -130,7 +130,7 @@ def chosen(args, name: str, planner_class: type) -> tuple:
 
 
 def find_planner(name: str) -> type:
-    """A planner of ours, else of nnU-Net, by the name of its class.
+    """Finds a planner of ours, else of nnU-Net, by the name of its class.
 
     Raises:
         UserError: If there is none.

@@ -28,7 +28,7 @@ def merged_into_background(is_annotated: Tensor) -> Tensor:
 
 
 def marginal_cross_entropy(merged: MergedSoftmax) -> Tensor:
-    """Cross-entropy of the merged probabilities: mean over the voxels that are not ignored, in nats; 0 if all are."""
+    """Averages the cross-entropy of merged probabilities over voxels that are not ignored, in nats; 0 if all are."""
     return -merged.log_target.sum() / counted_voxels(merged).clamp_min(1)
 
 
@@ -57,7 +57,7 @@ def marginal_dice(
 
 
 def exclusion_loss(merged: MergedSoftmax) -> Tensor:
-    """Soft Dice overlap of each class that a case does not annotate with all the foreground that it does annotate.
+    """Measures the soft Dice overlap of each class that a case does not annotate with the foreground that it does.
 
     Organs do not overlap: one cannot be where another's true label is. Shi et al. 2021, exclusion Dice, as the mean
     over (case, class) pairs that are not annotated; 0 if there is none. Deviation: annotated classes are left out, the
@@ -75,12 +75,12 @@ def counted_voxels(merged: MergedSoftmax) -> Tensor:
 
 
 def labeled_voxels(merged: MergedSoftmax) -> Tensor:
-    """(B,) how many voxels have an annotated label."""
+    """Counts the voxels with an annotated label; (B,)."""
     return _stands_for_itself(merged.voxels, merged.group)[:, 1:].sum(1)
 
 
 def _stands_for_itself(values: Tensor, group: Tensor) -> Tensor:
-    """(B, C) values, 0 for the classes that are merged into another."""
+    """Sets values (B, C) to 0 for the classes that are merged into another."""
     return torch.where(group == torch.arange(group.shape[1], device=group.device), values, 0)
 
 
@@ -102,7 +102,7 @@ class PartialLoss(nn.Module):
 
 @contextmanager
 def annotated(loss: nn.Module, annotation: Tensor) -> Iterator[None]:
-    """Within it, every `PartialLoss` that `loss` is or holds knows what was annotated in the batch.
+    """Tells every `PartialLoss` that `loss` is or holds what was annotated in the batch, within the context.
 
     It reaches through nnU-Net's deep supervision, which has room for outputs and targets only, and forgets at the end,
     so that no batch is ever judged by the annotation of another.
@@ -155,7 +155,7 @@ class PartialLabelLoss(PartialLoss):
         check_group(annotation)
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
-        """As nnU-Net's: (B, C, X, Y[, Z]) logits and (B, 1, X, Y[, Z]) labels to a scalar."""
+        """Maps, as nnU-Net's, (B, C, X, Y[, Z]) logits and (B, 1, X, Y[, Z]) labels to a scalar."""
         group = self.known()
         if self.may_be_complete and (group == torch.arange(group.shape[1])).all():
             return self.complete(net_output, target)

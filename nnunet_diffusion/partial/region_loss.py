@@ -34,7 +34,7 @@ class PartialRegionLoss(PartialLoss):
             raise ValueError(f"the mask must be (B, R) bool, not {tuple(annotation.shape)} {annotation.dtype}")
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
-        """As nnU-Net's: (B, R, X, Y[, Z]) logits and (B, R [+ 1], X, Y[, Z]) bool regions to a scalar."""
+        """Maps, as nnU-Net's, (B, R, X, Y[, Z]) logits and (B, R [+ 1], X, Y[, Z]) bool regions to a scalar."""
         is_annotated = self.known()
         if self.may_be_complete and is_annotated.all():
             return self.complete(net_output, target)

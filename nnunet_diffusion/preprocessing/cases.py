@@ -21,7 +21,7 @@ RENAME = "rename the case"
 
 
 def absolute_path(folder: str, path: str) -> str:
-    """A path of dataset.json as nnU-Net reads it: `$VARS` expanded, relative ones below the data set's folder."""
+    """Reads a path of dataset.json as nnU-Net does: `$VARS` expanded, relative ones below the data set's folder."""
     return os.path.abspath(os.path.join(folder, os.path.expandvars(path)))
 
 
@@ -55,7 +55,7 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
 
 
 def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
-    """Case -> {"images": paths, "label": path} of the labeled cases, as nnU-Net finds them.
+    """Finds the labeled cases as nnU-Net does: case -> {"images": paths, "label": path}.
 
     nnU-Net lists a folder in twelve forks of the process, and one that has threads may wait for them for ever: here the
     process lists it itself.
@@ -85,7 +85,7 @@ def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
 
 
 def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
-    """The absolute image paths, one per channel, of every unlabeled case.
+    """Reads the absolute image paths, one per channel, of every unlabeled case.
 
     Args:
         dataset_folder: nnUNet_raw/DatasetXXX_Name, below which relative paths lie.
@@ -121,17 +121,17 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
 
 
 def pool_folder(preprocessed_dataset_folder_base: str, data_identifier: str) -> str:
-    """The folder of the preprocessed unlabeled scans of one configuration."""
+    """Names the folder of the preprocessed unlabeled scans of one configuration."""
     return os.path.join(preprocessed_dataset_folder_base, data_identifier + "_unlabeled")
 
 
 def pool_identifiers(folder: str) -> list[str]:
-    """The cases of which every file is there, sorted; none if there is no such folder."""
+    """Lists the cases of which every file is there, sorted; none if there is no such folder."""
     return complete_cases(folder, UNLABELED_FILES)
 
 
 def complete_cases(folder: str, endings: Iterable[str]) -> list[str]:
-    """Names of the cases that have a file with each of `endings` in `folder`, sorted."""
+    """Lists the cases that have a file with each of `endings` in `folder`, sorted."""
     files = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     names = (name.removesuffix(".b2nd") for name in files if name.endswith(".b2nd"))
     return sorted(name for name in names if all(name + ending in files for ending in endings))
@@ -141,7 +141,7 @@ def complete_cases(folder: str, endings: Iterable[str]) -> list[str]:
 
 
 def read_splits(path: str) -> list[dict[str, list[str]]]:
-    """The folds of a splits_final.json: [{"train": cases, "val": cases}, ...].
+    """Reads the folds of a splits_final.json: [{"train": cases, "val": cases}, ...].
 
     Raises:
         UserError: If it is damaged, or a case has a name that cannot be a file's.
@@ -156,7 +156,7 @@ def read_splits(path: str) -> list[dict[str, list[str]]]:
 
 
 def fold_of(path: str, fold: int | str) -> tuple[list[str], list[str]]:
-    """The training and the validation cases of one fold of a splits_final.json.
+    """Reads the training and the validation cases of one fold of a splits_final.json.
 
     Raises:
         UserError: As `read_splits`, and if it has no such fold.

@@ -20,7 +20,7 @@ DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
 
 def find_dataset(name_or_id: str) -> str:
-    """The name of a data set in nnUNet_raw.
+    """Returns the name of a data set in nnUNet_raw.
 
     Raises:
         UserError: If there is none, or more than one with that id.
@@ -32,18 +32,18 @@ def find_dataset(name_or_id: str) -> str:
 
 
 def default_plans_name(planner_class: type) -> str:
-    """The name that a planner gives its plans."""
+    """Returns the name that a planner gives its plans."""
     default = inspect.signature(planner_class.__init__).parameters["plans_name"].default
     return default or planner_class.default_plans_name  # of DiffusionPlanner and its kin
 
 
 def plans_file_of(name: str, planner_class: type) -> str:
-    """Where a planner's plans for a data set are, or will be."""
+    """Says where a planner's plans for a data set are, or will be."""
     return os.path.join(nnUNet_preprocessed, name, default_plans_name(planner_class) + ".json")
 
 
 def existing_plan(name: str, planner_class: type) -> dict:
-    """The plans that a planner has made.
+    """Reads the plans that a planner has made.
 
     Raises:
         UserError: If there are none, or they cannot be worked with.
@@ -95,7 +95,7 @@ def make_plan(planner, plans_file: str) -> None:
 
 
 def has_configurations(plans_file: str) -> bool:
-    """Whether there are plans, and not what is left of a file that was being written."""
+    """Says whether there are plans, and not what is left of a file that was being written."""
     try:
         plans = read_json(plans_file) if os.path.isfile(plans_file) else {}
     except UserError:
@@ -104,7 +104,7 @@ def has_configurations(plans_file: str) -> bool:
 
 
 def is_outdated(plans: dict, planner) -> bool:
-    """Whether the scans' geometry or intensities are no longer those that the plan was made from."""
+    """Says whether the scans' geometry or intensities are no longer those that the plan was made from."""
     fingerprint, axes = planner.dataset_fingerprint, plans["transpose_forward"]
     spacing = [float(i) for i in np.median(fingerprint["spacings"], 0)[axes]]
     shape = [int(round(i)) for i in np.median(fingerprint["shapes_after_crop"], 0)[axes]]
@@ -117,7 +117,7 @@ def is_outdated(plans: dict, planner) -> bool:
 
 
 def choose(wanted: list[str] | None, plans_manager) -> list[str]:
-    """The configurations to preprocess.
+    """Chooses the configurations to preprocess.
 
     Raises:
         UserError: If one is not in the plan.

@@ -145,7 +145,7 @@ def _refuse_unknown_classes(plans_manager, configuration_manager) -> None:
 
 
 def preprocessing_identity(plans_manager, configuration_manager) -> dict:
-    """Everything in a plan that decides the values of a preprocessed scan, as it comes back from JSON.
+    """Lists what in a plan decides the values of a preprocessed scan, as it comes back from JSON.
 
     Raises:
         UserError: If the plan lacks some of it.

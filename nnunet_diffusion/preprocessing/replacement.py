@@ -14,13 +14,13 @@ from nnunet_diffusion.marks import mark, mark_of, refuse_foreign, remove_marked
 
 
 def differing(folder: str, identity: dict) -> list[str]:
-    """What the cases of a folder were made with that is not of that identity, sorted; by the folder's mark."""
+    """Lists, by the folder's mark, what its cases were made with that is not of that identity."""
     said = mark_of(folder) or {}
     return sorted(key for key in identity if said.get(key) != identity[key])
 
 
 def _beside(folder: str) -> tuple[str, str]:
-    """Where the successor of a folder is made, and where the folder goes when that is whole; no plan can name them."""
+    """Names where a folder's successor is made, and where the folder goes when that is whole; no plan can name them."""
     return tuple(join(dirname(folder), f".{kind}_{basename(folder)}") for kind in ("new", "old"))
 
 
@@ -58,7 +58,7 @@ def replace(folder: str, what: dict) -> None:
 
 
 def _finish_replacing(folder: str, what: dict) -> None:
-    """After a kill between these renames puts the folder back, after one behind them removes what it was."""
+    """Puts the folder back after a kill between these renames; after one behind them removes what it was."""
     _, old = _beside(folder)
     if isdir(old) and not isdir(folder):
         os.rename(old, folder)

@@ -33,7 +33,7 @@ class TransferReport:
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """A few lines for the log."""
+        """Writes a few lines for the log."""
         folded = "" if self.timestep is None else f", folded at timestep {self.timestep}"
         lines = [f"Starts from {self.source}{folded}:"]
         for name in ("matched", "adapted", "missing", "unexpected"):
@@ -82,7 +82,7 @@ def transfer(network: nn.Module, folded: dict[str, Tensor], image_channels: int)
 
 
 def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
-    """Convolution weights for another number of input channels: the mean over the old ones, shared by the new ones.
+    """Adapts convolution weights to another number of input channels, which share the mean over the old ones.
 
     The response to an image whose channels are all equal stays what it was.
 
@@ -100,7 +100,7 @@ def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def plan_differences(trained: dict, now: dict) -> list[str]:
-    """Differences of two plan identities that change what an intensity or a voxel means.
+    """Lists differences of two plan identities that change what an intensity or a voxel means.
 
     Args:
         trained: `plan_identity` of the pre-training.
