@@ -23,12 +23,8 @@ def declared(trainer_class: type) -> dict[str, tuple[type, Any]]:
     Returns:
         {name: (type, default)}, bases first.
     """
-    hints = {}
-    for cls in reversed(trainer_class.__mro__):
-        own = vars(cls).get("__annotations__", {}) if cls is not object else {}
-        hints.update({name: cls for name in own if not name.startswith("_") and hasattr(cls, name)})
-    types = get_type_hints(trainer_class)
-    return {name: (types[name], getattr(trainer_class, name)) for name in hints}
+    public = {name: kind for name, kind in get_type_hints(trainer_class).items() if not name.startswith("_")}
+    return {name: (kind, getattr(trainer_class, name)) for name, kind in public.items() if hasattr(trainer_class, name)}
 
 
 def chosen(plans: dict, trainer_class: type, others: Collection[type] = ()) -> dict[str, Any]:

@@ -16,7 +16,7 @@ class DiffusionCoTrainingTwinTrainer(DiffusionCoTrainingTrainer):
     start: str = "scratch"  # there is no denoiser of this topology
     timestep: int = 0  # at which it predicts; at 0 the blank mask is all but free of noise
     allowed_values = {
-        "start": lambda value, settings: "scratch, or the path of its own checkpoint" if value == "denoiser" else "",
+        "start": lambda value, settings: "scratch, or the path of its own checkpoint" if value == "denoiser" else ""
     }
     has_deep_supervision = False  # a mask pathway
 
