@@ -41,6 +41,7 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         **dict.fromkeys(("prediction_weight", "feature_weight", "feature_stage"), at_least(0)),
         **dict.fromkeys(("supervised_share", "ramp_share"), between(0, 1)),
     }
+    members_loss_class = DifferenceLoss
 
     def prepare(self):
         """Refuses regions, cascades, and `alternate` in several processes."""
@@ -66,8 +67,11 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         super().initialize()
         network = unwrap(self.network)
         network.feature_stage, network.checkpointing = self.feature_stage, self.checkpointing
-        self.mark_owners(network)
-        self.members_loss = self.build_members_loss(owned_channels(self.plans_manager.plans[KEY], self.channels))
+        owned = owned_channels(self.plans_manager.plans[KEY], self.channels)
+        if isinstance(network, PartialOrganMembers):
+            network.owned.copy_(owned)  # it predicts each organ with its owner
+        weights = (self.prediction_weight, self.feature_weight)
+        self.members_loss = self.members_loss_class(self.loss, owned, self.label_manager.ignore_label, *weights)
 
     def _set_batch_size_and_oversample(self):
         """Finds the groups; a batch holds every one."""
@@ -88,16 +92,6 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
             self.batch_size = len(found)
         for problem in too_small(found, self.batch_size):
             self.print_to_log_file(f"WARNING: {problem}")
-
-    def mark_owners(self, network) -> None:
-        """Lets the network predict each organ with its owner."""
-        network.owned.copy_(owned_channels(self.plans_manager.plans[KEY], self.channels))
-
-    def build_members_loss(self, owned):
-        """Builds the loss of all members."""
-        return DifferenceLoss(
-            self.loss, owned, self.label_manager.ignore_label, self.prediction_weight, self.feature_weight
-        )
 
     def planned_networks(self) -> list:
         """Returns the members: every one can start from a denoiser."""
