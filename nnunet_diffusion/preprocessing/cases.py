@@ -37,14 +37,12 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
     """
     folder = os.path.join(nnUNet_raw, dataset_name)
     dataset_json = read_json(os.path.join(folder, "dataset.json"), Dataset)
+    dataset = labeled_files(folder, dataset_json)
     if "dataset" not in dataset_json:
         ending, labels = dataset_json["file_ending"], os.path.join(folder, "labelsTr")
-        images = os.path.join(folder, "imagesTr")
-        pictured = {name[: -len(ending) - 5] for name in os.listdir(images) if name.endswith(ending)}
-        lonely = {name.removesuffix(ending) for name in os.listdir(labels) if name.endswith(ending)} - pictured
-        if lonely:
-            raise UserError(f"{labels}: {sorted(lonely)} have no image in imagesTr: add it or take the label out")
-    dataset = labeled_files(folder, dataset_json)
+        named = {name.removesuffix(ending) for name in os.listdir(labels) if name.endswith(ending)}
+        if lonely := sorted(named - dataset.keys()):
+            raise UserError(f"{labels}: {lonely} have no image in imagesTr: add it or take the label out")
     if not dataset:
         raise UserError(f"{folder}: no labeled case; nnU-Net plans with at least one")
     channels = len(dataset_json["channel_names"])
