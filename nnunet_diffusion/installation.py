@@ -73,20 +73,6 @@ def require_folders(names: tuple[str, ...] = FOLDERS) -> None:
         )
 
 
-def dataset_name(name_or_id: str, option: str = "-d ") -> str:
-    """Returns the name of a data set in one of nnU-Net's folders.
-
-    Raises:
-        UserError: If there is none, or more than one with that id; begins with `option`.
-    """
-    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-
-    try:
-        return maybe_convert_to_dataset_name(name_or_id)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{option}{name_or_id}: {error}") from error
-
-
 def may_have_gpu() -> bool:
     """Looks for traces of a GPU; takes no time, while torch would take seconds to say."""
     return shutil.which("nvidia-smi") is not None or any(map(os.path.exists, GPUS))

@@ -62,7 +62,7 @@ class PlannableDataset(Dataset):
 
 
 class Configuration(Strict):
-    """A configuration of plans.json as it stands there: one that inherits gives what differs."""
+    """A configuration of plans.json; one that inherits gives what differs."""
 
     inherits_from: NotRequired[str]
 

@@ -17,7 +17,7 @@ COMMANDS += ("mutual", "sample", "evaluate_samples", "report")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Builds the parser of all commands, in milliseconds: commands import torch and nnU-Net only in `run`."""
+    """Builds the parser of all commands in milliseconds: they import torch and nnU-Net only in `run`."""
     parser = argparse.ArgumentParser(
         prog="nnunet_diffusion",
         description="Learn nnU-Net's planned network from every scan there is.",

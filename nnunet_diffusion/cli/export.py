@@ -3,7 +3,6 @@
 import argparse
 
 from nnunet_diffusion.files import naming_full_disk
-from nnunet_diffusion.installation import dataset_name
 
 HELP = "Copy a trained model so that plain nnU-Net predicts with it, with nothing of this package installed."
 NEEDS = ("nnUNet_results",)
@@ -38,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
     from nnunet_diffusion.export import export_stock
+    from nnunet_diffusion.preprocessing.planning import dataset_name
 
     dataset = dataset_name(args.d)
     source = get_output_folder(dataset, args.tr, args.p, args.c)

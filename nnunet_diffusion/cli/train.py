@@ -68,8 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
 def check_request(args: argparse.Namespace) -> None:
     """Raises UserError for what nnU-Net would answer with a traceback."""
+    from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+
     from nnunet_diffusion.files import read_json
-    from nnunet_diffusion.installation import dataset_name, usable_device
+    from nnunet_diffusion.installation import usable_device
     from nnunet_diffusion.model_folder import load_nothing_but_plain_values, load_plain
     from nnunet_diffusion.plans import read_plans
     from nnunet_diffusion.schemas import Dataset
@@ -79,7 +81,11 @@ def check_request(args: argparse.Namespace) -> None:
         raise UserError(f"-num_gpus {args.num_gpus}: only with -device cuda")
     if args.c and args.pretrained_weights:
         raise UserError("--c and -pretrained_weights: give one of them")
-    folder = os.path.join(os.environ["nnUNet_preprocessed"], dataset_name(args.dataset, option=""))
+    try:
+        dataset = maybe_convert_to_dataset_name(args.dataset)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{args.dataset}: {error}") from error
+    folder = os.path.join(os.environ["nnUNet_preprocessed"], dataset)
     read_plans(folder, args.plans, args.configuration)
     read_json(os.path.join(folder, "dataset.json"), Dataset)
     refuse_unknown_trainer(args.trainer)

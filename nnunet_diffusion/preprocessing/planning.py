@@ -9,14 +9,23 @@ import tempfile
 
 import numpy as np
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, naming_full_disk, read_json
-from nnunet_diffusion.installation import dataset_name, environment
+from nnunet_diffusion.installation import environment
 from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.plans import REMEDY, check_plans
 
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
+
+
+def dataset_name(name_or_id: str) -> str:
+    """The name of a data set in any of nnU-Net's folders; errors as `find_dataset`'s."""
+    try:
+        return safe_name(str(maybe_convert_to_dataset_name(name_or_id)), "-d", "give the id or the name of a data set")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"-d {name_or_id}: {error}") from error
 
 
 def find_dataset(name_or_id: str) -> str:
@@ -25,7 +34,7 @@ def find_dataset(name_or_id: str) -> str:
     Raises:
         UserError: If there is none, or more than one with that id.
     """
-    name = safe_name(str(dataset_name(name_or_id)), "-d", "give the id or the name of a data set")
+    name = dataset_name(name_or_id)
     if not os.path.isfile(os.path.join(nnUNet_raw, name, "dataset.json")):
         raise UserError(f"{os.path.join(nnUNet_raw, name)}: no dataset.json: make it with `nnunet_diffusion convert`")
     return name
