@@ -44,13 +44,18 @@ class UnlabeledFiles(Strict):
     images: Annotated[list[FilePath], Field(min_length=1)]
 
 
-class Dataset(Strict):
-    """dataset.json; the tables of annotations and of unlabeled scans have readers of their own."""
+class EvaluatedDataset(Strict):
+    """dataset.json, as far as evaluation needs it."""
 
-    channel_names: Annotated[dict[str, str], Field(min_length=1)]
     labels: Annotated[dict[str, LabelValue], Field(min_length=2)]
     file_ending: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9.]+$")]
     regions_class_order: NotRequired[list[int]]
+
+
+class Dataset(EvaluatedDataset):
+    """dataset.json; the tables of annotations and of unlabeled scans have readers of their own."""
+
+    channel_names: Annotated[dict[str, str], Field(min_length=1)]
     dataset: NotRequired[dict[str, LabeledFiles]]
     overwrite_image_reader_writer: NotRequired[str]
 
@@ -62,7 +67,7 @@ class PlannableDataset(Dataset):
 
 
 class Configuration(Strict):
-    """A configuration of plans.json; one that inherits gives what differs."""
+    """A configuration of plans.json as it stands there: one that inherits gives what differs."""
 
     inherits_from: NotRequired[str]
 
@@ -160,8 +165,8 @@ def _is_weight(value: Any) -> Any:
 Weights = dict[str, Annotated[Any, AfterValidator(_is_weight)]]
 
 
-class PlanIdentity(Strict):
-    """The plan that a denoiser or a teacher was made for; see `denoiser_file.plan_identity`."""
+class SampledPlan(Strict):
+    """The plan of a denoiser, as far as its samples tell it."""
 
     dataset_name: str
     plans_name: str
@@ -172,6 +177,11 @@ class PlanIdentity(Strict):
     normalization_schemes: list[str]
     intensities: dict[str, dict[str, float]]
     channel_names: Annotated[dict[str, str], Field(min_length=1)]
+
+
+class PlanIdentity(SampledPlan):
+    """The plan that a denoiser or a teacher was made for; see `denoiser_file.plan_identity`."""
+
     network_class: str
     network_kwargs: dict[str, Any]
     network_kwargs_requiring_import: list[str]
@@ -254,69 +264,71 @@ def _shortened(text: str, limit: int = 80) -> str:
 # Of evaluations and the report.
 
 Score = Annotated[float, Field(ge=0, le=1)]  # DSC, NSD
-NnUNetScore = Annotated[float, Field(ge=0, le=1, allow_inf_nan=True)]  # nnU-Net writes NaN where it is not defined
+# nnU-Net writes NaN where a score is not defined
+NnUNetScore = Annotated[Score | None, BeforeValidator(lambda score: None if score != score else score)]
 
 
-@with_config(STRICT)
-class EvaluatedDataset(TypedDict):
-    """dataset.json, as far as evaluation needs it."""
-
-    labels: Annotated[dict[str, LabelValue], Field(min_length=2)]
-    file_ending: Annotated[str, Field(pattern=r"^\.[A-Za-z0-9.]+$")]
-    regions_class_order: NotRequired[list[int]]
-
-
-@with_config(STRICT)
-class CaseFigures(TypedDict):
+class CaseFigures(Strict):
     """nnU-Net's figures of a label or region in a case."""
 
-    Dice: NotRequired[NnUNetScore | None]
+    Dice: NotRequired[NnUNetScore]
 
 
-@with_config(STRICT)
-class CaseMetrics(TypedDict):
+class CaseMetrics(Strict):
     """A case of nnU-Net's summary.json."""
 
     prediction_file: str
     metrics: dict[str, CaseFigures]
 
 
-@with_config(STRICT)
-class Summary(TypedDict):
-    """nnU-Net's summary.json."""
+class Summary(Strict):
+    """nnU-Net's summary.json, as far as the report needs it."""
 
     metric_per_case: list[CaseMetrics]
 
 
-@with_config(STRICT)
-class EvaluatedPair(TypedDict):
+class MeanFigures(Strict):
+    """Means over labels and cases; NaN and None where there is nothing to measure."""
+
+    Dice: NnUNetScore
+
+
+class MeanSummary(Strict):
+    """nnU-Net's summary.json, as far as rounds need it."""
+
+    foreground_mean: MeanFigures
+
+
+class EvaluatedPair(Strict):
     """The scores of an organ in a case; null: not defined."""
 
     dsc: Score | None
     nsd: Score | None
 
 
-@with_config(STRICT)
-class UsedRules(TypedDict):
+class UsedRules(Strict):
     """The rules of an evaluation."""
 
     name: str
     description: str
 
 
-@with_config(STRICT)
-class EvaluationFile(TypedDict):
+class EvaluationFile(Strict):
     """evaluation_RULES.json."""
 
     rules: UsedRules
     cases: dict[str, dict[str, EvaluatedPair]]
 
 
-@with_config(STRICT)
-class Transfer(TypedDict):
-    """transfer_report.json."""
+class TransferSource(Strict):
+    """transfer_report.json, as far as rounds need it."""
 
     source: str
+
+
+class Transfer(TransferSource):
+    """transfer_report.json, as the report shows it."""
+
     timestep: Index
     matched: list[str]
     adapted: list[str]
@@ -325,8 +337,7 @@ class Transfer(TypedDict):
     warnings: list[str]
 
 
-@with_config(STRICT)
-class QualityFigures(TypedDict):
+class QualityFigures(Strict):
     """The figures of drawn images."""
 
     FID: float
@@ -336,8 +347,7 @@ class QualityFigures(TypedDict):
     F1: float
 
 
-@with_config(STRICT)
-class Quality(TypedDict):
+class Quality(Strict):
     """quality_FEATURES.json."""
 
     values: QualityFigures
@@ -348,8 +358,7 @@ class Quality(TypedDict):
     warnings: list[str]
 
 
-@with_config(STRICT)
-class BenchmarkGroup(TypedDict):
+class BenchmarkGroup(Strict):
     """An arm of a benchmark at one budget."""
 
     arm: str
@@ -358,8 +367,7 @@ class BenchmarkGroup(TypedDict):
     sd: Annotated[float, Field(ge=0)] | None
 
 
-@with_config(STRICT)
-class BenchmarkRun(TypedDict):
+class BenchmarkRun(Strict):
     """A run of a benchmark."""
 
     arm: str
@@ -367,8 +375,7 @@ class BenchmarkRun(TypedDict):
     dice: Score
 
 
-@with_config(STRICT)
-class Benchmark(TypedDict):
+class Benchmark(Strict):
     """label_efficiency.json and partial_labels.json."""
 
     summary: Annotated[list[BenchmarkGroup], Field(min_length=1)]
@@ -376,8 +383,7 @@ class Benchmark(TypedDict):
     test_cases: list[str]
 
 
-@with_config(STRICT)
-class RoundDecisions(TypedDict):
+class RoundDecisions(Strict):
     """How many scans a round kept, left waiting and dropped."""
 
     keep: Index
@@ -385,15 +391,13 @@ class RoundDecisions(TypedDict):
     drop: Index
 
 
-@with_config(STRICT)
-class RoundCase(TypedDict):
+class RoundCase(Strict):
     """A scan of a round: organ -> why it was not believed."""
 
     reasons: dict[str, list[str]]
 
 
-@with_config(STRICT)
-class RoundReport(TypedDict):
+class RoundReport(Strict):
     """report.json of a round."""
 
     decisions: RoundDecisions
@@ -401,30 +405,13 @@ class RoundReport(TypedDict):
     cases: dict[str, RoundCase]
 
 
-@with_config(STRICT)
-class ModelPlans(TypedDict):
+class ModelPlans(Strict):
     """plans.json of a model folder, as far as its settings are concerned: trainer -> setting -> value."""
 
     nnunet_diffusion: NotRequired[dict[str, dict[str, Any]]]
 
 
-@with_config(STRICT)
-class SampledPlan(TypedDict):
-    """The plan of the denoiser that drew samples."""
-
-    dataset_name: str
-    plans_name: str
-    configuration: str
-    spacing: Spacing
-    patch_size: Size
-    transpose_forward: Annotated[list[Index], Field(min_length=3, max_length=3)]
-    normalization_schemes: Annotated[list[str], Field(min_length=1)]
-    intensities: dict[str, dict[str, float]]
-    channel_names: Annotated[dict[str, str], Field(min_length=1)]
-
-
-@with_config(STRICT)
-class Samples(TypedDict):
+class Samples(Strict):
     """samples.json."""
 
     denoiser: str
