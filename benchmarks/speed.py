@@ -117,9 +117,8 @@ def preprocessors(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
 
     def pool() -> None:
         case, paths = next(as_pool)
-        problem = preprocess_case(
-            case, paths["images"], None, str(folder), UNLABELED_FILES, manager, configuration, dataset_json
-        )
+        plan = (manager, configuration, dataset_json)
+        problem = preprocess_case(case, paths["images"], None, str(folder), UNLABELED_FILES, plan)
         if problem:
             raise ValueError(problem)
 

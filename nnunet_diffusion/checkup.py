@@ -180,7 +180,7 @@ def look() -> None:
 
 
 def find_trainer(name: str) -> str:
-    """The folder in which nnU-Net's own search finds a trainer, or what it says when it does not."""
+    """Returns the folder in which nnU-Net's own search finds a trainer, or what it says when it does not."""
     from nnunetv2.utilities import find_objects
 
     os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())

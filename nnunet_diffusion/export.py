@@ -79,7 +79,7 @@ def rewrite_checkpoint(source: str, destination: str, member: int | None = None)
 
 
 def without_cases(dataset_json: dict[str, Any]) -> dict[str, Any]:
-    """dataset.json without the names of cases and the paths of their files, which no prediction needs."""
+    """Leaves out of dataset.json the names of cases and the paths of their files, which no prediction needs."""
     return {key: value for key, value in dataset_json.items() if key not in CASE_TABLES}
 
 

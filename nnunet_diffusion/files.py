@@ -61,7 +61,7 @@ def naming_full_disk(path: str | os.PathLike) -> Iterator[None]:
 
 
 def not_written(what: str, folder: str, error: RuntimeError | OSError) -> NotWritten:
-    """The error that says how much room there is: of a full disk blosc2 says no more than that it failed."""
+    """Makes the error that says how much room there is: of a full disk blosc2 says no more than that it failed."""
     if isinstance(error, NotWritten):
         return NotWritten(*error.args)
     free = shutil.disk_usage(folder).free / 1e6
@@ -73,7 +73,7 @@ def not_written(what: str, folder: str, error: RuntimeError | OSError) -> NotWri
 
 
 def read_json(path: str | os.PathLike, schema: Any = None, remedy: str = "correct it") -> Any:
-    """The content of a JSON file, which a person may have edited or a kill may have cut.
+    """Reads a JSON file, which a person may have edited or a kill may have cut.
 
     Args:
         path: The file.

@@ -28,7 +28,7 @@ def mark(folder: str, /, **what: Any) -> None:
 
 
 def mark_of(folder: str) -> dict[str, Any] | None:
-    """What the mark of a folder says; None if it has none, {} if the mark is damaged."""
+    """Reads what the mark of a folder says; None if it has none, {} if the mark is damaged."""
     try:
         said = read_json(os.path.join(folder, WORK, MARK))
     except (FileNotFoundError, NotADirectoryError):

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
@@ -104,42 +103,6 @@ def unwrap(network: nn.Module) -> nn.Module:
     return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
-def own_results(
-    plans: PlansManager, plans_name: str, configuration: str, fold: int | str, trainer: str, file: str
-) -> list[str]:
-    """Returns where a data set's own result of a pre-training for a plan may be: the own fold's first, then fold all's.
-
-    Args:
-        plans: Of the data set.
-        plans_name: Of the pre-training; rounds have plans of other names that only add settings.
-        configuration: That of a configuration which this one inherits from will do, too.
-        fold: The own.
-        trainer: Of the pre-training.
-        file: In its output folder.
-    """
-    names = [configuration]
-    while inherited := plans.plans["configurations"][names[-1]].get("inherits_from"):
-        names.append(inherited)
-    return [
-        os.path.join(nnUNet_results, plans.dataset_name, f"{trainer}__{plans_name}__{name}", f"fold_{number}", file)
-        for name in names
-        for number in dict.fromkeys((fold, "all"))
-    ]  # fmt: skip
-
-
-def first_existing(candidates: list[str], how_to_make_one: str) -> str:
-    """Returns the first of these files that exists.
-
-    Raises:
-        UserError: If none does; never silently from scratch.
-    """
-    for path in candidates:
-        if os.path.isfile(path):
-            return path
-    looked = "\n".join(f"  {path}" for path in candidates)
-    raise UserError(f"no denoiser to start from, looked for\n{looked}\n{how_to_make_one}")
-
-
 def find_folds(folder: str, folds: list[str] | None, checkpoint_name: str) -> list[str]:
     """Returns the folds to export, all with their checkpoint; raises UserError for what the folder lacks."""
     for file in ("plans.json", "dataset.json"):
@@ -170,14 +133,8 @@ def trainers_of(folders: str) -> Iterator[None]:
     Raises:
         UserError: If it finds no such trainer.
     """
-    before = os.environ.get(installation.EXT_TRAINER)
-    os.environ[installation.EXT_TRAINER] = folders
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with installation.environment({installation.EXT_TRAINER: folders}), contextlib.redirect_stdout(io.StringIO()):
             yield
     except (RuntimeError, ImportError) as error:
         raise UserError(f"nnU-Net cannot load the trainer: {error}: see nnunet_diffusion env --check") from error
-    finally:
-        os.environ.pop(installation.EXT_TRAINER)
-        if before is not None:
-            os.environ[installation.EXT_TRAINER] = before

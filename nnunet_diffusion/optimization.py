@@ -9,7 +9,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def adamw(parameters: Iterable, rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW, fused where torch can: a quarter of the time on a CPU, where it takes 2 % of a step of a small network."""
+    """Builds AdamW, fused where torch can: a quarter of the time on a CPU, 2 % of a step of a small network."""
     try:
         return torch.optim.AdamW(parameters, rate, weight_decay=weight_decay, fused=True)
     except RuntimeError:  # this device or this torch cannot

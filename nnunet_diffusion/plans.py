@@ -11,11 +11,12 @@ from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.schemas import Plans, ResolvedConfiguration
 
 REMEDY = "correct it, or replace it with nnunet_diffusion plan_and_preprocess --replan"
+RESOLVED = dict[str, dict[str, ResolvedConfiguration]]  # plans' configurations with what they inherit
 NOT_FOR_CASES = ("gt_segmentations",)  # nnU-Net's own folder beside those of preprocessed cases
 
 
 def plans_in(folder: str) -> list[str]:
-    """The names of the plans in a data set's folder in nnUNet_preprocessed."""
+    """Lists the plans in a data set's folder in nnUNet_preprocessed."""
     names = (os.path.basename(path)[:-5] for path in glob.glob(os.path.join(glob.escape(folder), "*Plans*.json")))
     return sorted(name for name in names if without_round(name) == name)
 
@@ -26,7 +27,7 @@ def without_round(name: str) -> str:
 
 
 def read_plans(folder: str, name: str, configuration: str | None = None) -> dict:
-    """The content of a plans file.
+    """Reads a plans file.
 
     Args:
         folder: The data set's, in nnUNet_preprocessed.
@@ -69,7 +70,7 @@ def check_plans(plans: Any, where: str) -> None:
         key = f"{where}: configurations.{name}"
         safe_name(name, f"{where}: configurations", REMEDY)
         resolved = inherited(configurations, name, key)
-        check_shape(resolved, ResolvedConfiguration, key, REMEDY)
+        check_shape({"configurations": {name: resolved}}, RESOLVED, where, REMEDY)
         if not {"architecture", "UNet_class_name"} & resolved.keys():  # the second in plans of earlier nnU-Nets
             raise UserError(f"{key}: has no architecture: {REMEDY}")
         identifier = safe_name(resolved["data_identifier"], f"{key}.data_identifier", REMEDY)
@@ -82,7 +83,7 @@ def check_plans(plans: Any, where: str) -> None:
 
 
 def inherited(configurations: dict[str, dict], name: str, where: str) -> dict[str, Any]:
-    """A configuration with what it inherits, as nnU-Net's `PlansManager` resolves it.
+    """Resolves what a configuration inherits, as nnU-Net's `PlansManager` does.
 
     Raises:
         UserError: If it inherits from one that is not there, or in a circle.

@@ -70,15 +70,6 @@ class Configuration(Strict):
     """A configuration of plans.json as it stands there: one that inherits gives what differs."""
 
     inherits_from: NotRequired[str]
-    data_identifier: NotRequired[str]
-    preprocessor_name: NotRequired[str]
-    spacing: NotRequired[Spacing]
-    patch_size: NotRequired[Size]
-    batch_size: NotRequired[Count]
-    normalization_schemes: NotRequired[list[str]]
-    use_mask_for_norm: NotRequired[list[bool]]
-    architecture: NotRequired[dict[str, Any]]
-    previous_stage: NotRequired[str | None]
 
 
 class ResolvedConfiguration(Strict):
@@ -91,6 +82,7 @@ class ResolvedConfiguration(Strict):
     batch_size: Count
     normalization_schemes: list[str]
     use_mask_for_norm: list[bool]
+    architecture: NotRequired[dict[str, Any]]
     previous_stage: NotRequired[str | None]
 
 

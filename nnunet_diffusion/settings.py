@@ -23,12 +23,8 @@ def declared(trainer_class: type) -> dict[str, tuple[type, Any]]:
     Returns:
         {name: (type, default)}, bases first.
     """
-    hints = {}
-    for cls in reversed(trainer_class.__mro__):
-        own = vars(cls).get("__annotations__", {}) if cls is not object else {}
-        hints.update({name: cls for name in own if not name.startswith("_") and hasattr(cls, name)})
-    types = get_type_hints(trainer_class)
-    return {name: (types[name], getattr(trainer_class, name)) for name in hints}
+    public = {name: kind for name, kind in get_type_hints(trainer_class).items() if not name.startswith("_")}
+    return {name: (kind, getattr(trainer_class, name)) for name, kind in public.items() if hasattr(trainer_class, name)}
 
 
 def chosen(plans: dict, trainer_class: type, others: Collection[type] = ()) -> dict[str, Any]:
@@ -64,9 +60,9 @@ def chosen(plans: dict, trainer_class: type, others: Collection[type] = ()) -> d
     return {name: value for name, (value, _) in given[0].items()}
 
 
-def effective(plans: dict, trainer_class: type, others: Collection[type] = ()) -> dict[str, Any]:
+def effective(plans: dict, trainer_class: type) -> dict[str, Any]:
     """Returns all settings of a trainer: the plans' where given, else the class's own; for the errors see `chosen`."""
-    return _defaults(trainer_class) | chosen(plans, trainer_class, others)
+    return _defaults(trainer_class) | chosen(plans, trainer_class)
 
 
 def given_settings(plans: dict, trainer: str) -> dict[str, Any]:
@@ -153,12 +149,12 @@ def one_of(*names: str) -> Rule:
     return lambda value, settings: "" if value in names else " or ".join(names)
 
 
-def apply(trainer: Any, others: Collection[type] = ()) -> None:
+def apply(trainer: Any) -> None:
     """Sets all settings of a trainer on the instance; for the errors see `chosen`.
 
     Defaults must be set too, because nnU-Net's own constructor writes some of the same names.
     """
-    for name, value in effective(trainer.plans_manager.plans, type(trainer), others).items():
+    for name, value in effective(trainer.plans_manager.plans, type(trainer)).items():
         setattr(trainer, name, value)
 
 

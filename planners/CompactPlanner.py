@@ -25,24 +25,9 @@ class CompactPlanner(ExperimentPlanner):
         "DiffusionTeacherTrainer": {"initial_lr": 1e-3},
     }
 
-    def __init__(
-        self,
-        dataset_name_or_id,
-        gpu_memory_target_in_gb=8,
-        preprocessor_name="DefaultPreprocessor",
-        plans_name="nnUNetCompactPlans",
-        overwrite_target_spacing=None,
-        suppress_transpose=False,
-    ):
-        """Takes nnU-Net's own arguments."""
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb,
-            preprocessor_name,
-            plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
+    def __init__(self, dataset_name_or_id, plans_name="nnUNetCompactPlans", **options):
+        """Takes nnU-Net's own arguments, all but the first by keyword."""
+        super().__init__(dataset_name_or_id, plans_name=plans_name, **options)
         self.UNet_base_num_features = 16
         self.UNet_max_features_2d = self.UNet_max_features_3d = 128
         self.UNet_blocks_per_stage_encoder = (1,) * 14
@@ -51,7 +36,7 @@ class CompactPlanner(ExperimentPlanner):
         self.lowres_creation_threshold = 0
 
     def get_plans_for_configuration(self, spacing, median_shape, *args, **kwargs):
-        """nnU-Net's plan for images that are no larger than the largest patch allowed; other arguments as nnU-Net's."""
+        """Plans as nnU-Net, for images that are no larger than the largest patch allowed; arguments as nnU-Net's."""
         dimensions = len(spacing)
         capped = [min(size, cap) for size, cap in zip(median_shape, self.max_patch_size[dimensions], strict=False)]
         plan = super().get_plans_for_configuration(spacing, capped, *args, **kwargs)

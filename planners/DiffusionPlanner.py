@@ -26,28 +26,14 @@ class DiffusionPlanner(ResEncUNetPlanner):
     feature_voxels_3d = 680000000
     settings = {}  # of our trainers, for the plans: {trainer: {setting: value}}
 
-    def __init__(
-        self,
-        dataset_name_or_id,
-        gpu_memory_target_in_gb=None,
-        preprocessor_name="DefaultPreprocessor",
-        plans_name=None,
-        overwrite_target_spacing=None,
-        suppress_transpose=False,
-    ):
-        """Takes nnU-Net's own arguments; None stands for the class's memory target and plans name.
+    def __init__(self, dataset_name_or_id, gpu_memory_target_in_gb=None, plans_name=None, **options):
+        """Takes nnU-Net's own arguments, all but the first by keyword; None: the class's memory target and plans name.
 
         Raises:
             UserError: If the data set has unlabeled scans that were not measured.
         """
-        super().__init__(
-            dataset_name_or_id,
-            gpu_memory_target_in_gb or self.memory_target_gb,
-            preprocessor_name,
-            plans_name or self.default_plans_name,
-            overwrite_target_spacing,
-            suppress_transpose,
-        )
+        options["gpu_memory_target_in_gb"] = gpu_memory_target_in_gb or self.memory_target_gb
+        super().__init__(dataset_name_or_id, plans_name=plans_name or self.default_plans_name, **options)
         self.UNet_reference_val_corresp_GB = self.memory_target_gb
         self.UNet_reference_val_2d = self.feature_voxels_2d
         self.UNet_reference_val_3d = self.feature_voxels_3d
@@ -57,7 +43,7 @@ class DiffusionPlanner(ResEncUNetPlanner):
         )
 
     def generate_data_identifier(self, configuration_name):
-        """Not nnU-Net's `nnUNetPlans_...`, whose spacing is that of the labeled cases alone."""
+        """Leaves `nnUNetPlans_...` to nnU-Net, whose spacing is that of the labeled cases alone."""
         shared = configuration_name in ("2d", "2d_256", "3d_fullres")
         return f"{self.data_name if shared else self.plans_identifier}_{configuration_name}"
 

@@ -20,7 +20,8 @@ from nnunet_diffusion.installation import trainers_folder
 from nnunet_diffusion.marks import refuse_foreign
 from nnunet_diffusion.model_folder import load_predictor, trainers_of
 from nnunet_diffusion.preprocessing.cases import pool_identifiers
-from nnunet_diffusion.preprocessing.preprocess import differing, preprocessing_identity
+from nnunet_diffusion.preprocessing.preprocess import preprocessing_identity
+from nnunet_diffusion.preprocessing.replacement import differing
 from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer

@@ -127,8 +127,9 @@ REMOVES = {
     "nnunet_diffusion/marks.py": {"remove_marked"},
     "nnunet_diffusion/preprocessing/planning.py": {"make_plan"},
     "nnunet_diffusion/preprocessing/preprocess.py": {
-        "_finish_replacing", "_preprocess", "_remove_unlisted", "_replace", "preprocess_case",
+        "_preprocess", "_remove_unlisted", "preprocess_case",
     },
+    "nnunet_diffusion/preprocessing/replacement.py": {"_finish_replacing", "replace"},
     "nnunet_diffusion/rounds/outcome.py": {"copy_fold"},
     "nnunet_diffusion/rounds/pseudo_labels.py": {"remove_pseudo_labels"},
     "nnunet_diffusion/rounds/stale.py": {"remove_stale"},

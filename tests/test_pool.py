@@ -28,6 +28,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten, write_json
 from nnunet_diffusion.marks import mark, mark_of
 from nnunet_diffusion.preprocessing import preprocess as preprocessing
+from nnunet_diffusion.preprocessing import replacement
 from nnunet_diffusion.preprocessing.cases import labeled_files, pool_folder, pool_identifiers
 from nnunet_diffusion.preprocessing.fingerprint import fingerprint_labeled, fingerprint_unlabeled, measure
 from nnunet_diffusion.preprocessing.preprocess import preprocess_case, preprocess_labeled, preprocess_pool
@@ -258,7 +259,7 @@ def test_cases_of_another_plan_stay_until_the_new_ones_are_whole(dataset, monkey
             preprocess(other)
     assert not os.path.exists(folder) and kept.items() <= times(new).items()
     with monkeypatch.context() as patch:
-        patch.setattr(preprocessing, "remove_marked", lambda path, **_: 1 / int(not os.path.isdir(path)))
+        patch.setattr(replacement, "remove_marked", lambda path, **_: 1 / int(not os.path.isdir(path)))
         with pytest.raises(ZeroDivisionError):
             preprocess(other)
     assert_same(folder, expected)

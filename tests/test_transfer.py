@@ -1,5 +1,7 @@
 """Transfer of a folded denoiser into a segmentation network, without nnU-Net's training around it."""
 
+import itertools
+
 import pytest
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -7,10 +9,10 @@ from test_networks import planned_network, trained
 from torch import nn
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.model_folder import first_existing, own_results
 from nnunet_diffusion.optimization import WarmupPolyLR, warming_ema
 from nnunet_diffusion.pretraining.conditioning import condition, fold
 from nnunet_diffusion.pretraining.linear import LinearClassifier
+from nnunet_diffusion.pretraining.start import first_existing, own_pretraining
 from nnunet_diffusion.pretraining.transfer import (
     adapt_input_channels,
     parameter_sums,
@@ -145,7 +147,8 @@ def test_weight_average_by_hand():
 def test_a_pre_training_is_looked_for_in_all_configurations_that_are_inherited(monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
     configurations = {"a": {}, "b": {"inherits_from": "a"}, "c": {"inherits_from": "b"}}
-    plans = PlansManager({"dataset_name": "Dataset001_X", "plans_name": "R", "configurations": configurations})
-    found = own_results(plans, "P", "c", 3, "T", "denoiser.pth")
-    places = [(name, fold) for name in "cba" for fold in ("3", "all")]
-    assert found == [str(tmp_path / "Dataset001_X" / f"T__P__{c}" / f"fold_{f}" / "denoiser.pth") for c, f in places]
+    plans = PlansManager({"dataset_name": "Dataset001_X", "plans_name": "P_round1", "configurations": configurations})
+    found = own_pretraining(plans, "c", 3, "T", "denoiser.pth")
+    places = itertools.product(("P_round1", "P"), "cba", ("3", "all"))
+    folder = tmp_path / "Dataset001_X"
+    assert found == [str(folder / f"T__{p}__{c}" / f"fold_{f}" / "denoiser.pth") for p, c, f in places]

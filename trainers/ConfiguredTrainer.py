@@ -41,6 +41,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         **dict.fromkeys(("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"), at_least(1)),
         "initial_lr": above(0), "weight_decay": at_least(0), "save_every": at_least(1),
     }  # fmt: skip
+    has_deep_supervision = True  # the network; one without is never asked for outputs at several scales
 
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         load_nothing_but_plain_values()
@@ -54,6 +55,11 @@ class ConfiguredTrainer(nnUNetTrainer):
             # nnU-Net takes the number of the process for that of its GPU, which holds on the first machine only
             self.device = device
             self.grad_scaler = self.grad_scaler if device.type == "cuda" else None
+        self.enable_deep_supervision = self.has_deep_supervision
+        self.prepare()
+
+    def prepare(self):
+        """Refuses what a subclass cannot train, and adds what it needs; called at the end of `__init__`."""
 
     def initialize(self):
         """Builds the network from seeded weights; one that the plan does not describe is refused by name."""
@@ -62,7 +68,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         super().initialize()
 
     def _set_batch_size_and_oversample(self):
-        """nnU-Net's; from here to the loss it thinks that one process trains, so that it does not wrap the network."""
+        """Lets nnU-Net think, from here to the loss, that one process trains, so that it does not wrap the network."""
         super()._set_batch_size_and_oversample()
         self.is_one_of_many, self.is_ddp = self.is_ddp, False
 
@@ -74,6 +80,11 @@ class ConfiguredTrainer(nnUNetTrainer):
             network = torch.nn.SyncBatchNorm.convert_sync_batchnorm(self.network) if on_cuda else self.network
             self.network = DistributedDataParallel(network, device_ids=[self.device] if on_cuda else None)
         return super()._build_loss()
+
+    def set_deep_supervision_enabled(self, enabled: bool):
+        """Does nothing where the network has none."""
+        if self.has_deep_supervision:
+            super().set_deep_supervision_enabled(enabled)
 
     def on_train_epoch_start(self):
         """Makes an epoch depend on the seed and its number alone, so that a resumed run repeats it."""

@@ -6,7 +6,7 @@ from time import time
 
 import numpy as np
 import torch
-from batchgenerators.utilities.file_and_folder_operations import isdir, isfile, join
+from batchgenerators.utilities.file_and_folder_operations import isfile, join
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
@@ -66,16 +66,16 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         **dict.fromkeys(("ema_decay", "body_share", "held_out"), between(0, 1)),
         "sample_every": at_least(0), "sample_steps": at_least(1), "num_samples": at_least(1),
     }  # fmt: skip
+    has_deep_supervision = False
     result_file, next_step = "denoiser.pth", "fine-tune with -tr DiffusionPretrainedTrainer"
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def prepare(self):
+        """Refuses a cascade, and makes the diffusion process."""
         if self.is_cascaded:
             raise UserError(
-                f"{configuration} is a cascade's second stage, its input is not an image alone: pre-train 3d_lowres or "
-                "another configuration without a previous stage"
+                f"{self.configuration_name} is a cascade's second stage, its input is not an image alone: pre-train "
+                "3d_lowres or another configuration without a previous stage"
             )
-        self.enable_deep_supervision = False
         self.diffusion = Diffusion(
             self.schedule, self.timesteps, self.prediction, self.weighting, self.min_snr_gamma, self.device
         )
@@ -103,16 +103,13 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         optimizer = adamw(trainable, self.initial_lr, self.weight_decay)
         return optimizer, WarmupPolyLR(optimizer, self.num_epochs, self.warmup_epochs)
 
-    def set_deep_supervision_enabled(self, enabled: bool):
-        """Does nothing: a denoiser has none."""
-
     def get_tr_and_val_datasets(self):
         """Returns all images of the data set, labeled and pool."""
         training, validation = self.do_split()
         train = [join(self.preprocessed_dataset_folder, case) for case in training]
         held_out = [join(self.preprocessed_dataset_folder, case) for case in validation]
         folder = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
-        pool = [join(folder, case) for case in pool_identifiers(folder)] if isdir(folder) else []
+        pool = [join(folder, case) for case in pool_identifiers(folder)]
         if self.fold == "all":
             train, held_out = hold_out(train, pool, self.held_out)
         else:

@@ -59,13 +59,13 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
         **dict.fromkeys(("unlabeled_weight", "ramp", "gate", "perturbation"), at_least(0)),
     }  # fmt: skip
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def prepare(self):
+        """Refuses regions, cascades and several processes."""
         name = type(self).__name__
         if self.label_manager.has_regions:
             raise UserError(f"{name}: regions overlap, a mask has one class a voxel")
         if self.is_cascaded:
-            raise UserError(f"{name}: {configuration} needs the masks of an earlier stage, the pool has none")
+            raise UserError(f"{name}: {self.configuration_name} needs the masks of an earlier stage, the pool has none")
         if self.is_ddp:
             raise UserError(f"{name} trains on one GPU: leave out -num_gpus")
 
@@ -187,7 +187,7 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
         images = batch["data"].to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         with self.with_annotations(batch), self.mixed_precision():
-            loss = self.teacher.labeled(self.network, images, self.supervised_loss(batch["target"]))
+            loss = self.teacher.labeled(self.network, images, self.supervised_loss(self.targets(batch)))
         self.backward(loss)
         report = {"loss": loss.detach().cpu().numpy()}
         if self.teacher.needs_pool:
@@ -200,9 +200,8 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
         self.teacher.after_step(unwrap(self.network))
         return report
 
-    def supervised_loss(self, target):
+    def supervised_loss(self, targets: list[torch.Tensor]):
         """Returns the loss of an output on the labels, with deep supervision if the output has it."""
-        targets = [t.to(self.device, non_blocking=True) for t in (target if isinstance(target, list) else [target])]
         whole = self.loss.loss if self.enable_deep_supervision else self.loss
 
         def loss(output):

@@ -1,7 +1,5 @@
 """Trains a mask pathway like the teacher's own as the student of a diffusion teacher."""
 
-import torch
-
 from nnunet_diffusion.co_training.mask_diffusion import build_student
 from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.trainers.DiffusionCoTrainingTrainer import DiffusionCoTrainingTrainer
@@ -18,12 +16,9 @@ class DiffusionCoTrainingTwinTrainer(DiffusionCoTrainingTrainer):
     start: str = "scratch"  # there is no denoiser of this topology
     timestep: int = 0  # at which it predicts; at 0 the blank mask is all but free of noise
     allowed_values = {
-        "start": lambda value, settings: "scratch, or the path of its own checkpoint" if value == "denoiser" else "",
+        "start": lambda value, settings: "scratch, or the path of its own checkpoint" if value == "denoiser" else ""
     }
-
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.enable_deep_supervision = False
+    has_deep_supervision = False  # a mask pathway
 
     @staticmethod
     def build_network_architecture(
@@ -36,6 +31,3 @@ class DiffusionCoTrainingTwinTrainer(DiffusionCoTrainingTrainer):
         """Sets the student's process."""
         super().initialize()
         unwrap(self.network).set_process(self.schedule, self.timestep)
-
-    def set_deep_supervision_enabled(self, enabled: bool):
-        """Does nothing: a mask pathway has none."""

@@ -1,7 +1,5 @@
 """Linear classification of the features of a denoiser."""
 
-import torch
-
 from nnunet_diffusion.pretraining.linear import LinearClassifier
 from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretrainedTrainer
 
@@ -13,9 +11,7 @@ class DiffusionPretrainedLinearTrainer(DiffusionPretrainedTrainer):
     but noise. The model predicts through this trainer and cannot be exported as stock nnU-Net.
     """
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        self.enable_deep_supervision = False
+    has_deep_supervision = False  # the heads of all stages are always summed
 
     @staticmethod
     def build_network_architecture(
@@ -26,6 +22,3 @@ class DiffusionPretrainedLinearTrainer(DiffusionPretrainedTrainer):
             plans_manager, configuration_manager, num_input_channels, num_output_channels, True
         )
         return LinearClassifier(network)
-
-    def set_deep_supervision_enabled(self, enabled: bool):
-        """Does nothing: the heads of all stages are always summed."""

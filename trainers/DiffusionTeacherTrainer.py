@@ -24,8 +24,9 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
     schedule: str = "sigmoid"  # or linear, cosine
     result_file, next_step = "teacher.pth", "train with a student with -tr DiffusionCoTrainingTrainer"
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def prepare(self):
+        """Refuses regions as well."""
+        super().prepare()
         if self.label_manager.has_regions:
             raise UserError("regions overlap, a mask has one class a voxel: give a data set without regions")
 

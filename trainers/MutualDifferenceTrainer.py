@@ -6,7 +6,6 @@ import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from torch import autocast
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.model_folder import unwrap
@@ -42,14 +41,15 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         **dict.fromkeys(("prediction_weight", "feature_weight", "feature_stage"), at_least(0)),
         **dict.fromkeys(("supervised_share", "ramp_share"), between(0, 1)),
     }
+    members_loss_class = DifferenceLoss
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def prepare(self):
+        """Refuses regions, cascades, and `alternate` in several processes."""
         name = type(self).__name__
         if self.label_manager.has_regions:
             raise UserError(f"{name}: regions overlap, mutual learning is between labels that do not")
         if self.is_cascaded:
-            raise UserError(f"{name}: {configuration} is a cascade's second stage: train another one")
+            raise UserError(f"{name}: {self.configuration_name} is a cascade's second stage: train another one")
         if self.is_ddp and self.alternate:
             raise UserError(f"{name}: alternate works in one process only: use the setting checkpointing")
 
@@ -67,8 +67,11 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         super().initialize()
         network = unwrap(self.network)
         network.feature_stage, network.checkpointing = self.feature_stage, self.checkpointing
-        self.mark_owners(network)
-        self.members_loss = self.build_members_loss(owned_channels(self.plans_manager.plans[KEY], self.channels))
+        owned = owned_channels(self.plans_manager.plans[KEY], self.channels)
+        if isinstance(network, PartialOrganMembers):
+            network.owned.copy_(owned)  # it predicts each organ with its owner
+        weights = (self.prediction_weight, self.feature_weight)
+        self.members_loss = self.members_loss_class(self.loss, owned, self.label_manager.ignore_label, *weights)
 
     def _set_batch_size_and_oversample(self):
         """Finds the groups; a batch holds every one."""
@@ -89,16 +92,6 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
             self.batch_size = len(found)
         for problem in too_small(found, self.batch_size):
             self.print_to_log_file(f"WARNING: {problem}")
-
-    def mark_owners(self, network) -> None:
-        """Lets the network predict each organ with its owner."""
-        network.owned.copy_(owned_channels(self.plans_manager.plans[KEY], self.channels))
-
-    def build_members_loss(self, owned):
-        """Builds the loss of all members."""
-        return DifferenceLoss(
-            self.loss, owned, self.label_manager.ignore_label, self.prediction_weight, self.feature_weight
-        )
 
     def planned_networks(self) -> list:
         """Returns the members: every one can start from a denoiser."""
@@ -155,7 +148,7 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         members = len(self.cases_of_groups)
         learners = [next(self.turns) % members] if self.alternate else range(members)
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device.type, enabled=self.device.type == "cuda"):
+        with self.mixed_precision():
             outputs = self.network(data, learners[0] if self.alternate else None)
             loss = self.members_loss(outputs, grouped, learners, self.strength)
         self.optimize(loss, max_norm=12 * len(learners) ** 0.5)
@@ -163,9 +156,8 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
 
     def describe(self, batch: dict) -> GroupedBatch:
         """Describes a batch: its targets, what they say something about, and whose they are."""
-        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
         return GroupedBatch(
-            [target.to(self.device, non_blocking=True) for target in targets],
+            self.targets(batch),
             group_map(batch["keys"], self.annotations, self.channels),
             torch.tensor([self.group_of[case] for case in batch["keys"]]),
         )

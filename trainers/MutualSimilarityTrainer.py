@@ -1,6 +1,5 @@
 """Stage 2 of mutual learning: one network of all organs for each group of cases, from completed labels."""
 
-import torch
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -25,9 +24,11 @@ class MutualSimilarityTrainer(MutualDifferenceTrainer):
 
     supervised_share: float = 0.0  # the predictions of the others ramp up from the first epoch on
     validate_members: bool = True  # the final validation predicts with every member as well
+    members_loss_class = SimilarityLoss
 
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def prepare(self):
+        """Ignores what a completed label says nothing about."""
+        super().prepare()
         self.label_manager = ignoring(self.label_manager)
 
     @staticmethod
@@ -38,15 +39,6 @@ class MutualSimilarityTrainer(MutualDifferenceTrainer):
         arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
         members = [nnUNetTrainer.build_network_architecture(*arguments, False) for _ in plans_manager.plans[KEY]]
         return FullOrganMembers(members, enable_deep_supervision)
-
-    def mark_owners(self, network) -> None:
-        """Does nothing: every member knows every organ."""
-
-    def build_members_loss(self, owned):
-        """Builds the loss of all members."""
-        return SimilarityLoss(
-            self.loss, owned, self.label_manager.ignore_label, self.prediction_weight, self.feature_weight
-        )
 
     def get_tr_and_val_datasets(self):
         """Gives training cases their completed labels beside the true ones."""

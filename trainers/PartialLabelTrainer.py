@@ -1,5 +1,7 @@
 """Trains on cases that were each annotated for only some of the labels."""
 
+from dataclasses import asdict
+
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import join
@@ -90,7 +92,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         if report:
             self.print_to_log_file(f"{report}\n{seen_images(report.source, self.fold)}".strip())
             if self.local_rank == 0:
-                write_json(join(self.output_folder, "transfer_report.json"), report.as_dict())
+                write_json(join(self.output_folder, "transfer_report.json"), asdict(report))
 
     def planned_networks(self) -> list[torch.nn.Module]:
         """Returns the networks that a denoiser is loaded into, each of the planned topology."""
@@ -132,6 +134,11 @@ class PartialLabelTrainer(ConfiguredTrainer):
         describe = annotated_mask if self.label_manager.has_regions else group_map
         return annotated(self.loss, describe(batch["keys"], self.annotations, self.channels))
 
+    def targets(self, batch: dict) -> list[torch.Tensor]:
+        """Returns the target at each scale, on the device."""
+        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+        return [target.to(self.device, non_blocking=True) for target in targets]
+
     def get_tr_and_val_datasets(self):
         """Repeats training cases of rare labels, if asked to."""
         train, validation = super().get_tr_and_val_datasets()
@@ -153,11 +160,10 @@ class PartialLabelTrainer(ConfiguredTrainer):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
-        """Loss and counts of hard predictions over the annotated pairs."""
+        """Computes the loss, and counts hard predictions over the annotated pairs."""
         # nnU-Net 2.8.1 validation_step; changed: the counts
         data = batch["data"].to(self.device, non_blocking=True)
-        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
-        targets = [target.to(self.device, non_blocking=True) for target in targets]
+        targets = self.targets(batch)
         with self.mixed_precision(), self.with_annotations(batch):
             output = self.network(data)
             loss = self.loss(output, targets if self.enable_deep_supervision else targets[0])
@@ -167,7 +173,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
         return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
-        """nnU-Net's; its moving average would never recover from an epoch that met no annotated label."""
+        """Logs as nnU-Net, whose moving average would never recover from an epoch that met no annotated label."""
         if not any(output[key].any() for output in val_outputs for key in ("tp_hard", "fp_hard", "fn_hard")):
             self.print_to_log_file("No validation patch held an annotated label: Dice of this epoch is taken to be 0")
             val_outputs = [{**output, "fn_hard": output["fn_hard"] + 1} for output in val_outputs]

@@ -53,7 +53,7 @@ class PseudoLabelTrainer(DiffusionPretrainedTrainer):
         return [*train, *sorted(set(self.annotations) - split)], validation
 
     def find_images(self) -> dict[str, str]:
-        """The folder of each image that has a pseudo label: a partly annotated case lies with its true labels."""
+        """Finds the folder of each image that has a pseudo label: a partly annotated case lies with its true labels."""
         pool = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
         if missing := sorted(set(self.pseudo) - set(self.annotations) - set(pool_identifiers(pool))):
             raise UserError(f"{self.pseudo_folder} has labels of {missing}, whose images are not in {pool}: preprocess")

@@ -2,7 +2,6 @@
 
 import argparse
 
-from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import naming_full_disk
 
 HELP = "Copy a trained model so that plain nnU-Net predicts with it, with nothing of this package installed."
@@ -38,12 +37,11 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2.utilities.file_path_utilities import get_output_folder
 
     from nnunet_diffusion.export import export_stock
+    from nnunet_diffusion.preprocessing.planning import dataset_name
 
-    try:
-        source = get_output_folder(args.d, args.tr, args.p, args.c)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"-d {args.d}: {error}") from error
-    destination = args.o or get_output_folder(args.d, "nnUNetTrainer", args.p, args.c)
+    dataset = dataset_name(args.d)
+    source = get_output_folder(dataset, args.tr, args.p, args.c)
+    destination = args.o or get_output_folder(dataset, "nnUNetTrainer", args.p, args.c)
     with naming_full_disk(destination):
         folds = export_stock(source, destination, args.f, args.chk, args.member)
     what = "" if args.member is None else f"member {args.member}, "

@@ -49,6 +49,7 @@ def add_arguments(parser):
 
 def run(args):
     """Runs the command."""
+    from nnunetv2.configuration import default_num_processes
     from nnunetv2.paths import nnUNet_preprocessed
 
     from nnunet_diffusion.locks import locked
@@ -66,6 +67,7 @@ def run(args):
     folder = os.path.join(nnUNet_preprocessed, name)
     are_beside_each_other = (args.num_parts or 1) > 1
     with locked(os.path.join(folder, WORK, LOCK), f"the folder {folder}", are_beside_each_other):
+        args.num_processes = args.num_processes or default_num_processes
         failed = do_pool_part(args, name, planner_class) if args.num_parts else do_all(args, name, planner_class)
     for case in sorted(failed):
         print(f"skipped {case}: {failed[case]}", file=sys.stderr)
@@ -76,7 +78,6 @@ def run(args):
 
 def do_all(args, name: str, planner_class: type) -> dict[str, str]:
     """Plans and preprocesses what is missing; returns what is wrong with the scans that were skipped."""
-    from nnunetv2.configuration import default_num_processes
     from nnunetv2.paths import nnUNet_raw
 
     from nnunet_diffusion.preprocessing.cases import labeled_cases, unlabeled_cases
@@ -85,7 +86,7 @@ def do_all(args, name: str, planner_class: type) -> dict[str, str]:
     from nnunet_diffusion.preprocessing.preprocess import copy_labels, preprocess_labeled, preprocess_pool
     from nnunet_diffusion.preprocessing.supervision import check_annotations
 
-    num_processes = args.num_processes or default_num_processes
+    num_processes = args.num_processes
     unlabeled_cases(os.path.join(nnUNet_raw, name), labeled_cases(name)[0])  # all tables are sound before anything else
     if not args.replan and os.path.isfile(plans_file_of(name, planner_class)):
         chosen(args, name, planner_class)  # a plan that cannot be worked with is told before hours of measuring
@@ -106,20 +107,18 @@ def do_all(args, name: str, planner_class: type) -> dict[str, str]:
 
 def do_pool_part(args, name: str, planner_class: type) -> dict[str, str]:
     """Preprocesses one part of the pool; returns what is wrong with the scans that were skipped."""
-    from nnunetv2.configuration import default_num_processes
-
     from nnunet_diffusion.preprocessing.preprocess import preprocess_pool
 
-    num_processes = args.num_processes or default_num_processes
     plans_manager, configurations = chosen(args, name, planner_class)
     failed = {}
     for configuration in configurations:
-        failed |= preprocess_pool(name, plans_manager, configuration, num_processes, args.num_parts, args.part_id)
+        parts = (args.num_parts, args.part_id)
+        failed |= preprocess_pool(name, plans_manager, configuration, args.num_processes, *parts)
     return failed
 
 
 def chosen(args, name: str, planner_class: type) -> tuple:
-    """The plan that there is, and which of its configurations to preprocess; UserError if either cannot be used."""
+    """Reads the plan that there is, and chooses its configurations; UserError if either cannot be used."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunet_diffusion.preprocessing.planning import choose, existing_plan
@@ -131,7 +130,7 @@ def chosen(args, name: str, planner_class: type) -> tuple:
 
 
 def find_planner(name: str) -> type:
-    """A planner of ours, else of nnU-Net, by the name of its class.
+    """Finds a planner of ours, else of nnU-Net, by the name of its class.
 
     Raises:
         UserError: If there is none.

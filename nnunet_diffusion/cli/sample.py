@@ -102,8 +102,8 @@ def find_denoiser(args: argparse.Namespace) -> str:
     Raises:
         UserError: If neither is named, or there is none.
     """
-    from nnunet_diffusion.model_folder import first_existing
     from nnunet_diffusion.plans import plans_in
+    from nnunet_diffusion.pretraining.start import first_existing
 
     if args.denoiser:
         return args.denoiser

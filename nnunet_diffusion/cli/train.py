@@ -111,7 +111,7 @@ def refuse_unknown_trainer(name: str) -> None:
 
 
 def number_of_threads(device: str) -> int:
-    """As nnUNetv2_train: all cores on a CPU, where nobody has set fewer; one beside a GPU."""
+    """Chooses as nnUNetv2_train: all cores on a CPU, where nobody has set fewer; one beside a GPU."""
     from nnunet_diffusion.commands import number_of_cores
 
     return int(os.environ.get("OMP_NUM_THREADS", number_of_cores())) if device == "cpu" else 1

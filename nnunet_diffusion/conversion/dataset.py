@@ -51,10 +51,7 @@ class Converted:
     def __str__(self) -> str:
         lines = [f"{self.folder}: {self.num_labeled} labeled and {self.num_unlabeled} unlabeled cases", *self.notes]
         if self.skipped:
-            lines += [
-                f"skipped {len(self.skipped)} unlabeled case(s):",
-                *(f"  {why}" for why in self.skipped.values()),
-            ]
+            lines += [f"skipped {len(self.skipped)} unlabeled case(s):", *(f"  {why}" for why in self.skipped.values())]
         return "\n".join(lines)
 
 

@@ -67,9 +67,7 @@ def image_files(folder: str, file_ending: str | None = None) -> list[str]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be listed ({error.strerror}): correct the path or its permissions"
-        ) from error
+        raise _unlisted(folder, error) from error
     kinds = [file_ending] if file_ending else [GEOMETRIC_ENDINGS, PICTURE_ENDINGS]
     found = ([name for name in names if is_image(name, endings)] for endings in kinds)
     paths = [os.path.join(os.path.abspath(folder), name) for name in next(filter(None, found), [])]
@@ -86,12 +84,14 @@ def files_below(source: str) -> list[str]:
     """
 
     def unreadable(error: OSError) -> None:
-        raise UserError(
-            f"{error.filename}: cannot be listed ({error.strerror}): correct the path or its permissions"
-        ) from error
+        raise _unlisted(error.filename, error) from error
 
     walk = os.walk(os.path.abspath(source), onerror=unreadable, followlinks=True)
     return sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
+
+
+def _unlisted(folder: str, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot be listed ({error.strerror}): correct the path or its permissions")
 
 
 def is_image(name: str, endings: str | tuple[str, ...] = GEOMETRIC_ENDINGS) -> bool:

@@ -16,12 +16,7 @@ REMEDY = "correct it, `nnunet_diffusion convert partial --help` shows how"
 
 
 def convert_partial(
-    mapping: str,
-    dataset_id: int,
-    name: str,
-    only: Collection[str] = (),
-    copy: bool = False,
-    num_threads: int = 1,
+    mapping: str, dataset_id: int, name: str, only: Collection[str] = (), copy: bool = False, num_threads: int = 1
 ) -> Converted:
     """Joins the sources that a mapping names into nnUNet_raw/DatasetXXX_Name.
 

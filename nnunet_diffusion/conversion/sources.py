@@ -3,15 +3,14 @@
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nnunet_diffusion.conversion.dataset import Labeled, Unlabeled, refuse
 from nnunet_diffusion.conversion.files import grouped, image_files, matched, single, the_ending
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
-from nnunet_diffusion.names import safe_name
-from nnunet_diffusion.preprocessing.cases import absolute_path, unlabeled_cases
+from nnunet_diffusion.preprocessing.cases import absolute_path, labeled_files, unlabeled_cases
 from nnunet_diffusion.preprocessing.scan_checks import GEOMETRIC_ENDINGS
 from nnunet_diffusion.schemas import SourceDataset
 
@@ -70,8 +69,7 @@ def read_source(entry: Mapping[str, Any], base: str) -> Source:
         f"{case}: is there twice, as {images[0]} too" for case, images in pool.items() if case in source.unlabeled
     ]
     refuse([f"{where}: {problem}" for problem in problems])
-    content = {**source.__dict__, "folders": [*source.folders, *folders], "unlabeled": {**source.unlabeled, **pool}}
-    return Source(**content)
+    return replace(source, folders=[*source.folders, *folders], unlabeled={**source.unlabeled, **pool})
 
 
 def _folders(entry: Mapping[str, Any], base: str, where: str) -> Source:
@@ -104,7 +102,7 @@ def _raw_dataset(entry: Mapping[str, Any], base: str, where: str) -> Source:
     if ending not in GEOMETRIC_ENDINGS:
         raise UserError(f"{path}: {ending} files cannot be joined, only {', '.join(GEOMETRIC_ENDINGS)}: convert them")
     if "dataset" in content:
-        labeled = _table(path, content["dataset"], len(channels))
+        labeled = _listed(path, content, len(channels))
     else:
         scans, maps = (image_files(os.path.join(folder, name), ending) for name in ("imagesTr", "labelsTr"))
         labeled = _matched(scans, maps, ending, len(channels), where)
@@ -112,17 +110,8 @@ def _raw_dataset(entry: Mapping[str, Any], base: str, where: str) -> Source:
     annotated = _annotated(path, content.get("annotated_labels", {}), labels, labeled)
     reader = content.get("overwrite_image_reader_writer", "None")
     pool = unlabeled_cases(folder, content)
-    return Source(
-        entry["name"],
-        [folder],
-        labels,
-        channels,
-        ending,
-        None if reader == "None" else reader,
-        labeled,
-        pool,
-        annotated,
-    )
+    reader = None if reader == "None" else reader
+    return Source(entry["name"], [folder], labels, channels, ending, reader, labeled, pool, annotated)
 
 
 def _below(base: str, path: str) -> str:
@@ -142,17 +131,15 @@ def _dataset_folder(dataset: str, base: str, where: str) -> str:
     )
 
 
-def _table(path: str, table: Mapping[str, Any], num_channels: int) -> dict[str, tuple[list[str], str]]:
-    folder, cases = os.path.dirname(path), {}
-    for case, files in table.items():
+def _listed(path: str, content: dict[str, Any], num_channels: int) -> Labeled:
+    for case, files in content["dataset"].items():
         if len(files["images"]) != num_channels:
             raise UserError(
                 f"{path}: dataset.{case}.images: must be {num_channels} file(s), one for each channel, not "
                 f"{files['images']}: {REMEDY}"
             )
-        images = [absolute_path(folder, image) for image in files["images"]]
-        cases[safe_name(case, f"{path}: dataset", "rename the case")] = (images, absolute_path(folder, files["label"]))
-    return cases
+    found = labeled_files(os.path.dirname(path), content)
+    return {case: (files["images"], files["label"]) for case, files in found.items()}
 
 
 def _label_values(labels: Mapping[str, Any], where: str) -> dict[str, int]:

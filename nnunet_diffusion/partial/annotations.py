@@ -113,7 +113,7 @@ def group_map(keys: Sequence[str], annotations: Mapping[str, Annotation], channe
 
 
 def balanced_cases(cases: Sequence[str], annotations: Mapping[str, Annotation]) -> list[str]:
-    """The cases, repeated so that each label is the reason for equally many draws, however few cases annotate it.
+    """Repeats cases so that each label is the reason for equally many draws, however few cases annotate it.
 
     A uniform draw from the result is, but for rounding, a uniform draw of a label and then of a case that annotates it.
     Ours. Cases that annotate nothing are left out, unless all are such. Where all annotate the same, they are returned
@@ -138,7 +138,7 @@ def known_values(annotation: Annotation, channels: Channels) -> set[int]:
 
 
 def is_annotated(name: str, annotation: Annotation, channels: Channels) -> bool:
-    """Whether somebody looked for a label, or for all of a region, by itself: members of a union are not annotated."""
+    """Says whether a label, or all of a region, is annotated by itself: members of a union are not."""
     parts = [channels[label] for label in annotation.labels if channels[label] <= channels[name]]
     return frozenset().union(*parts) == channels[name]
 

@@ -13,7 +13,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from torch import Tensor, nn
 
 from nnunet_diffusion.partial.merged_softmax import MergedSoftmax, check_group, merged_softmax
-from nnunet_diffusion.partial.soft_dice import soft_dice
+from nnunet_diffusion.partial.soft_dice import SMOOTH, soft_dice
 
 
 def merged_into_background(is_annotated: Tensor) -> Tensor:
@@ -28,12 +28,12 @@ def merged_into_background(is_annotated: Tensor) -> Tensor:
 
 
 def marginal_cross_entropy(merged: MergedSoftmax) -> Tensor:
-    """Cross-entropy of the merged probabilities: mean over the voxels that are not ignored, in nats; 0 if all are."""
+    """Averages the cross-entropy of merged probabilities over voxels that are not ignored, in nats; 0 if all are."""
     return -merged.log_target.sum() / counted_voxels(merged).clamp_min(1)
 
 
 def marginal_dice(
-    merged: MergedSoftmax, batch_dice: bool = False, smooth: float = 1e-5, do_bg: bool = False, ddp: bool = False
+    merged: MergedSoftmax, batch_dice: bool = False, smooth: float = SMOOTH, do_bg: bool = False, ddp: bool = False
 ) -> Tensor:
     """Minus the mean soft Dice of the merged probabilities over annotated (case, class) pairs; 0 if there is none.
 
@@ -43,7 +43,7 @@ def marginal_dice(
     Args:
         merged: See `merged_softmax`.
         batch_dice: One Dice per class over the cases that annotate it, instead of one per case and class.
-        smooth: As in nnU-Net, whose default is the same.
+        smooth: As in nnU-Net.
         do_bg: Count the background, with what is merged into it.
         ddp: With `batch_dice`, over the cases of all processes.
     """
@@ -57,7 +57,7 @@ def marginal_dice(
 
 
 def exclusion_loss(merged: MergedSoftmax) -> Tensor:
-    """Soft Dice overlap of each class that a case does not annotate with all the foreground that it does annotate.
+    """Measures the soft Dice overlap of each class that a case does not annotate with the foreground that it does.
 
     Organs do not overlap: one cannot be where another's true label is. Shi et al. 2021, exclusion Dice, as the mean
     over (case, class) pairs that are not annotated; 0 if there is none. Deviation: annotated classes are left out, the
@@ -75,12 +75,12 @@ def counted_voxels(merged: MergedSoftmax) -> Tensor:
 
 
 def labeled_voxels(merged: MergedSoftmax) -> Tensor:
-    """(B,) how many voxels have an annotated label."""
+    """Counts the voxels with an annotated label; (B,)."""
     return _stands_for_itself(merged.voxels, merged.group)[:, 1:].sum(1)
 
 
 def _stands_for_itself(values: Tensor, group: Tensor) -> Tensor:
-    """(B, C) values, 0 for the classes that are merged into another."""
+    """Sets values (B, C) to 0 for the classes that are merged into another."""
     return torch.where(group == torch.arange(group.shape[1], device=group.device), values, 0)
 
 
@@ -102,7 +102,7 @@ class PartialLoss(nn.Module):
 
 @contextmanager
 def annotated(loss: nn.Module, annotation: Tensor) -> Iterator[None]:
-    """Within it, every `PartialLoss` that `loss` is or holds knows what was annotated in the batch.
+    """Tells every `PartialLoss` that `loss` is or holds what was annotated in the batch, within the context.
 
     It reaches through nnU-Net's deep supervision, which has room for outputs and targets only, and forgets at the end,
     so that no batch is ever judged by the annotation of another.
@@ -130,9 +130,6 @@ class PartialLabelLoss(PartialLoss):
         ddp: Whether several processes train; only batch Dice talks to the others.
         ignore_label: The label manager's.
         exclusion_weight: Shi et al. 2021: 2.
-        weight_ce: As in nnU-Net.
-        weight_dice: As in nnU-Net.
-        smooth: As nnU-Net's trainer sets it.
         do_bg: As nnU-Net's trainer sets it.
     """
 
@@ -142,17 +139,13 @@ class PartialLabelLoss(PartialLoss):
         ddp: bool = False,
         ignore_label: int | None = None,
         exclusion_weight: float = 2.0,
-        weight_ce: float = 1.0,
-        weight_dice: float = 1.0,
-        smooth: float = 1e-5,
         do_bg: bool = False,
     ):
         super().__init__()
-        self.dice_options = {"batch_dice": batch_dice, "smooth": smooth, "do_bg": do_bg, "ddp": ddp}
-        self.ignore_label = ignore_label
-        self.exclusion_weight, self.weight_ce, self.weight_dice = exclusion_weight, weight_ce, weight_dice
+        self.dice_options = {"batch_dice": batch_dice, "smooth": SMOOTH, "do_bg": do_bg, "ddp": ddp}
+        self.ignore_label, self.exclusion_weight = ignore_label, exclusion_weight
         self.complete = DC_and_CE_loss(
-            dict(self.dice_options), {}, weight_ce, weight_dice, ignore_label, MemoryEfficientSoftDiceLoss
+            dict(self.dice_options), {}, ignore_label=ignore_label, dice_class=MemoryEfficientSoftDiceLoss
         )
         # Another process's batch may be partial, and all must gather the same.
         self.may_be_complete = not (ddp and batch_dice)
@@ -162,13 +155,10 @@ class PartialLabelLoss(PartialLoss):
         check_group(annotation)
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
-        """As nnU-Net's: (B, C, X, Y[, Z]) logits and (B, 1, X, Y[, Z]) labels to a scalar."""
+        """Maps, as nnU-Net's, (B, C, X, Y[, Z]) logits and (B, 1, X, Y[, Z]) labels to a scalar."""
         group = self.known()
         if self.may_be_complete and (group == torch.arange(group.shape[1])).all():
             return self.complete(net_output, target)
         merged = merged_softmax(net_output, target, group, self.ignore_label)
-        return (
-            self.weight_ce * marginal_cross_entropy(merged)
-            + self.weight_dice * marginal_dice(merged, **self.dice_options)
-            + self.exclusion_weight * exclusion_loss(merged)
-        )
+        loss = marginal_cross_entropy(merged) + marginal_dice(merged, **self.dice_options)
+        return loss + self.exclusion_weight * exclusion_loss(merged)

@@ -115,7 +115,7 @@ class _Reduce(torch.autograd.Function):
 
 
 def _softmax(z: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax (B, C, V) and (B, V) the log of its denominator, from the largest probability: at least 1 / C."""
+    """Computes the softmax (B, C, V) and the log of its denominator (B, V), by the largest p, at least 1 / C."""
     p = z.softmax(1)
     return p, z.amax(1) - p.amax(1).log()
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from nnunet_diffusion.partial.losses import PartialLoss
-from nnunet_diffusion.partial.soft_dice import soft_dice
+from nnunet_diffusion.partial.soft_dice import SMOOTH, soft_dice
 
 
 class PartialRegionLoss(PartialLoss):
@@ -17,12 +17,11 @@ class PartialRegionLoss(PartialLoss):
         batch_dice: As in the plan's configuration.
         ddp: Whether several processes train; only batch Dice talks to the others.
         use_ignore_label: Whether the last channel of the target is the ignore label.
-        smooth: As nnU-Net's trainer sets it.
     """
 
-    def __init__(self, batch_dice: bool = False, ddp: bool = False, use_ignore_label=False, smooth: float = 1e-5):
+    def __init__(self, batch_dice: bool = False, ddp: bool = False, use_ignore_label=False):
         super().__init__()
-        self.dice_options = {"batch_dice": batch_dice, "smooth": smooth, "ddp": ddp}
+        self.dice_options = {"batch_dice": batch_dice, "smooth": SMOOTH, "ddp": ddp}
         self.use_ignore_label = use_ignore_label
         self.complete = DC_and_BCE_loss(
             {}, {**self.dice_options, "do_bg": True}, 1, 1, use_ignore_label, MemoryEfficientSoftDiceLoss
@@ -35,7 +34,7 @@ class PartialRegionLoss(PartialLoss):
             raise ValueError(f"the mask must be (B, R) bool, not {tuple(annotation.shape)} {annotation.dtype}")
 
     def forward(self, net_output: Tensor, target: Tensor) -> Tensor:
-        """As nnU-Net's: (B, R, X, Y[, Z]) logits and (B, R [+ 1], X, Y[, Z]) bool regions to a scalar."""
+        """Maps, as nnU-Net's, (B, R, X, Y[, Z]) logits and (B, R [+ 1], X, Y[, Z]) bool regions to a scalar."""
         is_annotated = self.known()
         if self.may_be_complete and is_annotated.all():
             return self.complete(net_output, target)

@@ -4,15 +4,11 @@ import torch
 from nnunetv2.utilities.ddp_allgather import AllGatherGrad
 from torch import Tensor
 
+SMOOTH = 1e-5  # as nnU-Net's trainer sets it
+
 
 def soft_dice(
-    inside: Tensor,
-    mass: Tensor,
-    voxels: Tensor,
-    is_counted: Tensor,
-    batch_dice: bool,
-    smooth: float,
-    ddp: bool,
+    inside: Tensor, mass: Tensor, voxels: Tensor, is_counted: Tensor, batch_dice: bool, smooth: float, ddp: bool
 ) -> Tensor:
     """Computes the mean Dice over the pairs that count, by the formula of nnU-Net's `MemoryEfficientSoftDiceLoss`.
 

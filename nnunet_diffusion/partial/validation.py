@@ -19,7 +19,7 @@ from nnunet_diffusion.tables import mean
 def hard_counts(
     output: Tensor, target: Tensor, is_annotated: Tensor, label_manager: LabelManager
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """True positive, false positive and false negative voxels, summed over the cases that annotate a label or region.
+    """Counts true positive, false positive and false negative voxels over the cases that annotate a label or region.
 
     Args:
         output: (B, C, X, Y[, Z]) logits.

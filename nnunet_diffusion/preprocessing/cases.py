@@ -21,7 +21,7 @@ RENAME = "rename the case"
 
 
 def absolute_path(folder: str, path: str) -> str:
-    """A path of dataset.json as nnU-Net reads it: `$VARS` expanded, relative ones below the data set's folder."""
+    """Reads a path of dataset.json as nnU-Net does: `$VARS` expanded, relative ones below the data set's folder."""
     return os.path.abspath(os.path.join(folder, os.path.expandvars(path)))
 
 
@@ -37,14 +37,12 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
     """
     folder = os.path.join(nnUNet_raw, dataset_name)
     dataset_json = read_json(os.path.join(folder, "dataset.json"), Dataset)
+    dataset = labeled_files(folder, dataset_json)
     if "dataset" not in dataset_json:
         ending, labels = dataset_json["file_ending"], os.path.join(folder, "labelsTr")
-        images = os.path.join(folder, "imagesTr")
-        pictured = {name[: -len(ending) - 5] for name in os.listdir(images) if name.endswith(ending)}
-        lonely = {name.removesuffix(ending) for name in os.listdir(labels) if name.endswith(ending)} - pictured
-        if lonely:
-            raise UserError(f"{labels}: {sorted(lonely)} have no image in imagesTr: add it or take the label out")
-    dataset = labeled_files(folder, dataset_json)
+        named = {name.removesuffix(ending) for name in os.listdir(labels) if name.endswith(ending)}
+        if lonely := sorted(named - dataset.keys()):
+            raise UserError(f"{labels}: {lonely} have no image in imagesTr: add it or take the label out")
     if not dataset:
         raise UserError(f"{folder}: no labeled case; nnU-Net plans with at least one")
     channels = len(dataset_json["channel_names"])
@@ -55,7 +53,7 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
 
 
 def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
-    """Case -> {"images": paths, "label": path} of the labeled cases, as nnU-Net finds them.
+    """Finds the labeled cases as nnU-Net does: case -> {"images": paths, "label": path}.
 
     nnU-Net lists a folder in twelve forks of the process, and one that has threads may wait for them for ever: here the
     process lists it itself.
@@ -65,7 +63,10 @@ def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
     """
     if "dataset" in dataset_json:
         found = {
-            case: {key: _absolute(dataset_folder, paths) for key, paths in files.items() if key in ("images", "label")}
+            case: {
+                "images": [absolute_path(dataset_folder, path) for path in files["images"]],
+                "label": absolute_path(dataset_folder, files["label"]),
+            }
             for case, files in dataset_json["dataset"].items()
         }
         where = f"{os.path.join(dataset_folder, 'dataset.json')}: dataset"
@@ -81,12 +82,8 @@ def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
     return {safe_name(case, where, RENAME): files for case, files in found.items()}
 
 
-def _absolute(folder: str, paths: str | list[str]) -> str | list[str]:
-    return absolute_path(folder, paths) if isinstance(paths, str) else [absolute_path(folder, p) for p in paths]
-
-
 def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
-    """The absolute image paths, one per channel, of every unlabeled case.
+    """Reads the absolute image paths, one per channel, of every unlabeled case.
 
     Args:
         dataset_folder: nnUNet_raw/DatasetXXX_Name, below which relative paths lie.
@@ -114,7 +111,7 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
         label = os.path.join(dataset_folder, "labelsTr", case + dataset_json["file_ending"])
         if case in labeled or os.path.exists(label):
             raise UserError(f"{where}: case {case!r} is both labeled and in 'unlabeled': take it out of one of them")
-        cases[case] = _absolute(dataset_folder, images)
+        cases[case] = [absolute_path(dataset_folder, path) for path in images]
     return cases
 
 
@@ -122,17 +119,17 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
 
 
 def pool_folder(preprocessed_dataset_folder_base: str, data_identifier: str) -> str:
-    """The folder of the preprocessed unlabeled scans of one configuration."""
+    """Names the folder of the preprocessed unlabeled scans of one configuration."""
     return os.path.join(preprocessed_dataset_folder_base, data_identifier + "_unlabeled")
 
 
 def pool_identifiers(folder: str) -> list[str]:
-    """The cases of which every file is there, sorted; none if there is no such folder."""
+    """Lists the cases of which every file is there, sorted; none if there is no such folder."""
     return complete_cases(folder, UNLABELED_FILES)
 
 
 def complete_cases(folder: str, endings: Iterable[str]) -> list[str]:
-    """Names of the cases that have a file with each of `endings` in `folder`, sorted."""
+    """Lists the cases that have a file with each of `endings` in `folder`, sorted."""
     files = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     names = (name.removesuffix(".b2nd") for name in files if name.endswith(".b2nd"))
     return sorted(name for name in names if all(name + ending in files for ending in endings))
@@ -142,7 +139,7 @@ def complete_cases(folder: str, endings: Iterable[str]) -> list[str]:
 
 
 def read_splits(path: str) -> list[dict[str, list[str]]]:
-    """The folds of a splits_final.json: [{"train": cases, "val": cases}, ...].
+    """Reads the folds of a splits_final.json: [{"train": cases, "val": cases}, ...].
 
     Raises:
         UserError: If it is damaged, or a case has a name that cannot be a file's.
@@ -157,7 +154,7 @@ def read_splits(path: str) -> list[dict[str, list[str]]]:
 
 
 def fold_of(path: str, fold: int | str) -> tuple[list[str], list[str]]:
-    """The training and the validation cases of one fold of a splits_final.json.
+    """Reads the training and the validation cases of one fold of a splits_final.json.
 
     Raises:
         UserError: As `read_splits`, and if it has no such fold.

@@ -93,7 +93,7 @@ def fingerprint_unlabeled(dataset_name: str, num_processes: int = default_num_pr
 
 
 def measure(reader_class, images: list[str]) -> dict:
-    """The spacing (mm) and the shape (voxels) after cropping to what is not zero, as nnU-Net measures a case.
+    """Measures the spacing (mm) and the shape (voxels) after cropping to what is not zero, as nnU-Net does.
 
     Returns:
         {"spacing": 3 numbers, "shape_after_crop": 3 integers}, slowest axis first; or {"problem": message}.
@@ -107,7 +107,7 @@ def measure(reader_class, images: list[str]) -> dict:
 
 
 def with_unlabeled_geometry(fingerprint: dict, dataset_name: str, dataset_json: dict) -> dict:
-    """nnU-Net's fingerprint with the spacings and shapes of the unlabeled scans behind those of the labeled cases.
+    """Adds the spacings and shapes of the unlabeled scans to nnU-Net's fingerprint, behind those of the labeled cases.
 
     Raises:
         UserError: If there are unlabeled scans that were not measured.
@@ -141,7 +141,7 @@ def _stamps(paths: list[str]) -> list[list]:
 
 
 def _known(file: str, schema: Any) -> Any:
-    """What was measured before; None if there is no such file, or, which is said, if it is damaged."""
+    """Reads what was measured before; None if there is no such file, or, which is said, if it is damaged."""
     try:
         return read_json(file, schema, "measured anew")
     except FileNotFoundError:

@@ -13,40 +13,46 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, naming_full_disk, read_json
+from nnunet_diffusion.installation import environment
 from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.plans import REMEDY, check_plans
 
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
 
+def dataset_name(name_or_id: str) -> str:
+    """The name of a data set in any of nnU-Net's folders; errors as `find_dataset`'s."""
+    try:
+        return safe_name(str(maybe_convert_to_dataset_name(name_or_id)), "-d", "give the id or the name of a data set")
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"-d {name_or_id}: {error}") from error
+
+
 def find_dataset(name_or_id: str) -> str:
-    """The name of a data set in nnUNet_raw.
+    """Returns the name of a data set in nnUNet_raw.
 
     Raises:
         UserError: If there is none, or more than one with that id.
     """
-    try:
-        name = safe_name(str(maybe_convert_to_dataset_name(name_or_id)), "-d", "give the id or the name of a data set")
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"-d {name_or_id}: {error}") from error
+    name = dataset_name(name_or_id)
     if not os.path.isfile(os.path.join(nnUNet_raw, name, "dataset.json")):
         raise UserError(f"{os.path.join(nnUNet_raw, name)}: no dataset.json: make it with `nnunet_diffusion convert`")
     return name
 
 
 def default_plans_name(planner_class: type) -> str:
-    """The name that a planner gives its plans."""
+    """Returns the name that a planner gives its plans."""
     default = inspect.signature(planner_class.__init__).parameters["plans_name"].default
     return default or planner_class.default_plans_name  # of DiffusionPlanner and its kin
 
 
 def plans_file_of(name: str, planner_class: type) -> str:
-    """Where a planner's plans for a data set are, or will be."""
+    """Says where a planner's plans for a data set are, or will be."""
     return os.path.join(nnUNet_preprocessed, name, default_plans_name(planner_class) + ".json")
 
 
 def existing_plan(name: str, planner_class: type) -> dict:
-    """The plans that a planner has made.
+    """Reads the plans that a planner has made.
 
     Raises:
         UserError: If there are none, or they cannot be worked with.
@@ -88,14 +94,17 @@ def make_plan(planner, plans_file: str) -> None:
         os.mkdir(os.path.dirname(made))
         if has_configurations(plans_file):
             shutil.copyfile(plans_file, made)  # nnU-Net takes over the configurations that a user added
-        with contextlib.redirect_stdout(io.StringIO()), at_least_one_thread(), preprocessed_in(temporary):
+        variables = {"nnUNet_preprocessed": temporary}
+        if os.environ.get("nnUNet_n_proc_DA") == "0":  # augment in this process: nnU-Net 2.8.1 takes it for torch's
+            variables["nnUNet_n_proc_DA"] = "1"  # number of threads
+        with contextlib.redirect_stdout(io.StringIO()), environment(variables):
             planner.plan_experiment()
         check_plans(read_json(made), plans_file)  # what a user added was taken over as it was
         os.replace(made, plans_file)
 
 
 def has_configurations(plans_file: str) -> bool:
-    """Whether there are plans, and not what is left of a file that was being written."""
+    """Says whether there are plans, and not what is left of a file that was being written."""
     try:
         plans = read_json(plans_file) if os.path.isfile(plans_file) else {}
     except UserError:
@@ -103,32 +112,8 @@ def has_configurations(plans_file: str) -> bool:
     return isinstance(plans, dict) and isinstance(plans.get("configurations"), dict)
 
 
-@contextlib.contextmanager
-def preprocessed_in(folder: str):
-    """Lets nnU-Net write what belongs into nnUNet_preprocessed into another folder."""
-    before = os.environ["nnUNet_preprocessed"]
-    os.environ["nnUNet_preprocessed"] = folder
-    try:
-        yield
-    finally:
-        os.environ["nnUNet_preprocessed"] = before
-
-
-@contextlib.contextmanager
-def at_least_one_thread():
-    """Lifts nnUNet_n_proc_DA=0 (augment in the main process), which nnU-Net 2.8.1 takes for torch's thread count."""
-    if os.environ.get("nnUNet_n_proc_DA") != "0":
-        yield
-        return
-    os.environ["nnUNet_n_proc_DA"] = "1"
-    try:
-        yield
-    finally:
-        os.environ["nnUNet_n_proc_DA"] = "0"
-
-
 def is_outdated(plans: dict, planner) -> bool:
-    """Whether the scans' geometry or intensities are no longer those that the plan was made from."""
+    """Says whether the scans' geometry or intensities are no longer those that the plan was made from."""
     fingerprint, axes = planner.dataset_fingerprint, plans["transpose_forward"]
     spacing = [float(i) for i in np.median(fingerprint["spacings"], 0)[axes]]
     shape = [int(round(i)) for i in np.median(fingerprint["shapes_after_crop"], 0)[axes]]
@@ -141,7 +126,7 @@ def is_outdated(plans: dict, planner) -> bool:
 
 
 def choose(wanted: list[str] | None, plans_manager) -> list[str]:
-    """The configurations to preprocess.
+    """Chooses the configurations to preprocess.
 
     Raises:
         UserError: If one is not in the plan.

@@ -1,27 +1,24 @@
 """Preprocesses what is missing, case by case, whole or not at all: the unlabeled pool and the labeled cases alike.
 
 A folder of preprocessed cases is what nnU-Net's own preprocessing leaves, plus our mark (`nnunet_diffusion.marks`) with
-what decides the values, and temporary files beside the mark. When that changes, the new cases are made beside the old
-ones, in a hidden folder, and take their place by renames when they are whole.
+what decides the values, and temporary files beside the mark. When that changes, see `replacement`.
 """
 
 import json
 import os
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import partial
-from os.path import basename, dirname, exists, getmtime, isdir, join, realpath
+from os.path import basename, exists, getmtime, isdir, join, realpath
 
 import numpy as np
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
-from tqdm import tqdm
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, check_shape, not_written, read_json
-from nnunet_diffusion.marks import WORK, mark, mark_of, refuse_foreign, remove_marked
+from nnunet_diffusion.marks import WORK
 from nnunet_diffusion.plans import REMEDY
 from nnunet_diffusion.preprocessing.cases import (
     LABELED_FILES,
@@ -32,6 +29,7 @@ from nnunet_diffusion.preprocessing.cases import (
     pool_folder,
     unlabeled_cases,
 )
+from nnunet_diffusion.preprocessing.replacement import place_to_fill, replace
 from nnunet_diffusion.preprocessing.scan_checks import check_channels
 from nnunet_diffusion.processes import run_in_processes
 from nnunet_diffusion.schemas import Dataset, PreprocessedConfiguration
@@ -115,27 +113,21 @@ def _preprocess(
     is_part = num_parts > 1
     if is_part:
         cases = {case: cases[case] for case in sorted(cases)[part_id::num_parts]}
-    place = _place(folder, what, identity, configuration, is_part)
+    place = place_to_fill(folder, what, identity, configuration, is_part)
     for name in cases if is_part else os.listdir(join(place, WORK)):  # what a dead process left; parts leave others'
         if isdir(join(place, WORK, name)):
             shutil.rmtree(join(place, WORK, name))
     complete = set(complete_cases(place, endings))
     todo = [c for c, files in cases.items() if c not in complete or _has_changed(join(place, c + ".b2nd"), files)]
-    work = partial(
-        preprocess_case,
-        folder=place,
-        endings=endings,
-        plans_manager=plans_manager,
-        configuration_manager=configuration_manager,
-        dataset_json=dataset_json,
-    )
+    plan = (plans_manager, configuration_manager, dataset_json)
+    work = partial(preprocess_case, folder=place, endings=endings, plan=plan)
     tasks = {case: (case, *cases[case]) for case in todo}
     results = run_in_processes(work, tasks, num_processes, f"{basename(folder)} ({len(cases) - len(todo)} there)")
     problems = {case: problem for case, problem in results if problem is not None}
     if not is_part:
         _remove_unlisted(place, set(cases), endings)
     if place != folder and len(problems) < max(1, len(cases)):  # not if no scan can be read, as of a drive that is away
-        _replace(folder, what)
+        replace(folder, what)
     return problems
 
 
@@ -153,16 +145,14 @@ def _refuse_unknown_classes(plans_manager, configuration_manager) -> None:
 
 
 def preprocessing_identity(plans_manager, configuration_manager) -> dict:
-    """Everything in a plan that decides the values of a preprocessed scan, as it comes back from JSON.
+    """Lists what in a plan decides the values of a preprocessed scan, as it comes back from JSON.
 
     Raises:
         UserError: If the plan lacks some of it.
     """
-    keys = ("preprocessor_name", "spacing", "normalization_schemes", "use_mask_for_norm")
-    keys += ("resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs")
     where = f"{plans_manager.plans_name}.json: a configuration"
     check_shape(configuration_manager.configuration, PreprocessedConfiguration, where, REMEDY)
-    identity = {key: configuration_manager.configuration[key] for key in keys}
+    identity = {key: configuration_manager.configuration[key] for key in PreprocessedConfiguration.__annotations__}
     identity["transpose_forward"] = plans_manager.transpose_forward
     identity["image_reader_writer"] = plans_manager.plans["image_reader_writer"]
     identity["intensities"] = plans_manager.foreground_intensity_properties_per_channel
@@ -187,58 +177,6 @@ def refuse_shared_folders(plans_manager) -> None:
             )
 
 
-def differing(folder: str, identity: dict) -> list[str]:
-    """What the cases of a folder were made with that is not of that identity, sorted; by the folder's mark."""
-    said = mark_of(folder) or {}
-    return sorted(key for key in identity if said.get(key) != identity[key])
-
-
-def _beside(folder: str) -> tuple[str, str]:
-    """Where the successor of a folder is made, and where the folder goes when that is whole; no plan can name them."""
-    return tuple(join(dirname(folder), f".{kind}_{basename(folder)}") for kind in ("new", "old"))
-
-
-def _place(folder: str, what: dict, identity: dict, configuration: str, is_part: bool) -> str:
-    """Readies where cases of an identity are made: the folder, or one beside it if it holds those of another.
-
-    Raises:
-        UserError: If something is in the way that is not ours, or a part would have to begin beside the folder.
-    """
-    new, old = _beside(folder)
-    for place in (folder, new, old):
-        refuse_foreign(place, **what)
-    if not is_part:
-        _finish_replacing(folder, what)
-    place = folder
-    if mark_of(folder) is not None and (others := differing(folder, identity)):
-        if is_part:
-            raise UserError(f"{folder}: was made with another plan: run the command once without --num_parts")
-        tqdm.write(f"{folder}: made with other {', '.join(others)}: done anew")
-        place = new
-    if not is_part and (place == folder or differing(new, identity)):
-        remove_marked(new, **what)
-    if differing(place, what | identity):
-        with suppress(FileNotFoundError):  # a part on another machine, of the same number, wrote it just now
-            mark(place, **what, configuration=configuration, **identity)
-    return place
-
-
-def _replace(folder: str, what: dict) -> None:
-    """Lets what was made beside a folder take its place."""
-    new, old = _beside(folder)
-    os.rename(folder, old)
-    os.rename(new, folder)
-    remove_marked(old, **what)
-
-
-def _finish_replacing(folder: str, what: dict) -> None:
-    """After a kill between these renames puts the folder back, after one behind them removes what it was."""
-    _, old = _beside(folder)
-    if isdir(old) and not isdir(folder):
-        os.rename(old, folder)
-    remove_marked(old, **what)
-
-
 def _remove_unlisted(folder: str, cases: set[str], endings: Iterable[str]) -> None:
     """Removes the files of cases that have left the data set."""
     for name in os.listdir(folder):
@@ -253,10 +191,16 @@ def _has_changed(output: str, files: tuple[list[str], str | None]) -> bool:
     return any(exists(source) and getmtime(source) > getmtime(output) for source in sources)
 
 
-def preprocess_case(
-    case, images, label, folder, endings, plans_manager, configuration_manager, dataset_json
-) -> str | None:
+def preprocess_case(case, images, label, folder, endings, plan) -> str | None:
     """Preprocesses one case as nnU-Net does and moves its files into `folder` when all are written.
+
+    Args:
+        case: Its name.
+        images: One path per channel.
+        label: The label file; None for an unlabeled scan.
+        folder: Of the preprocessed cases.
+        endings: Of the case's files, in the order in which they appear.
+        plan: What nnU-Net's preprocessors take: plans manager, configuration manager, content of dataset.json.
 
     Returns:
         None, or what is wrong with the unlabeled scan; nothing is written then.
@@ -265,14 +209,12 @@ def preprocess_case(
         UserError: If nnU-Net cannot preprocess the labeled case.
         OSError: If the files cannot be written.
     """
-    preprocessor = configuration_manager.preprocessor_class(verbose=False)
     temporary = join(folder, WORK, case)
     os.makedirs(temporary)
-    plan = plans_manager, configuration_manager, dataset_json
     try:
-        made = _run(preprocessor, images, label, *plan)
+        made = _run(images, label, plan)
         try:
-            _save(*made, join(temporary, case), configuration_manager)
+            _save(*made, join(temporary, case), tuple(plan[1].patch_size))
             for ending in endings:
                 os.replace(join(temporary, case + ending), join(folder, case + ending))
         except (RuntimeError, OSError) as error:
@@ -286,10 +228,12 @@ def preprocess_case(
     return None
 
 
-def _run(preprocessor, images, label, *plan) -> tuple:
+def _run(images, label, plan) -> tuple:
+    plans_manager, configuration_manager, dataset_json = plan
+    preprocessor = configuration_manager.preprocessor_class(verbose=False)
     if label is None:
-        data, properties = read_scan(plan[0].image_reader_writer_class(), images)
-        if len(data) != (expected := len(plan[2]["channel_names"])):
+        data, properties = read_scan(plans_manager.image_reader_writer_class(), images)
+        if len(data) != (expected := len(dataset_json["channel_names"])):
             raise UserError(f"{', '.join(images)}: has {len(data)} channel(s), the data set has {expected}")
     try:
         if label is None:
@@ -299,10 +243,9 @@ def _run(preprocessor, images, label, *plan) -> tuple:
         raise UserError(f"{images[0]}: nnU-Net cannot preprocess this: {error!r}") from error
 
 
-def _save(data, seg, properties, path, configuration_manager) -> None:
+def _save(data, seg, properties, path, patch_size) -> None:
     """Saves a case as nnU-Net's `run_case_save` does; without a label the segmentation only marks what is zero."""
     data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
-    patch_size = tuple(configuration_manager.patch_size)
     blocks, chunks = comp_blosc2_params(data.shape, patch_size, data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, patch_size, seg.itemsize)
     nnUNetDatasetBlosc2.save_case(

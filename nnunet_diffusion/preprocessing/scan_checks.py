@@ -62,7 +62,7 @@ def read_geometry(path: str) -> Geometry | None:
 
 
 def number_of_channels(images: Sequence[str]) -> int:
-    """How many channels the files of a case hold together: one each, but for pictures.
+    """Counts the channels that the files of a case hold together: one each, but for pictures.
 
     Raises:
         UserError: If a picture cannot be read.
@@ -72,7 +72,7 @@ def number_of_channels(images: Sequence[str]) -> int:
 
 
 def orientation(geometry: Geometry) -> str:
-    """Where the voxel axes run to, such as `LPS`; the nearest directions of an oblique scan."""
+    """Says where the voxel axes run to, such as `LPS`; the nearest directions of an oblique scan."""
     return sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(geometry.direction)
 
 
@@ -194,7 +194,7 @@ def check_labeled_case(
 
 
 def label_values(labels: dict[str, int | list[int]]) -> list[int]:
-    """The values that a label map may hold, sorted; `labels` as in dataset.json, where a region is a list of them."""
+    """Lists the values that a label map may hold, sorted; `labels` as in dataset.json, a region is a list of them."""
     return sorted({0}.union(*([value] if isinstance(value, int) else value for value in labels.values())))
 
 
@@ -214,7 +214,7 @@ def _require_content(path: str) -> None:
 
 
 def _nifti_spacing(path: str) -> tuple[float, ...]:
-    """As the header says; SimpleITK and nibabel, without a word, make 1 of a spacing of 0, SimpleITK of NaN as well."""
+    """Reads the header's own: SimpleITK and nibabel silently make 1 of a spacing of 0, SimpleITK of NaN as well."""
     kind = nibabel.Nifti2Image if nibabel.Nifti2Image.path_maybe_image(path)[0] else nibabel.Nifti1Image
     with nibabel.openers.ImageOpener(path) as f:
         header = kind.header_class.from_fileobj(f, check=False)

@@ -131,7 +131,7 @@ def table(rows: list[Supervision]) -> str:
 
 
 def lacking(rows: list[Supervision]) -> list[str]:
-    """A sentence for each kind of label that has no positive supervision."""
+    """Writes a sentence for each kind of label that has no positive supervision."""
     groups = {
         "NO CASE ANNOTATES": [row.name for row in rows if not row.cases and not row.cases_in_union],
         "ONLY IN UNIONS, SO THAT NOTHING TELLS THEM FROM THE OTHERS": [

@@ -33,7 +33,7 @@ class TimeEmbedding(nn.Module):
         )
 
     def forward(self, timestep: Tensor) -> Tensor:
-        """(B,) timesteps to (B, features)."""
+        """Maps (B,) timesteps to (B, features)."""
         weight = self.perceptron[0].weight
         exponents = torch.arange(self.frequencies, device=weight.device, dtype=weight.dtype) / self.frequencies
         angles = timestep.to(weight)[:, None] * torch.exp(-math.log(10000) * exponents)
@@ -57,7 +57,7 @@ class ConditionalNorm(nn.Module):
         return self.norm.weight * (1 + a), self.norm.bias * (1 + a) + b
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, X, Y[, Z]) to the same shape."""
+        """Maps (B, C, X, Y[, Z]) to the same shape."""
         gamma, beta = self.affine(self.embedding)
         if isinstance(self.norm, _InstanceNorm) and not self.norm.track_running_stats:
             # One pass, as fast as the plain norm: samples become channels, so each may have its own gamma and beta.

@@ -44,7 +44,7 @@ class Diffusion:
 
     @property
     def description(self) -> dict:
-        """What makes the same process again, as plain values."""
+        """Describes the process, as the plain values that make the same again."""
         return {**self.choices, "prior": [values.tolist() for values in self.prior]}
 
     def calibrate(

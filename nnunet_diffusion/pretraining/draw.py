@@ -28,7 +28,7 @@ def number_of_steps(sampler: str, steps: int | None, timesteps: int) -> int:
 
 
 def generators(seed: int, numbers: Sequence[int]) -> list[torch.Generator]:
-    """A source of noise for each number, that depends on it and the seed alone; on the CPU, for every device."""
+    """Returns a source of noise for each number, which depends on that and the seed alone; on the CPU, always."""
     states = [np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)[0] for number in numbers]
     return [torch.Generator().manual_seed(int(state)) for state in states]
 

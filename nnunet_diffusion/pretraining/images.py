@@ -24,7 +24,7 @@ class Outside:
         self.image, self.shape = image, (1, *image.shape[1:])
 
     def __getitem__(self, index) -> np.ndarray:
-        """A part of them."""
+        """Reads a part of them."""
         is_outside = (self.image[(slice(None), *index[1:])] == 0).all(0, keepdims=True)
         return -is_outside.astype(np.int16)
 
@@ -48,21 +48,21 @@ class ImageDataset(nnUNetBaseDataset):
         self.bodies: dict[str, np.ndarray] = {}  # those that were found
 
     def load_case(self, identifier: str) -> tuple:
-        """As nnU-Net's `load_case`: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
+        """Loads as nnU-Net's `load_case`: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
         image = open_array(f"{identifier}.b2nd")
         nothing = np.broadcast_to(np.int16(0), (1, *image.shape[1:]))  # takes no memory
         labels = Outside(image) if self.marks_outside else nothing
         return image, labels, None, {"class_locations": {1: self.body(identifier, image)} if self.finds_body else {}}
 
     def body(self, identifier: str, image) -> np.ndarray:
-        """Locations in a body; each image is searched once."""
+        """Finds locations in a body; each image is searched once."""
         if identifier not in self.bodies:
             self.bodies[identifier] = body_locations(image[:1])
         return self.bodies[identifier]
 
     @staticmethod
     def save_case(data, seg, properties, output_filename_truncated):
-        """Not for writing."""
+        """Refuses to write."""
         raise NotImplementedError("images are written by preprocessing")
 
     @staticmethod
@@ -118,7 +118,7 @@ class ImageStatistics(NamedTuple):
 
 
 def image_statistics(dataset: ImageDataset, most: int = 30) -> ImageStatistics:
-    """Statistics of some images.
+    """Measures some images.
 
     Args:
         dataset: The images.
@@ -143,7 +143,7 @@ def image_statistics(dataset: ImageDataset, most: int = 30) -> ImageStatistics:
 
 
 def interquartile_deviation(image: np.ndarray) -> float:
-    """The standard deviation of a normal distribution with the interquartile range of the body; 0 without a body."""
+    """Returns the standard deviation of a normal distribution with the body's interquartile range; 0 without a body."""
     body = image[in_body(image)]
     return float(np.subtract(*np.percentile(body, [75, 25])) / 1.349) if len(body) else 0.0
 
@@ -178,7 +178,10 @@ def hold_out(labeled: list[str], pool: list[str], share: float) -> tuple[list[st
     return [image for image in [*labeled, *pool] if image not in held_out], sorted(held_out)
 
 
-def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_size, label_manager, **kwargs):
+def image_loader(
+    dataset: ImageDataset, batch_size: int, patch_size, sampled_size, label_manager,
+    transforms=None, workers: int = 0, pin_memory: bool = False, body_share: float = 0.0,
+):  # fmt: skip
     """Returns random patches of images by nnU-Net's own loader.
 
     Args:
@@ -187,20 +190,21 @@ def image_loader(dataset: ImageDataset, batch_size: int, patch_size, sampled_siz
         patch_size: Of the patches that come out, in voxels.
         sampled_size: Of the patches before the transforms, at least `patch_size`.
         label_manager: nnU-Net's.
-        **kwargs: `transforms`; `workers`, number of background processes; `pin_memory`; `body_share`, of the patches
-            that are centered on the body.
+        transforms: nnU-Net's augmentation; None: patches are taken as they are.
+        workers: Number of background processes.
+        pin_memory: For CUDA.
+        body_share: Of the patches that are centered on the body.
 
     Returns:
         An iterator over batches {"data": (B, C, X, Y[, Z]), "target": all background, "keys": identifiers}.
     """
-    share = kwargs.get("body_share", 0.0)
-    dataset.finds_body = share > 0
+    dataset.finds_body = body_share > 0
     loader = nnUNetDataLoader(
-        dataset, batch_size, sampled_size, patch_size, label_manager, share, transforms=kwargs.get("transforms")
+        dataset, batch_size, sampled_size, patch_size, label_manager, body_share, transforms=transforms
     )
     # An ignore label restricts patches to annotated voxels, which says nothing about images.
     loader.has_ignore = False
-    return in_background(loader, kwargs.get("workers", 0), 6, kwargs.get("pin_memory", False))
+    return in_background(loader, workers, 6, pin_memory)
 
 
 def in_background(loader: nnUNetDataLoader, workers: int, cached: int, pin_memory: bool):

@@ -22,14 +22,14 @@ class LinearClassifier(nn.Module):
             parameter.requires_grad_(name.startswith("decoder.seg_layers."))
 
     def train(self, mode: bool = True) -> nn.Module:
-        """Frozen layers stay in evaluation mode, so that their statistics do not move either."""
+        """Keeps frozen layers in evaluation mode, so that their statistics do not move either."""
         super().train(mode)
         self.encoder.eval()
         self.decoder.eval()
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, X, Y[, Z]) images to (B, classes, X, Y[, Z]) logits."""
+        """Maps (B, C, X, Y[, Z]) images to (B, classes, X, Y[, Z]) logits."""
         finest, *coarser = self.decoder(self.encoder(x))
         mode = "bilinear" if finest.ndim == 4 else "trilinear"
         for logits in coarser:

@@ -58,13 +58,13 @@ def per_channel(prior: tuple[Tensor, Tensor], like: Tensor) -> list[Tensor]:
 
 
 def add_noise(x_0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t of Ho et al. 2020, Eq. 4; all (B, C, X, Y[, Z]), `alpha_bar` (B,)."""
+    """Computes x_t of Ho et al. 2020, Eq. 4; all (B, C, X, Y[, Z]), `alpha_bar` (B,)."""
     a = per_sample(alpha_bar, x_0)
     return a.sqrt() * x_0 + (1 - a).sqrt() * noise
 
 
 def prediction_target(prediction: str, x_0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """What the network learns: the noise, or v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho 2022, Sec. 4)."""
+    """Returns the target: the noise, or v = sqrt(a) eps - sqrt(1 - a) x_0 (Salimans and Ho 2022, Sec. 4)."""
     if prediction == "epsilon":
         return noise
     if prediction == "v":
@@ -101,7 +101,7 @@ def patch_mean(prediction: str, x_t: Tensor, alpha_bar: Tensor, prior: tuple[Ten
 
 
 def with_spread_means(noise: Tensor, alpha_bar: Tensor, prior: tuple[Tensor, Tensor]) -> Tensor:
-    """Noise to start sampling from, whose patch means are spread as those of images noised to the last timestep.
+    """Spreads the patch means of the noise that sampling starts from as those of images noised to the last timestep.
 
     What is left of an image there is nothing to a voxel, but the mean over a patch shows it: drawn from noise alone,
     samples would all have the brightness of 0.

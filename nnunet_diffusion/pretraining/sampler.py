@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nnunet_diffusion.pretraining.process import estimate
 
@@ -19,7 +18,6 @@ def ddim(
     eta: float = 0.0,
     clip: tuple[float, float] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
-    progress: bool = False,
 ) -> Tensor:
     """Draws images by DDIM (Song et al. 2021, Eq. 12 and 16); eta = 1 over all steps is DDPM's ancestral sampler.
 
@@ -32,7 +30,6 @@ def ddim(
         eta: Share of fresh noise, 0 is deterministic.
         clip: Range that estimates of x_0 are kept in, in units of x_0.
         generator: Source of the fresh noise; with one for each sample, its noise does not depend on the batch.
-        progress: Whether to show a progress bar.
 
     Returns:
         x_0, of the shape of `x_T`.
@@ -40,7 +37,7 @@ def ddim(
     alpha_bar = alpha_bar.to(x_T.device)
     visited = torch.linspace(len(alpha_bar) - 1, 0, steps, device=x_T.device).round().long()
     x = x_T
-    for i, t in enumerate(tqdm(visited, desc="sampling", disable=not progress)):
+    for i, t in enumerate(visited):
         a = alpha_bar[t].expand(len(x))
         a_next = alpha_bar[visited[i + 1]] if i + 1 < steps else torch.ones_like(alpha_bar[0])
         x_0, noise = estimate(prediction, predict(x, t.expand(len(x))), x, a)

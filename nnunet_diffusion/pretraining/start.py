@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
-from nnunet_diffusion.model_folder import first_existing, load_plain, own_results
+from nnunet_diffusion.model_folder import load_plain
 from nnunet_diffusion.plans import without_round
 from nnunet_diffusion.pretraining.conditioning import fold
 from nnunet_diffusion.pretraining.denoiser_file import (
@@ -57,9 +57,40 @@ def find_start(start: str, plans: PlansManager, configuration: str, fold: int | 
 
 
 def own_pretraining(plans: PlansManager, configuration: str, fold: int | str, trainer: str, file: str) -> list[str]:
-    """Lists where a data set's own result of a pre-training may be; plans of rounds have that of the plans below."""
-    names = dict.fromkeys((plans.plans_name, without_round(plans.plans_name)))
-    return [path for name in names for path in own_results(plans, name, configuration, fold, trainer, file)]
+    """Lists where a data set's own result of a pre-training for a plan may be: the own fold's first, then fold all's.
+
+    That of the plans to which those of a round only add settings will do, too, and that of a configuration which this
+    one inherits from.
+
+    Args:
+        plans: Of the training.
+        configuration: Its name.
+        fold: The own.
+        trainer: Of the pre-training.
+        file: In its output folder.
+    """
+    configurations = [configuration]
+    while inherited := plans.plans["configurations"][configurations[-1]].get("inherits_from"):
+        configurations.append(inherited)
+    return [
+        os.path.join(nnUNet_results, plans.dataset_name, f"{trainer}__{plans_name}__{name}", f"fold_{number}", file)
+        for plans_name in dict.fromkeys((plans.plans_name, without_round(plans.plans_name)))
+        for name in configurations
+        for number in dict.fromkeys((fold, "all"))
+    ]
+
+
+def first_existing(candidates: list[str], how_to_make_one: str) -> str:
+    """Returns the first of these files that exists.
+
+    Raises:
+        UserError: If none does; never silently from scratch.
+    """
+    for path in candidates:
+        if os.path.isfile(path):
+            return path
+    looked = "\n".join(f"  {path}" for path in candidates)
+    raise UserError(f"no denoiser to start from, looked for\n{looked}\n{how_to_make_one}")
 
 
 def pretraining_command(plans: PlansManager, configuration: str, trainer: str) -> str:

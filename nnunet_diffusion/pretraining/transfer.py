@@ -1,6 +1,6 @@
 """Transfer of a denoiser's weights into the planned segmentation network, with a report that hides nothing."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,8 @@ class TransferReport:
     timestep: int | None = None
     warnings: list[str] = field(default_factory=list)
 
-    def as_dict(self) -> dict:
-        """For JSON."""
-        return asdict(self)
-
     def __str__(self) -> str:
-        """A few lines for the log."""
+        """Writes a few lines for the log."""
         folded = "" if self.timestep is None else f", folded at timestep {self.timestep}"
         lines = [f"Starts from {self.source}{folded}:"]
         for name in ("matched", "adapted", "missing", "unexpected"):
@@ -86,7 +82,7 @@ def transfer(network: nn.Module, folded: dict[str, Tensor], image_channels: int)
 
 
 def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
-    """Convolution weights for another number of input channels: the mean over the old ones, shared by the new ones.
+    """Adapts convolution weights to another number of input channels, which share the mean over the old ones.
 
     The response to an image whose channels are all equal stays what it was.
 
@@ -104,7 +100,7 @@ def adapt_input_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def plan_differences(trained: dict, now: dict) -> list[str]:
-    """Differences of two plan identities that change what an intensity or a voxel means.
+    """Lists differences of two plan identities that change what an intensity or a voxel means.
 
     Args:
         trained: `plan_identity` of the pre-training.

@@ -15,7 +15,8 @@ from nnunet_diffusion.preprocessing.cases import (
     pool_folder,
     read_splits,
 )
-from nnunet_diffusion.preprocessing.preprocess import differing, preprocessing_identity
+from nnunet_diffusion.preprocessing.preprocess import preprocessing_identity
+from nnunet_diffusion.preprocessing.replacement import differing
 from nnunet_diffusion.records import digest, size_and_time
 from nnunet_diffusion.rounds.evidence import OrganPrior, organ_priors
 from nnunet_diffusion.rounds.prediction import Case, annotated_evidence, network_spacing
