@@ -79,7 +79,7 @@ COMMANDS = {
     ),
     "train": Command(
         f"{TRAIN} -tr PartialLabelTrainer -p {PLANS}",
-        (COPY, SPLITS, f"{BASE}/dataset_fingerprint.json", PLAN, *CASES),
+        (COPY, SPLITS, PLAN, *CASES),
         trained("PartialLabelTrainer"),
     ),
     "train from denoiser": Command(
@@ -98,7 +98,7 @@ COMMANDS = {
     "train continued": Command(f"{TRAIN} -tr {MODEL} -p {PLANS} --c", (FINAL, PLAN), trained(MODEL)),
     "rounds": Command(
         ROUNDS,
-        (*ROUNDS_READ, ROUNDS_STATE, *CASES, f"{OURS}/*.json", FINAL, f"{OURS}/fold_0/validation/summary.json",
+        (*ROUNDS_READ, ROUNDS_STATE, *CASES, f"{OURS}/*.json", FINAL,
          f"{OURS}/fold_0/transfer_report.json", f"{RESULTS}/rounds__*/**/*.json", f"{BASE}/**/round_1/**/*.*"),
         (f"{BASE}/*pseudo*", f"{BASE}/{PLANS}_round1.json", f"{RESULTS}/rounds__*",
          f"{RESULTS}/PseudoLabelTrainer__{PLANS}*"),
@@ -112,7 +112,7 @@ COMMANDS = {
     ),
     "mutual": Command(
         f"mutual -d 990 -c 2d -f 0 -p {PLANS} -device cpu",
-        (PLAN, SPLITS, COPY, f"{RESULTS}/mutual__*/fold_0/*.json", f"{RESULTS}/{STAGES[0]}__*/plans.json",
+        (PLAN, SPLITS, COPY, f"{RESULTS}/mutual__*/fold_0/*.json",
          f"{RESULTS}/{STAGES[0]}__*/fold_0/checkpoint_final.pth", f"{BASE}/**/completed.json", *CASES),
         (f"{BASE}/*completed*", f"{RESULTS}/mutual__*", *trained("Mutual*Trainer")),
     ),

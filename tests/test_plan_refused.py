@@ -51,6 +51,9 @@ def run(*arguments: str) -> int:
     ("data_identifier", "/tmp", "2d.data_identifier: '/tmp' .* separator of paths"),
     ("data_identifier", "", "2d.data_identifier: '' .* is empty"),
     ("data_identifier", "gt_segmentations", "'gt_segmentations' is the folder of the ground truth"),
+    ("data_identifier", "GT_segmentations", "'GT_segmentations' is the folder of the ground truth"),
+    ("data_identifier", "a_unlabeled", "'a_unlabeled' ends as a folder of other cases does"),
+    ("data_identifier", "a_pseudo", "'a_pseudo' ends as a folder of other cases does"),
     ("inherits_from", "nothing", "2d.inherits_from: 'nothing' is no other configuration"),
     ("spacing", 5, "2d.spacing: .* not 5"),
     ("spacing", [3.0, 0.0], r"2d.spacing\[1\]: .* greater than 0, not 0.0"),
@@ -88,6 +91,27 @@ def test_a_case_whose_name_leads_elsewhere(planned, capsys, name, table):
     assert run() == 1
     error = capsys.readouterr().err
     assert f"dataset.json: {table}: {name!r} cannot be the name of a file" in error and "rename the case" in error
+    assert contents(raw.parent.parent) == before
+
+
+@pytest.mark.parametrize("table", ["dataset", "unlabeled"])
+def test_a_case_whose_image_would_replace_anothers_labels(planned, capsys, table):
+    raw, preprocessed = planned
+    edit(raw / "dataset.json", lambda c: c[table].update(l0_seg=c[table].pop(max(c[table]))))
+    before = contents(raw.parent.parent)
+    assert run() == 1
+    assert f"dataset.json: {table}: 'l0_seg' ends with _seg" in capsys.readouterr().err
+    assert contents(raw.parent.parent) == before
+
+
+def test_a_plan_of_another_data_set(planned, capsys):
+    raw, preprocessed = planned
+    edit(preprocessed / "nnUNetCompactPlans.json", lambda c: c.update(dataset_name="Dataset010_Other"))
+    before = contents(raw.parent.parent)
+    assert run() == 1
+    assert (
+        "nnUNetCompactPlans.json: dataset_name: is 'Dataset010_Other', not 'Dataset009_Tiny'" in capsys.readouterr().err
+    )
     assert contents(raw.parent.parent) == before
 
 

@@ -107,6 +107,7 @@ def check_usage(args: argparse.Namespace) -> None:
     if not math.isfinite(args.tolerance) or args.tolerance < 0:
         raise UserError(f"--tolerance {args.tolerance}: must be a number from 0")
     safe_name(args.plans, "-p", "give the name of a plan")
+    safe_name(args.configuration, "-c", "give the name of a configuration")
     safe_name(args.trainer, "-tr", "give the name of a trainer")
     if (args.num_parts is None) != (args.part_id is None):
         raise UserError("--num_parts and --part_id: give both or none")

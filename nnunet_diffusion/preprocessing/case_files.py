@@ -69,6 +69,15 @@ def open_array(path: str, remedy: str = REMEDY) -> blosc2.NDArray:
         raise UserError(f"{path}: is damaged ({error}): {remedy}") from error
 
 
+def read_preprocessed(path: str) -> np.ndarray:
+    """Reads a whole array; the errors are those of `open_array`."""
+    array = open_array(path)
+    try:
+        return array[:]
+    except RuntimeError as error:
+        raise UserError(f"{path}: is damaged ({error}): {REMEDY}") from error
+
+
 def check_preprocessed(folder: str, cases: Iterable[str]) -> None:
     """Refuses preprocessed cases that are damaged or carry code, before nnU-Net's data loader opens them.
 

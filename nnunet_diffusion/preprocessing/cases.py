@@ -20,6 +20,17 @@ RENAME = "rename the case"
 # ---------------------------------------------------------------- raw
 
 
+def case_name(case: str, where: str) -> str:
+    """Returns the name of a case that may be preprocessed; `x_seg.b2nd` are the labels of x, not the image of x_seg.
+
+    Raises:
+        UserError: If it ends so, or cannot be a file's.
+    """
+    if case.endswith("_seg"):
+        raise UserError(f"{where}: {case!r} ends with _seg, as nnU-Net's files of labels do: {RENAME}")
+    return safe_name(case, where, RENAME)
+
+
 def absolute_path(folder: str, path: str) -> str:
     """A path of dataset.json as nnU-Net reads it: `$VARS` expanded, relative ones below the data set's folder."""
     return os.path.abspath(os.path.join(folder, os.path.expandvars(path)))
@@ -78,7 +89,7 @@ def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
             files = found.setdefault(case, {"images": [], "label": label})
             if re.fullmatch(r"_\d{4}", name[len(case) : -len(ending)]):
                 files["images"].append(os.path.join(where, name))
-    return {safe_name(case, where, RENAME): files for case, files in found.items()}
+    return {case_name(case, where): files for case, files in found.items()}
 
 
 def _absolute(folder: str, paths: str | list[str]) -> str | list[str]:
@@ -110,7 +121,7 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
         is_whole_picture = len(images) == 1 and images[0].endswith(PICTURE_ENDINGS)  # its channels are counted later
         if len(images) != num_channels and not is_whole_picture:
             raise UserError(f"{where}: unlabeled case {case!r} has {len(images)} images for {num_channels} channels")
-        safe_name(case, f"{where}: unlabeled", RENAME)
+        case_name(case, f"{where}: unlabeled")
         label = os.path.join(dataset_folder, "labelsTr", case + dataset_json["file_ending"])
         if case in labeled or os.path.exists(label):
             raise UserError(f"{where}: case {case!r} is both labeled and in 'unlabeled': take it out of one of them")

@@ -22,7 +22,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
 from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_nothing_but_plain_values, trainers_of
 from nnunet_diffusion.partial.annotations import Annotation
-from nnunet_diffusion.preprocessing.case_files import REMEDY, load_properties, open_array
+from nnunet_diffusion.preprocessing.case_files import REMEDY, load_properties, read_preprocessed
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure
 from nnunet_diffusion.rounds.pseudo_labels import open_with_metadata, write_array
@@ -225,12 +225,3 @@ def _about(text: str, path: str) -> tuple[dict[str, Evidence], str]:
     check_shape(content, PredictionContent, path, ANEW)
     evidence = {n: Evidence(*(entry[key] for key in Evidence._fields)) for n, entry in content["evidence"].items()}
     return evidence, content["teacher"]
-
-
-def read_preprocessed(path: str) -> np.ndarray:
-    """A preprocessed array, which nnU-Net wrote."""
-    array = open_array(path)
-    try:
-        return array[:]
-    except RuntimeError as error:
-        raise UserError(f"{path}: is damaged ({error}): {REMEDY}") from error
