@@ -119,6 +119,9 @@ def test_a_plan_of_another_data_set(planned, capsys):
     (lambda c: c.pop("numTraining"), "numTraining: Field required"),
     (lambda c: c.pop("labels"), "labels: Field required"),
     (lambda c: c.update(file_ending="/../x"), "file_ending: "),
+    (lambda c: c["labels"].update(upper=[1, 2]), r"regions_class_order: must be 2 of [1, 2], not []"),
+    (lambda c: c.update(labels={"background": 0, "all": [1, 2], "lower": 2}, regions_class_order=[1, 9]),
+     "regions_class_order: must be 2 of [1, 2], not [1, 9]"),
     (lambda c: c["dataset"].update(l0={"images": "l0.nii.gz"}), "dataset.l0"),
     (lambda c: c["dataset"].update(l0=[]), "dataset.l0: "),
 ])  # fmt: skip

@@ -10,7 +10,7 @@ from nnunetv2.paths import nnUNet_raw
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape, read_json
 from nnunet_diffusion.names import safe_name
-from nnunet_diffusion.preprocessing.scan_checks import PICTURE_ENDINGS, number_of_channels
+from nnunet_diffusion.preprocessing.scan_checks import PICTURE_ENDINGS, label_values, number_of_channels
 from nnunet_diffusion.schemas import Dataset, Splits, UnlabeledFiles
 
 UNLABELED_FILES = (".pkl", ".b2nd")  # in the order in which they appear: with its .b2nd a case is complete
@@ -48,6 +48,7 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
     """
     folder = os.path.join(nnUNet_raw, dataset_name)
     dataset_json = read_json(os.path.join(folder, "dataset.json"), Dataset)
+    _refuse_disorder(dataset_json, folder)
     if "dataset" not in dataset_json:
         ending, labels = dataset_json["file_ending"], os.path.join(folder, "labelsTr")
         images = os.path.join(folder, "imagesTr")
@@ -63,6 +64,15 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
         raise UserError(f"{folder}: {wrong} do not have one image (or, as a picture, one value) for each of the "
                         f"{channels} channels")  # fmt: skip
     return dataset_json, dataset
+
+
+def _refuse_disorder(dataset_json: dict, folder: str) -> None:
+    """Raises UserError if the values that regions are written with are not one label of the data set for each."""
+    labels, order = dataset_json["labels"], dataset_json.get("regions_class_order", [])
+    if any(isinstance(value, list) and len(value) > 1 for value in labels.values()):
+        number, known = len(labels.keys() - {"background", "ignore"}), label_values(labels)[1:]
+        if len(order) != number or not set(order) <= set(known):
+            raise UserError(f"{folder}/dataset.json: regions_class_order: must be {number} of {known}, not {order}")
 
 
 def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
