@@ -99,7 +99,7 @@ COMMANDS = {
     "rounds": Command(
         ROUNDS,
         (*ROUNDS_READ, ROUNDS_STATE, *CASES, f"{OURS}/*.json", FINAL,
-         f"{OURS}/fold_0/transfer_report.json", f"{RESULTS}/rounds__*/**/*.json", f"{BASE}/**/round_1/**/*.*"),
+         f"{BASE}/**/round_1/**/*.*"),
         (f"{BASE}/*pseudo*", f"{BASE}/{PLANS}_round1.json", f"{RESULTS}/rounds__*",
          f"{RESULTS}/PseudoLabelTrainer__{PLANS}*"),
     ),
@@ -138,7 +138,7 @@ COMMANDS = {
     ),
     "report": Command(
         f"report -d 990 --evaluation {{box}}/{GIVEN}/evaluation_nnunet.json",
-        (DATA, SPLITS, SCANS, f"{OURS}/plans.json", f"{OURS}/fold_0/validation/summary.json", f"{OURS}/fold_0/*.json",
+        (DATA, SPLITS, SCANS, f"{RESULTS}/rounds__*/**/*.json", f"{OURS}/plans.json", f"{OURS}/fold_0/validation/summary.json", f"{OURS}/fold_0/*.json",
          f"{OURS}/fold_0/validation/*.nii.gz", f"{OURS}/fold_0/training_log*", f"{DRAWER}/denoiser.pth", ROUNDS_STATE,
          f"{DRAWER}/samples/samples.json", f"{GIVEN}/evaluation_nnunet.json"),
         (f"{RESULTS}/report.html",),
@@ -151,7 +151,7 @@ COMMANDS = {
     "demo": Command(
         f"demo --data 990 -c 2d -pl CompactPlanner -o {{box}}/{MADE}/demo --epochs 1 --pretraining_epochs 1",
         (DATA, SPLITS, COMPACT, f"{MADE}/demo/**/*.json", LABELS, f"{MADE}/demo/predictions/*/*.nii.gz"),
-        (f"{MADE}/demo/*", f"{BASE}/nnUNetCompactPlans_demo*.json", f"{RESULTS}/*CompactPlans_demo*",
+        (f"{MADE}/demo/*", f"{BASE}/*", f"{RESULTS}/*CompactPlans_demo*",
          f"{RESULTS}/report.html", f"{RESULTS}/*/evaluation_*"),
     ),
     "env": Command(f"env --root {{box}}/{TOP}/nnunet"),

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.preprocessing.case_files import check_preprocessed, load_properties, read_preprocessed
+from nnunet_diffusion.preprocessing.case_files import (
+    check_preprocessed,
+    load_properties,
+    read_preprocessed,
+    refuse_unreadable,
+)
 
 
 class Touch:
@@ -59,6 +64,8 @@ def test_an_array_that_was_damaged_within_is_named(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="a.b2nd: is damaged .*: remove the case's files and run"):
         read_preprocessed(str(path))
+    with pytest.raises(UserError, match="a.b2nd: is damaged"):
+        refuse_unreadable(str(tmp_path), ["b", "a"])
 
 
 def test_cases_are_looked_at_before_the_data_loader_opens_them(tmp_path):
