@@ -43,7 +43,7 @@ def export_stock(
         UserError: If `destination` exists, something is missing or unreadable, or the trainer's network is not the one
             that nnU-Net builds from the same plan.
     """
-    if os.path.exists(destination):
+    if os.path.lexists(destination):
         raise UserError(f"{destination} exists already: remove it, or give another folder with -o")
     folds = find_folds(source, folds, checkpoint_name)
     parent, name = os.path.split(os.path.abspath(destination))
@@ -109,8 +109,14 @@ def refuse_other_topology(folder: str, checkpoint: dict[str, Any], member: int |
     name, configuration = checkpoint["trainer_name"], checkpoint["init_args"]["configuration"]
     with trainers_of(installation.with_our_trainers(installation.ext_trainer_folders())):
         trainer = recursive_find_trainer_class_by_name(name)
-    planned = build(folder, configuration, nnUNetTrainer)
-    built = build(folder, configuration, trainer)
+    try:
+        planned, built = (build(folder, configuration, each) for each in (nnUNetTrainer, trainer))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the keywords of a network and the labels provoke
+        raise UserError(
+            f"{folder}: no network can be built from its plans.json and dataset.json ({error!r}): {REMEDY}"
+        ) from error
     built = built if member is None else built.members[member]
     expected = shapes(planned.state_dict())
     for found in (shapes(built.state_dict()), shapes(checkpoint["network_weights"])):

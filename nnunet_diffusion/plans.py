@@ -13,6 +13,7 @@ from nnunet_diffusion.schemas import Plans, ResolvedConfiguration
 REMEDY = "correct it, or replace it with nnunet_diffusion plan_and_preprocess --replan"
 RESOLVED = dict[str, dict[str, ResolvedConfiguration]]  # plans' configurations with what they inherit
 NOT_FOR_CASES = ("gt_segmentations",)  # nnU-Net's own folder beside those of preprocessed cases
+NOT_FOR_LABELED = ("_unlabeled", "_pseudo")  # endings of our own folders beside those
 
 
 def plans_in(folder: str) -> list[str]:
@@ -42,10 +43,23 @@ def read_plans(folder: str, name: str, configuration: str | None = None) -> dict
         there = plans_in(folder)
         remedy = f"give -p {' or '.join(there)}" if there else "run nnunet_diffusion plan_and_preprocess first"
         raise UserError(f"-p {name}: there is no {path}: {remedy}")
-    plans = read_json(path, remedy=REMEDY)
-    check_plans(plans, path)
+    plans = read_plans_file(path)
     if configuration is not None and configuration not in plans["configurations"]:
         raise UserError(f"-c {configuration}: {path} has {', '.join(plans['configurations'])}")
+    return plans
+
+
+def read_plans_file(path: str) -> dict:
+    """The content of a plans file in nnUNet_preprocessed.
+
+    Raises:
+        UserError: If it cannot be worked with, or is of another data set: trainings would read and write there.
+    """
+    plans = read_json(path, remedy=REMEDY)
+    check_plans(plans, path)
+    dataset = os.path.basename(os.path.dirname(os.path.abspath(path)))
+    if plans["dataset_name"] != dataset:
+        raise UserError(f"{path}: dataset_name: is {plans['dataset_name']!r}, not {dataset!r}: {REMEDY}")
     return plans
 
 
@@ -74,8 +88,10 @@ def check_plans(plans: Any, where: str) -> None:
         if not {"architecture", "UNet_class_name"} & resolved.keys():  # the second in plans of earlier nnU-Nets
             raise UserError(f"{key}: has no architecture: {REMEDY}")
         identifier = safe_name(resolved["data_identifier"], f"{key}.data_identifier", REMEDY)
-        if identifier in NOT_FOR_CASES:
+        if identifier.lower() in NOT_FOR_CASES:  # of some file systems it is the same folder
             raise UserError(f"{key}.data_identifier: {identifier!r} is the folder of the ground truth: {REMEDY}")
+        if identifier.endswith(NOT_FOR_LABELED):
+            raise UserError(f"{key}.data_identifier: {identifier!r} ends as a folder of other cases does: {REMEDY}")
         if len(resolved["spacing"]) < len(resolved["patch_size"]):
             raise UserError(f"{key}: patch_size has more axes than spacing: {REMEDY}")
         if (previous := resolved.get("previous_stage")) is not None and previous not in configurations:

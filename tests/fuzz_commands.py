@@ -79,7 +79,7 @@ COMMANDS = {
     ),
     "train": Command(
         f"{TRAIN} -tr PartialLabelTrainer -p {PLANS}",
-        (COPY, SPLITS, f"{BASE}/dataset_fingerprint.json", PLAN, *CASES),
+        (COPY, SPLITS, PLAN, *CASES),
         trained("PartialLabelTrainer"),
     ),
     "train from denoiser": Command(
@@ -98,8 +98,8 @@ COMMANDS = {
     "train continued": Command(f"{TRAIN} -tr {MODEL} -p {PLANS} --c", (FINAL, PLAN), trained(MODEL)),
     "rounds": Command(
         ROUNDS,
-        (*ROUNDS_READ, ROUNDS_STATE, *CASES, f"{OURS}/*.json", FINAL, f"{OURS}/fold_0/validation/summary.json",
-         f"{OURS}/fold_0/transfer_report.json", f"{RESULTS}/rounds__*/**/*.json", f"{BASE}/**/round_1/**/*.*"),
+        (*ROUNDS_READ, ROUNDS_STATE, *CASES, f"{OURS}/*.json", FINAL,
+         f"{BASE}/**/round_1/**/*.*"),
         (f"{BASE}/*pseudo*", f"{BASE}/{PLANS}_round1.json", f"{RESULTS}/rounds__*",
          f"{RESULTS}/PseudoLabelTrainer__{PLANS}*"),
     ),
@@ -112,7 +112,7 @@ COMMANDS = {
     ),
     "mutual": Command(
         f"mutual -d 990 -c 2d -f 0 -p {PLANS} -device cpu",
-        (PLAN, SPLITS, COPY, f"{RESULTS}/mutual__*/fold_0/*.json", f"{RESULTS}/{STAGES[0]}__*/plans.json",
+        (PLAN, SPLITS, COPY, f"{RESULTS}/mutual__*/fold_0/*.json",
          f"{RESULTS}/{STAGES[0]}__*/fold_0/checkpoint_final.pth", f"{BASE}/**/completed.json", *CASES),
         (f"{BASE}/*completed*", f"{RESULTS}/mutual__*", *trained("Mutual*Trainer")),
     ),
@@ -139,6 +139,7 @@ COMMANDS = {
     "report": Command(
         f"report -d 990 --evaluation {{box}}/{GIVEN}/evaluation_nnunet.json",
         (DATA, SPLITS, SCANS, f"{OURS}/plans.json", f"{OURS}/fold_0/validation/summary.json", f"{OURS}/fold_0/*.json",
+         f"{RESULTS}/rounds__*/**/*.json",
          f"{OURS}/fold_0/validation/*.nii.gz", f"{OURS}/fold_0/training_log*", f"{DRAWER}/denoiser.pth", ROUNDS_STATE,
          f"{DRAWER}/samples/samples.json", f"{GIVEN}/evaluation_nnunet.json"),
         (f"{RESULTS}/report.html",),
@@ -151,7 +152,7 @@ COMMANDS = {
     "demo": Command(
         f"demo --data 990 -c 2d -pl CompactPlanner -o {{box}}/{MADE}/demo --epochs 1 --pretraining_epochs 1",
         (DATA, SPLITS, COMPACT, f"{MADE}/demo/**/*.json", LABELS, f"{MADE}/demo/predictions/*/*.nii.gz"),
-        (f"{MADE}/demo/*", f"{BASE}/nnUNetCompactPlans_demo*.json", f"{RESULTS}/*CompactPlans_demo*",
+        (f"{MADE}/demo/*", f"{BASE}/*", f"{RESULTS}/*CompactPlans_demo*",
          f"{RESULTS}/report.html", f"{RESULTS}/*/evaluation_*"),
     ),
     "env": Command(f"env --root {{box}}/{TOP}/nnunet"),

@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.preprocessing.case_files import check_preprocessed, load_properties
+from nnunet_diffusion.preprocessing.case_files import (
+    check_preprocessed,
+    load_properties,
+    read_preprocessed,
+    refuse_unreadable,
+)
 
 
 class Touch:
@@ -48,6 +53,19 @@ def test_code_is_not_run_and_damage_is_named(tmp_path):
         with pytest.raises(UserError, match=message):
             load_properties(str(path))
     assert not (tmp_path / "made").exists()
+
+
+def test_an_array_that_was_damaged_within_is_named(tmp_path):
+    path = tmp_path / "a.b2nd"
+    blosc2.asarray(np.arange(4096.0).reshape(1, 16, 16, 16), urlpath=str(path), mode="w")
+    assert read_preprocessed(str(path)).shape == (1, 16, 16, 16)
+    content = bytearray(path.read_bytes())
+    content[300:600] = bytes(300)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="a.b2nd: is damaged .*: remove the case's files and run"):
+        read_preprocessed(str(path))
+    with pytest.raises(UserError, match="a.b2nd: is damaged"):
+        refuse_unreadable(str(tmp_path), ["b", "a"])
 
 
 def test_cases_are_looked_at_before_the_data_loader_opens_them(tmp_path):

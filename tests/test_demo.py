@@ -234,6 +234,19 @@ def test_link_replaces_an_older_one(tmp_path):
     assert (tmp_path / "link").read_text() == "b" and (tmp_path / "a").read_text() == "a"
 
 
+@pytest.mark.parametrize("is_link", [True, False])
+def test_a_folder_of_the_users_is_not_filled_with_links(tmp_path, capsys, is_link):
+    labels, out = tmp_path / "labels", tmp_path / "out"
+    labels.mkdir()
+    (labels / "a.nii.gz").write_text("by hand")
+    out.mkdir()
+    (out / "test_labels").symlink_to(labels) if is_link else labels.rename(out / "test_labels")
+    assert main(["demo", "-o", str(out)]) == 1
+    assert "test_labels: was not made by nnunet_diffusion" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["test_labels"]
+    assert (out / "test_labels" / "a.nii.gz").read_text() == "by hand"
+
+
 def test_table_shows_arms_beside_each_other_and_their_difference():
     scratch = {"a": {"liver": 0.5, "spleen": math.nan}}
     ours = {"a": {"liver": 0.75, "spleen": math.nan}}

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import zipfile
@@ -267,6 +268,11 @@ def test_code_in_a_checkpoint_is_not_run(results, tmp_path, monkeypatch):
         ("plans.json", "{", "plans.json: is no JSON"),
         ("plans.json", "{}", "plans.json: dataset_name: Field required"),
         ("dataset.json", "[]", "dataset.json: the whole file: Input should be a valid dictionary"),
+        (
+            "dataset.json",
+            json.dumps({**DATASET_JSON, "labels": {"a": 1, "b": 2}}),
+            "and dataset.json (RuntimeError('Background label",
+        ),
     ],
 )
 def test_a_model_folder_that_cannot_be_read_is_named(results, capsys, file, content, message):

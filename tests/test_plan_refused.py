@@ -51,6 +51,9 @@ def run(*arguments: str) -> int:
     ("data_identifier", "/tmp", "2d.data_identifier: '/tmp' .* separator of paths"),
     ("data_identifier", "", "2d.data_identifier: '' .* is empty"),
     ("data_identifier", "gt_segmentations", "'gt_segmentations' is the folder of the ground truth"),
+    ("data_identifier", "GT_segmentations", "'GT_segmentations' is the folder of the ground truth"),
+    ("data_identifier", "a_unlabeled", "'a_unlabeled' ends as a folder of other cases does"),
+    ("data_identifier", "a_pseudo", "'a_pseudo' ends as a folder of other cases does"),
     ("inherits_from", "nothing", "2d.inherits_from: 'nothing' is no other configuration"),
     ("spacing", 5, "2d.spacing: .* not 5"),
     ("spacing", [3.0, 0.0], r"2d.spacing\[1\]: .* greater than 0, not 0.0"),
@@ -91,10 +94,34 @@ def test_a_case_whose_name_leads_elsewhere(planned, capsys, name, table):
     assert contents(raw.parent.parent) == before
 
 
+@pytest.mark.parametrize("table", ["dataset", "unlabeled"])
+def test_a_case_whose_image_would_replace_anothers_labels(planned, capsys, table):
+    raw, preprocessed = planned
+    edit(raw / "dataset.json", lambda c: c[table].update(l0_seg=c[table].pop(max(c[table]))))
+    before = contents(raw.parent.parent)
+    assert run() == 1
+    assert f"dataset.json: {table}: 'l0_seg' ends with _seg" in capsys.readouterr().err
+    assert contents(raw.parent.parent) == before
+
+
+def test_a_plan_of_another_data_set(planned, capsys):
+    raw, preprocessed = planned
+    edit(preprocessed / "nnUNetCompactPlans.json", lambda c: c.update(dataset_name="Dataset010_Other"))
+    before = contents(raw.parent.parent)
+    assert run() == 1
+    assert (
+        "nnUNetCompactPlans.json: dataset_name: is 'Dataset010_Other', not 'Dataset009_Tiny'" in capsys.readouterr().err
+    )
+    assert contents(raw.parent.parent) == before
+
+
 @pytest.mark.parametrize("change, message", [
     (lambda c: c.pop("numTraining"), "numTraining: Field required"),
     (lambda c: c.pop("labels"), "labels: Field required"),
     (lambda c: c.update(file_ending="/../x"), "file_ending: "),
+    (lambda c: c["labels"].update(upper=[1, 2]), r"regions_class_order: must be 2 of [1, 2], not []"),
+    (lambda c: c.update(labels={"background": 0, "all": [1, 2], "lower": 2}, regions_class_order=[1, 9]),
+     "regions_class_order: must be 2 of [1, 2], not [1, 9]"),
     (lambda c: c["dataset"].update(l0={"images": "l0.nii.gz"}), "dataset.l0"),
     (lambda c: c["dataset"].update(l0=[]), "dataset.l0: "),
 ])  # fmt: skip

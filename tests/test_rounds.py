@@ -408,6 +408,7 @@ def test_a_spacing_that_is_none_is_named(tmp_path):
         (["--num_parts", "2", "--part_id", "2"], "from 0 to 1"),
         (["--tolerance", "nan"], "--tolerance nan"),
         (["-p", "../R"], "-p: '../R' cannot be the name"),
+        (["-c", "../c"], "-c: '../c' cannot be the name"),
         (["-tr", "../T"], "-tr: '../T' cannot be the name"),
     ],
 )

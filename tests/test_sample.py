@@ -262,6 +262,15 @@ def test_samples_of_two_denoisers_are_not_mixed(tmp_path, capsys):
     assert re.search(r"made from something else.*\n  denoiser: was .*\n  denoiser_sha256: was ", said)
 
 
+def test_samples_of_nobody_are_not_taken_for_its_own(tmp_path, capsys):
+    common = ("--denoiser", denoisers.write(tmp_path / "a.pth"), "-n", 1, "--steps", 2, "-o", tmp_path / "samples")
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "sample_00000_0000.nii.gz").write_text("by hand")
+    assert run(*common) == 1
+    assert "samples: has samples, but no samples.json" in capsys.readouterr().err
+    assert len(list((tmp_path / "samples").iterdir())) == 1
+
+
 def test_a_denoiser_with_learned_statistics_draws_too(tmp_path):
     """Batch norm: its running statistics, not those of the batch, or the n-th image would depend on the others."""
     plan = denoisers.plan(2)

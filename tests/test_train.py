@@ -176,11 +176,12 @@ MINIMAL = ["8", "2d", "0", "-device", "cpu", "-p", "nnUNetCompactPlans"]
         (["1", "2d", "0", "-num_gpus", "2"], {"WORLD_SIZE": "2"}, "torchrun decides"),
         (["1", "2d", "0", "-device", "cpu", "-num_gpus", "2"], {}, "-num_gpus 2: only with -device cuda"),
         (["1", "2d", "0", "-device", "cpu", "--c", "-pretrained_weights", "x"], {}, "--c and -pretrained_weights"),
-        (["1", "2d", "0", "-device", "cpu"], {}, "error: 1: "),
+        (["1", "2d", "0", "-device", "cpu"], {}, "error: data set '1': "),
         (["8", "2d", "0", "-device", "cpu"], {}, "give -p nnUNetCompactPlans or nnUNetDiffusionPlans"),
         (["8", "4d", "0", "-device", "cpu", "-p", "nnUNetCompactPlans"], {}, "nnUNetCompactPlans.json has 2d, 3d"),
         (["8", "2d", "0", "-device", "cpu", "-p", "nnUNetDiffusionPlans"], {}, "nnUNetDiffusionPlans.json: is no JSON"),
         (["8", "2d", "0", "-device", "cpu", "-p", "Mine"], {}, "Mine.json: the whole file: Input should be"),
+        (["8", "2d", "0", "-device", "cpu", "-p", "Moved"], {}, "Moved.json: dataset_name: is 'Dataset009_Other', not"),
         ([*MINIMAL, "-tr", "Nope"], {}, "-tr Nope: there is no such trainer: give ConfiguredTrainer, Denoising"),
         ([*MINIMAL, "-pretrained_weights", "no.pth"], {}, "No such file or directory: 'no.pth'"),
         ([*MINIMAL, "-pretrained_weights", __file__], {}, "test_train.py cannot be read, it is truncated"),
@@ -190,12 +191,13 @@ def test_wrong_arguments_are_named(arguments, environment, message, nnunet_folde
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("nnUNet_extTrainer", "")  # restored afterwards
-    folder = nnunet_folders / "nnUNet_preprocessed" / "Dataset008_Some"
+    folder = nnunet_folders / "nnUNet_preprocessed" / "Dataset008_Minimal"
     folder.mkdir()
     (folder / "nnUNetCompactPlans.json").write_text(json.dumps(minimal.plans("2d", "3d")))
     (folder / "nnUNetDiffusionPlans.json").write_text("{,}")
     (folder / "dataset.json").write_text(json.dumps(minimal.dataset_json()))
     (folder / "Mine.json").write_text("[1]")
+    (folder / "Moved.json").write_text(json.dumps({**minimal.plans("2d"), "dataset_name": "Dataset009_Other"}))
     assert main(["train", *arguments]) == 1
     assert message in capsys.readouterr().err
 

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import re
 
 import numpy as np
 import torch
@@ -16,11 +17,14 @@ from nnunet_diffusion.files import atomic, check_shape, naming_full_disk
 from nnunet_diffusion.model_folder import load_checkpoint, load_nothing_but_plain_values, refuse_unbuildable
 from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs
 from nnunet_diffusion.plans import check_plans
-from nnunet_diffusion.preprocessing.case_files import check_preprocessed, load_properties
+from nnunet_diffusion.preprocessing.case_files import check_preprocessed, load_properties, refuse_unreadable
 from nnunet_diffusion.preprocessing.cases import read_splits
 from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.settings import above, at_least
 from nnunet_diffusion.trainers import our_trainers
+
+# Of blosc2, where the training process itself reads the cases, and of batchgenerators, where others do.
+UNREADABLE = re.compile("getting the buffer|background workers")
 
 
 class ConfiguredTrainer(nnUNetTrainer):
@@ -130,7 +134,12 @@ class ConfiguredTrainer(nnUNetTrainer):
     def run_training(self):
         """Names the folder if there is no room for what nnU-Net writes; ours names the file."""
         with naming_full_disk(join(self.output_folder, "a file of the training")):
-            super().run_training()
+            try:
+                super().run_training()
+            except RuntimeError as error:
+                if UNREADABLE.search(str(error)):
+                    refuse_unreadable(self.preprocessed_dataset_folder, sum(map(list, self.do_split()), []))
+                raise
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         """Names the folder if there is no room."""

@@ -18,10 +18,11 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check_usage(args: argparse.Namespace) -> None:
-    """Raises UserError for a fold or a name of plans that cannot be one, before anything heavy is imported."""
+    """Raises UserError for a fold or a name that cannot be one, before anything heavy is imported."""
     if not (args.fold == "all" or args.fold.isdigit()):
         raise UserError(f"-f {args.fold}: give the number of a fold, or all")
     safe_name(args.plans, "-p", "give the name of a plan")
+    safe_name(args.configuration, "-c", "give the name of a configuration")
 
 
 def request_of(args: argparse.Namespace, dataset: str, **more):

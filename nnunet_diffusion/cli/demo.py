@@ -8,6 +8,7 @@ import sys
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json, write_json
+from nnunet_diffusion.marks import mark, refuse_foreign
 
 HELP = "pre-train, fine-tune, predict and compare with training from scratch: on synthetic CTs, or on your data"
 EPILOG = """\
@@ -113,12 +114,15 @@ class Demo:
         self.args, self.name, self.id = args, name, str(int(name[7:10]))
         default = os.path.join("nnunet_diffusion_demo", name if args.data else "")
         self.folder = os.path.abspath(args.folder or default)
+        names = ("test_images", "test_labels", "report.html")
+        self.inputs, self.references, self.page = (os.path.join(self.folder, name) for name in names)
+        for folder in (self.inputs, self.references):  # links are made there anew each time
+            refuse_foreign(folder)
         environment = command_environment(None if args.data else self.folder, args.device)
         self.steps = Steps(self.folder, environment, total=7 if args.data else 8)
         self.raw, self.preprocessed, self.results = (
             os.path.join(self.steps.environment[f"nnUNet_{kind}"], name) for kind in ("raw", "preprocessed", "results")
         )
-        self.references, self.page = (os.path.join(self.folder, name) for name in ("test_labels", "report.html"))
         self.test = {}  # case -> (images, label)
 
     def prepare(self) -> None:
@@ -225,19 +229,22 @@ class Demo:
 
         if not self.test:
             cases = self.labeled_cases()
-            _, held_out = fold_of(os.path.join(self.preprocessed, "splits_final.json"), 0)
+            splits = os.path.join(self.preprocessed, "splits_final.json")
+            if not (held_out := fold_of(splits, 0)[1]):
+                raise UserError(f"{splits}: [0].val: is empty, there is nothing to test on: put cases into it")
             self.test = {case: (cases[case]["images"], cases[case]["label"]) for case in held_out}
-        inputs, ending = os.path.join(self.folder, "test_images"), self.dataset_json["file_ending"]
-        for folder in (inputs, self.references):
-            os.makedirs(folder, exist_ok=True)
+        ending = self.dataset_json["file_ending"]
+        for folder in (self.inputs, self.references):
+            mark(folder, links="of nnunet_diffusion demo")
         for case, (images, label) in self.test.items():
             link(label, os.path.join(self.references, case + ending))
             for channel, image in enumerate(images):
-                link(image, os.path.join(inputs, f"{case}_{channel:04d}{ending}"))
+                link(image, os.path.join(self.inputs, f"{case}_{channel:04d}{ending}"))
         for arm, suffix in ARMS.items():
             output = self.predictions(arm)
-            command = ["nnUNetv2_predict", "-i", inputs, "-o", output, "-d", self.id, "-c", self.args.configuration]
-            command += ["-f", self.fold, "-tr", FINETUNER, "-p", self.plans_name + suffix, "-device", self.args.device]
+            command = ["nnUNetv2_predict", "-i", self.inputs, "-o", output, "-d", self.id]
+            command += ["-c", self.args.configuration, "-f", self.fold, "-tr", FINETUNER]
+            command += ["-p", self.plans_name + suffix, "-device", self.args.device]
             last = os.path.join(output, max(self.test) + ending)
             few = ["-npp", "1", "-nps", "1"] if self.args.device == "cpu" else []
             self.steps.run(

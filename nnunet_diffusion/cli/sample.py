@@ -159,7 +159,10 @@ def real_batches(description: dict, number: int, batch_size: int, dataset: str |
     require_folders(("nnUNet_preprocessed",))
     plan = description["plan"]
     folder = os.path.join(os.environ["nnUNet_preprocessed"], dataset or plan["dataset_name"])
-    plans = PlansManager(read_plans(folder, plan["plans_name"], plan["configuration"]))
+    content = read_plans(folder, plan["plans_name"])
+    if plan["configuration"] not in content["configurations"]:
+        raise UserError(f"samples.json: plan.configuration: {folder} has no {plan['configuration']!r}: draw them again")
+    plans = PlansManager(content)
     configuration = plans.get_configuration(plan["configuration"])
     folders = [os.path.join(folder, configuration.data_identifier), pool_folder(folder, configuration.data_identifier)]
     images = [image for each in folders if os.path.isdir(each) for image in ImageDataset.get_identifiers(each)]

@@ -83,7 +83,7 @@ def check_request(args: argparse.Namespace) -> None:
     try:
         dataset = maybe_convert_to_dataset_name(args.dataset)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"{args.dataset}: {error}") from error
+        raise UserError(f"data set {args.dataset!r}: {error}") from error
     folder = os.path.join(os.environ["nnUNet_preprocessed"], dataset)
     read_plans(folder, args.plans, args.configuration)
     read_json(os.path.join(folder, "dataset.json"), Dataset)

@@ -20,7 +20,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, read_json, write_json
 from nnunet_diffusion.locks import locked
 from nnunet_diffusion.marks import WORK
-from nnunet_diffusion.names import safe_name
+from nnunet_diffusion.preprocessing.cases import case_name
 from nnunet_diffusion.preprocessing.scan_checks import (
     GEOMETRIC_ENDINGS,
     NIFTI_ENDINGS,
@@ -261,12 +261,12 @@ def refuse_unusable(
 
 
 def _check_labeled_case(case: str, images: list[str], label: str, *options: Any) -> None:
-    safe_name(case, repr(label))  # escaped: the path may hold what made the name unsafe
+    case_name(case, repr(label))  # escaped: the path may hold what made the name unsafe
     check_labeled_case(images, label, *options)
 
 
 def _check_unlabeled_case(case: str, images: list[str]) -> None:
-    safe_name(case, repr(images[0]))
+    case_name(case, repr(images[0]))
     check_channels(images, read_geometry)
 
 

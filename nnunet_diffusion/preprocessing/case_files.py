@@ -69,6 +69,30 @@ def open_array(path: str, remedy: str = REMEDY) -> blosc2.NDArray:
         raise UserError(f"{path}: is damaged ({error}): {remedy}") from error
 
 
+def read_preprocessed(path: str) -> np.ndarray:
+    """Reads a whole array; the errors are those of `open_array`."""
+    array = open_array(path)
+    try:
+        return array[:]
+    except RuntimeError as error:
+        raise UserError(f"{path}: is damaged ({error}): {REMEDY}") from error
+
+
+def refuse_unreadable(folder: str, cases: Iterable[str]) -> None:
+    """Reads all arrays of preprocessed cases, to name the one that a data loader stumbled over.
+
+    Args:
+        folder: Of preprocessed cases.
+        cases: Those that were trained on.
+
+    Raises:
+        UserError: Naming the first array that is damaged; nothing if none is.
+    """
+    for path in (os.path.join(folder, case + ending) for case in cases for ending in (".b2nd", "_seg.b2nd")):
+        if os.path.isfile(path):
+            read_preprocessed(path)
+
+
 def check_preprocessed(folder: str, cases: Iterable[str]) -> None:
     """Refuses preprocessed cases that are damaged or carry code, before nnU-Net's data loader opens them.
 

@@ -10,7 +10,7 @@ from nnunetv2.paths import nnUNet_raw
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape, read_json
 from nnunet_diffusion.names import safe_name
-from nnunet_diffusion.preprocessing.scan_checks import PICTURE_ENDINGS, number_of_channels
+from nnunet_diffusion.preprocessing.scan_checks import PICTURE_ENDINGS, label_values, number_of_channels
 from nnunet_diffusion.schemas import Dataset, Splits, UnlabeledFiles
 
 UNLABELED_FILES = (".pkl", ".b2nd")  # in the order in which they appear: with its .b2nd a case is complete
@@ -18,6 +18,17 @@ LABELED_FILES = (".pkl", "_seg.b2nd", ".b2nd")
 RENAME = "rename the case"
 
 # ---------------------------------------------------------------- raw
+
+
+def case_name(case: str, where: str) -> str:
+    """Returns the name of a case that may be preprocessed; `x_seg.b2nd` are the labels of x, not the image of x_seg.
+
+    Raises:
+        UserError: If it ends so, or cannot be a file's.
+    """
+    if case.endswith("_seg"):
+        raise UserError(f"{where}: {case!r} ends with _seg, as nnU-Net's files of labels do: {RENAME}")
+    return safe_name(case, where, RENAME)
 
 
 def absolute_path(folder: str, path: str) -> str:
@@ -37,6 +48,7 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
     """
     folder = os.path.join(nnUNet_raw, dataset_name)
     dataset_json = read_json(os.path.join(folder, "dataset.json"), Dataset)
+    _refuse_disorder(dataset_json, folder)
     dataset = labeled_files(folder, dataset_json)
     if "dataset" not in dataset_json:
         ending, labels = dataset_json["file_ending"], os.path.join(folder, "labelsTr")
@@ -50,6 +62,15 @@ def labeled_cases(dataset_name: str) -> tuple[dict, dict]:
         raise UserError(f"{folder}: {wrong} do not have one image (or, as a picture, one value) for each of the "
                         f"{channels} channels")  # fmt: skip
     return dataset_json, dataset
+
+
+def _refuse_disorder(dataset_json: dict, folder: str) -> None:
+    """Raises UserError if the values that regions are written with are not one label of the data set for each."""
+    labels, order = dataset_json["labels"], dataset_json.get("regions_class_order", [])
+    if any(isinstance(value, list) and len(value) > 1 for value in labels.values()):
+        number, known = len(labels.keys() - {"background", "ignore"}), label_values(labels)[1:]
+        if len(order) != number or not set(order) <= set(known):
+            raise UserError(f"{folder}/dataset.json: regions_class_order: must be {number} of {known}, not {order}")
 
 
 def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
@@ -79,7 +100,7 @@ def labeled_files(dataset_folder: str, dataset_json: dict) -> dict[str, dict]:
             files = found.setdefault(case, {"images": [], "label": label})
             if re.fullmatch(r"_\d{4}", name[len(case) : -len(ending)]):
                 files["images"].append(os.path.join(where, name))
-    return {safe_name(case, where, RENAME): files for case, files in found.items()}
+    return {case_name(case, where): files for case, files in found.items()}
 
 
 def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[str]]:
@@ -107,7 +128,7 @@ def unlabeled_cases(dataset_folder: str, dataset_json: dict) -> dict[str, list[s
         is_whole_picture = len(images) == 1 and images[0].endswith(PICTURE_ENDINGS)  # its channels are counted later
         if len(images) != num_channels and not is_whole_picture:
             raise UserError(f"{where}: unlabeled case {case!r} has {len(images)} images for {num_channels} channels")
-        safe_name(case, f"{where}: unlabeled", RENAME)
+        case_name(case, f"{where}: unlabeled")
         label = os.path.join(dataset_folder, "labelsTr", case + dataset_json["file_ending"])
         if case in labeled or os.path.exists(label):
             raise UserError(f"{where}: case {case!r} is both labeled and in 'unlabeled': take it out of one of them")

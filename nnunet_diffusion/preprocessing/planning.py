@@ -15,7 +15,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, naming_full_disk, read_json
 from nnunet_diffusion.installation import environment
 from nnunet_diffusion.names import safe_name
-from nnunet_diffusion.plans import REMEDY, check_plans
+from nnunet_diffusion.plans import check_plans, read_plans_file
 
 DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
@@ -60,9 +60,7 @@ def existing_plan(name: str, planner_class: type) -> dict:
     path = plans_file_of(name, planner_class)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no plan yet: run the command with --no_pool first, then the parts")
-    plans = read_json(path, remedy=REMEDY)
-    check_plans(plans, path)
-    return plans
+    return read_plans_file(path)
 
 
 def plan(name: str, planner_class: type, replan: bool) -> str:

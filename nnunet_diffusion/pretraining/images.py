@@ -11,7 +11,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from skimage.filters import threshold_triangle
 
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.preprocessing.case_files import open_array
+from nnunet_diffusion.preprocessing.case_files import open_array, read_preprocessed
 
 
 class Outside:
@@ -130,7 +130,7 @@ def image_statistics(dataset: ImageDataset, most: int = 30) -> ImageStatistics:
     chosen = np.unique(np.linspace(0, len(dataset.identifiers) - 1, most).round().astype(int))
     squares, spreads, lows, highs = [], [], [], []
     for index in chosen:
-        image = dataset.load_case(dataset.identifiers[index])[0][:]
+        image = read_preprocessed(f"{dataset.identifiers[index]}.b2nd")
         squares.append(np.square(image, dtype=np.float64).reshape(len(image), -1).mean(1))
         spreads.append([interquartile_deviation(channel) for channel in image])
         lows.append(image.min())

@@ -21,7 +21,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
 from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_nothing_but_plain_values, trainers_of
 from nnunet_diffusion.partial.annotations import Annotation, Channels
-from nnunet_diffusion.preprocessing.case_files import REMEDY, load_properties, open_array
+from nnunet_diffusion.preprocessing.case_files import REMEDY, load_properties, read_preprocessed
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure
 from nnunet_diffusion.rounds.pseudo_labels import open_with_metadata, write_array
@@ -215,12 +215,3 @@ def annotated_evidence(case: Case, channels: Channels) -> dict[str, Evidence]:
     """Measures the organs that a case annotates."""
     evidence = measure(read_annotated(case), channels, case.spacing_mm)
     return {name: found for name, found in evidence.items() if name in case.annotation.labels}
-
-
-def read_preprocessed(path: str) -> np.ndarray:
-    """Reads a preprocessed array, which nnU-Net wrote."""
-    array = open_array(path)
-    try:
-        return array[:]
-    except RuntimeError as error:
-        raise UserError(f"{path}: is damaged ({error}): {REMEDY}") from error

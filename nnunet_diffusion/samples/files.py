@@ -40,6 +40,8 @@ def begin(folder: str, description: Mapping[str, Any]) -> None:
     wanted = made_from(description)["values"]
     if os.path.exists(path):
         refuse_other(folder, made_from(read_description(folder)), made_from(wanted), "remove it or give another -o")
+    elif numbers_in(folder, 1):
+        raise UserError(f"{folder}: has samples, but no {DESCRIPTION} that says whose they are: give another -o")
     os.makedirs(folder, exist_ok=True)
     write_json(path, wanted)
 
