@@ -4,8 +4,10 @@ Read: img0001.nii.gz and label0001.nii.gz, in whichever folders (RawData/Trainin
 img0061 to img0080, are left.
 """
 
+import sys
 from functools import partial
 
+from nnunet_diffusion.conversion.command_line import command_line
 from nnunet_diffusion.conversion.layouts import ENDING, Layout, convert_layout
 
 BTCV = Layout(
@@ -30,3 +32,6 @@ BTCV = Layout(
     reference="https://www.synapse.org/Synapse:syn3193805",
 )
 convert_btcv = partial(convert_layout, BTCV, dataset_id=17, name="BTCV")
+
+if __name__ == "__main__":
+    sys.exit(command_line(convert_btcv, __doc__))

@@ -5,8 +5,10 @@ whichever folders. The evaluation scans (FLARETs_0001_0000.nii.gz, FLARE22_Ts_..
 their folder as it is; only where there is no training case at all are those of them that have labels taken instead.
 """
 
+import sys
 from dataclasses import replace
 
+from nnunet_diffusion.conversion.command_line import command_line
 from nnunet_diffusion.conversion.dataset import Converted
 from nnunet_diffusion.conversion.files import files_below
 from nnunet_diffusion.conversion.layouts import ENDING, Layout, convert_layout, matches
@@ -53,3 +55,7 @@ def convert_flare22(
     if layout is EVALUATION:
         converted.notes.append(f"{source} has no training case: took its labeled evaluation cases instead")
     return converted
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(convert_flare22, __doc__))

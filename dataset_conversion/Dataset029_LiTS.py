@@ -5,8 +5,10 @@ test-volume-0.nii and so on, are left. Headers of some segmentations are not tho
 are (https://github.com/MIC-DKFZ/nnUNet/issues/850): they are all written anew with the volume's header.
 """
 
+import sys
 from functools import partial
 
+from nnunet_diffusion.conversion.command_line import command_line
 from nnunet_diffusion.conversion.layouts import ENDING, Layout, convert_layout
 
 LITS = Layout(
@@ -18,3 +20,6 @@ LITS = Layout(
     trust_voxels=True,
 )
 convert_lits = partial(convert_layout, LITS, dataset_id=29, name="LiTS")
+
+if __name__ == "__main__":
+    sys.exit(command_line(convert_lits, __doc__))

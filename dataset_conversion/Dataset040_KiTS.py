@@ -6,6 +6,9 @@ test scans: they are left. Later years hold the scans of the earlier ones: conve
 files, unless they are a part that both KiTS19 and KiTS23 have.
 """
 
+import sys
+
+from nnunet_diffusion.conversion.command_line import command_line
 from nnunet_diffusion.conversion.dataset import Converted
 from nnunet_diffusion.conversion.files import files_below
 from nnunet_diffusion.conversion.layouts import ENDING, Layout, convert_layout, matches
@@ -61,3 +64,7 @@ def find_year(source: str) -> int:
         if any(matches(pattern, path) for path in files):
             return year
     raise UserError(f"{source}: its files do not tell which KiTS they are of: give --year 19, with cysts 23")
+
+
+if __name__ == "__main__":
+    sys.exit(command_line(convert_kits, __doc__, year=tuple(YEARS)))

@@ -4,8 +4,10 @@ Read: imagesTr/amos_0001.nii.gz with labelsTr, and imagesVa with labelsVa, of th
 to 600) and test scans (imagesTs) are left. Label names are those of its dataset.json, with "aorta" spelled right.
 """
 
+import sys
 from functools import partial
 
+from nnunet_diffusion.conversion.command_line import command_line
 from nnunet_diffusion.conversion.layouts import ENDING, Layout, convert_layout
 
 CT, ANY = r"(?P<case>amos_0([0-4]\d\d|500))", r"amos_\d{4}"
@@ -33,3 +35,6 @@ AMOS22 = Layout(
     reference="https://amos22.grand-challenge.org",
 )
 convert_amos22 = partial(convert_layout, AMOS22, dataset_id=218, name="AMOS22")
+
+if __name__ == "__main__":
+    sys.exit(command_line(convert_amos22, __doc__))

@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import runpy
 import sys
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from raw_files import as_nnunet_reads
 
 from nnunet_diffusion.cli import build_parser, main
 from nnunet_diffusion.cli.convert import SCRIPTS
-from nnunet_diffusion.conversion.command_line import command_line
 from nnunet_diffusion.dataset_conversion.Dataset007_Pancreas import convert_pancreas
 from nnunet_diffusion.dataset_conversion.Dataset009_Spleen import convert_spleen
 from nnunet_diffusion.dataset_conversion.Dataset017_BTCV import convert_btcv
@@ -224,21 +224,22 @@ def test_wrong_year_or_values_are_refused(tmp_path, raw):
     assert list(raw.iterdir()) == []
 
 
-def test_a_script_of_ones_own_has_a_command_line(tmp_path, raw, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["script", str(btcv(tmp_path / "btcv")), "-d", "65"])
-    assert command_line(convert_btcv, "BTCV") == 0
-    assert "Dataset065_BTCV: 2 labeled" in capsys.readouterr().out
-    monkeypatch.setattr(sys, "argv", ["script", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match="1"):
-        command_line(convert_btcv, "BTCV")
-    assert "error: " in (error := capsys.readouterr().err) and "nowhere: cannot be listed" in error
+def run_script(monkeypatch, name: str, *arguments: str) -> int:
+    """Runs it as `python -m nnunet_diffusion.dataset_conversion.NAME` does; returns the exit code."""
+    monkeypatch.setattr(sys, "argv", ["script", *arguments])
+    monkeypatch.delitem(sys.modules, f"nnunet_diffusion.dataset_conversion.{name}", raising=False)  # else it warns
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"nnunet_diffusion.dataset_conversion.{name}", run_name="__main__")
+    return ended.value.code
 
 
-def test_a_published_set_by_name(tmp_path, raw, capsys):
+def test_scripts_have_a_command_line(tmp_path, raw, monkeypatch, capsys):
     source = kits(tmp_path, "segmentation", 2)
-    assert main(["convert", "kits", str(source), "--year", "19", "-d", "64", "--copy"]) == 0
+    assert run_script(monkeypatch, "Dataset040_KiTS", str(source), "--year", "19", "-d", "64", "--copy") == 0
     assert "Dataset064_KiTS: 2 labeled" in capsys.readouterr().out
     assert (raw / "Dataset064_KiTS" / "imagesTr" / "case_00000_0000.nii.gz").is_file()
+    assert run_script(monkeypatch, "Dataset017_BTCV", str(tmp_path / "nowhere")) == 1
+    assert "error: " in (error := capsys.readouterr().err) and "nowhere: cannot be listed" in error
 
 
 def test_scripts_and_names_have_the_same_defaults():

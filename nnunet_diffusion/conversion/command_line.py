@@ -1,4 +1,4 @@
-"""The command line of conversions: of `nnunet_diffusion convert`, and of scripts for data sets of one's own."""
+"""The command line of conversions: of `nnunet_diffusion convert`, and of the scripts of published data sets."""
 
 import argparse
 import sys
@@ -38,18 +38,21 @@ def tell(converted: Any) -> int:
     return int(bool(converted.skipped))
 
 
-def command_line(convert_set: Callable[..., Any], description: str | None) -> int:
+def command_line(convert_set: Callable[..., Any], description: str | None, **choices: tuple[int, ...]) -> int:
     """Runs a conversion from the command line, with the defaults of its signature; returns the exit code.
 
     Args:
-        convert_set: Takes source, dataset_id, name, copy and num_threads.
+        convert_set: Takes source, dataset_id, name, copy, num_threads and the names of `choices`.
         description: For --help.
+        **choices: Options of its own and their values.
     """
     import inspect  # not needed for --help
 
     defaults = {key: parameter.default for key, parameter in inspect.signature(convert_set).parameters.items()}
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, defaults["dataset_id"], defaults["name"])
+    for option, values in choices.items():
+        parser.add_argument(f"--{option}", type=int, choices=values, help="where the files do not tell")
     try:
         return tell(convert_set(**vars(parser.parse_args())))
     except (UserError, OSError) as error:
