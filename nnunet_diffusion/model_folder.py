@@ -32,13 +32,14 @@ for makes in (np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]):  # nu
 torch.serialization.add_safe_globals(PLAIN_NUMPY)  # for good: the end of a context would forget them altogether
 
 
-def load_nothing_but_plain_values() -> None:
-    """Lets `torch.load` in this process and in those that it starts read tensors and plain values only.
+# nnU-Net reads checkpoints and `-pretrained_weights` with `weights_only=False`, where a file could run any code; this
+# overrules it. Commands of nnU-Net's own must not inherit it: they do not know PLAIN_NUMPY.
+PLAIN_VALUES_ONLY = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 
-    nnU-Net reads checkpoints and `-pretrained_weights` with `weights_only=False`, where a file could run any code;
-    torch's environment variable overrules that.
-    """
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
+def load_nothing_but_plain_values() -> None:
+    """Lets `torch.load` in this process, a training, and in those that it starts read tensors and plain values only."""
+    os.environ.update(PLAIN_VALUES_ONLY)
 
 
 def load_plain(path: str, remedy: str) -> Any:
@@ -120,9 +121,9 @@ def find_folds(folder: str, folds: list[str] | None, checkpoint_name: str) -> li
 
 def load_predictor(folder: str, folds: list[str], checkpoint_name: str) -> nnUNetPredictor:
     """Loads a model folder as `nnUNetv2_predict` does, on the CPU, where results do not depend on chosen kernels."""
-    load_nothing_but_plain_values()
     predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False)
-    predictor.initialize_from_trained_model_folder(folder, tuple(folds), checkpoint_name)
+    with installation.environment(PLAIN_VALUES_ONLY):
+        predictor.initialize_from_trained_model_folder(folder, tuple(folds), checkpoint_name)
     return predictor
 
 

@@ -846,8 +846,8 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     shutil.copy(next(images.glob("tiny_003*")), tmp_path / "in")
     predict = ["nnUNetv2_predict", "-d", str(tiny.ID), "-c", "2d", "-f", "0", "-tr", "PseudoLabelTrainer", "-p", "P"]
     predict += ["-i", tmp_path / "in", "-o", tmp_path / "out", "-device", "cpu", "-npp", "1", "-nps", "1"]
-    stock = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_WEIGHTS_ONLY_LOAD"}
-    run_command(predict, env=stock | command_environment(None, "cpu")).check_returncode()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ  # stock nnU-Net's own commands do not inherit it
+    run_command(predict, env=os.environ | command_environment(None, "cpu")).check_returncode()
     assert (tmp_path / "out" / "tiny_003.nii.gz").is_file()
 
 

@@ -1,5 +1,6 @@
 """Trainers that nnU-Net finds through `nnUNet_extTrainer`."""
 
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -16,6 +17,17 @@ def settings_of(plans: dict, name: str) -> dict[str, Any]:
     from nnunet_diffusion.settings import effective, given_settings
 
     return effective(plans, our_trainer(name)) if name in trainer_names() else given_settings(plans, name)
+
+
+def chosen_settings_of(plans: dict, name: str) -> dict[str, Any]:
+    """Returns the settings that plans give a trainer and its bases; in plans of an earlier version, the trainer alone."""
+    from nnunet_diffusion.errors import UserError
+    from nnunet_diffusion.settings import chosen, given_settings
+
+    if name in trainer_names():
+        with suppress(UserError):
+            return chosen(plans, our_trainer(name))
+    return given_settings(plans, name)
 
 
 def our_trainers() -> list[type]:

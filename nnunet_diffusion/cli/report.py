@@ -34,10 +34,11 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.report.collect import collect
     from nnunet_diffusion.report.report import build_report
     from nnunet_diffusion.report.rounds import find_rounds
+    from nnunet_diffusion.trainers import chosen_settings_of
 
     name = find_dataset(args.d)
     raw, preprocessed, folder = (os.path.join(os.environ[root], name) for root in NEEDS)
-    results = collect(name, raw, preprocessed, folder, args.evaluation)
+    results = collect(name, raw, preprocessed, folder, args.evaluation, chosen_settings_of)
     if not results.dataset_json:
         raise UserError("\n".join([f"{raw}: its dataset.json cannot be used", *results.problems]))
     cases, pool = files_of(results, name, raw)

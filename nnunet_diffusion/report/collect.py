@@ -16,6 +16,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
 from nnunet_diffusion.preprocessing.cases import read_splits
 from nnunet_diffusion.report.slices import Picture, read_picture
+from nnunet_diffusion.settings import SettingsOf, given_settings
 from nnunet_diffusion.tables import Scores
 
 MODEL = re.compile(r"(?P<trainer>.+)__(?P<plans>.+)__(?P<configuration>.+)", re.DOTALL)
@@ -130,7 +131,14 @@ class Results:
         return sorted(self.attempt(folder, os.listdir) or ())
 
 
-def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations: list[str]) -> Results:
+def collect(
+    dataset: str,
+    raw: str,
+    preprocessed: str,
+    results: str,
+    evaluations: list[str],
+    settings_of: SettingsOf = given_settings,
+) -> Results:
     """Reads everything.
 
     Args:
@@ -139,6 +147,7 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
         preprocessed: In nnUNet_preprocessed.
         results: In nnUNet_results.
         evaluations: More files of `nnunet_diffusion evaluate`.
+        settings_of: Says what settings a model's plans give its trainer.
     """
     found = Results(dataset, {})
     names = found.entries(results)
@@ -150,7 +159,7 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
         for benchmark in ("label_efficiency", "partial_labels"):
             if content := found.json(os.path.join(results, name, benchmark + ".json"), "benchmark"):
                 found.benchmarks[name] = content
-    candidates = (_model(found, os.path.join(results, match[0]), match) for match in models)
+    candidates = (_model(found, os.path.join(results, match[0]), match, settings_of) for match in models)
     found.models = [model for model in candidates if model.folds]
     for path in evaluations:
         if evaluated := _evaluated(found, path):
@@ -160,10 +169,10 @@ def collect(dataset: str, raw: str, preprocessed: str, results: str, evaluations
     return found
 
 
-def _model(found: Results, folder: str, match: re.Match) -> Model:
+def _model(found: Results, folder: str, match: re.Match, settings_of: SettingsOf) -> Model:
     model = Model(*match.groups(), folder)
     names, plans = found.entries(folder), found.json(os.path.join(folder, "plans.json")) or {}
-    model.settings = plans.get("nnunet_diffusion", {}).get(model.trainer, {})
+    model.settings = settings_of(plans, model.trainer)
     for fold in filter(None, map(FOLD.fullmatch, names)):
         if (files := found.attempt(os.path.join(folder, fold[0]), os.listdir)) is not None:
             model.folds.append(_fold(found, os.path.join(folder, fold[0]), fold[1], sorted(files)))

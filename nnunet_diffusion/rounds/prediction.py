@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
-from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_nothing_but_plain_values, trainers_of
+from nnunet_diffusion.model_folder import PLAIN_VALUES_ONLY, find_folds, load_checkpoint, trainers_of
 from nnunet_diffusion.partial.annotations import Annotation, Channels
 from nnunet_diffusion.preprocessing.case_files import REMEDY, load_properties, read_preprocessed
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
@@ -92,15 +92,14 @@ class Teacher:
         Raises:
             UserError: If a checkpoint is missing, holds more than plain values, or its trainer cannot be found.
         """
-        from nnunet_diffusion.installation import ext_trainer_folders, with_our_trainers
+        from nnunet_diffusion.installation import environment, ext_trainer_folders, with_our_trainers
 
         self.identity = identity
         folds = find_folds(folder, folds, CHECKPOINT)
         for fold in folds:
             load_checkpoint(os.path.join(folder, f"fold_{fold}", CHECKPOINT))  # says what is wrong with it
-        load_nothing_but_plain_values()  # nnU-Net's predictor would run what a checkpoint carries
         on_cuda = device.type == "cuda"
-        with trainers_of(with_our_trainers(ext_trainer_folders())):
+        with trainers_of(with_our_trainers(ext_trainer_folders())), environment(PLAIN_VALUES_ONLY):
             self.predictor = nnUNetPredictor(
                 use_mirroring=mirroring, device=device, perform_everything_on_device=on_cuda, allow_tqdm=False
             )
