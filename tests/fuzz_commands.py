@@ -141,7 +141,7 @@ COMMANDS = {
         (DATA, SPLITS, SCANS, f"{OURS}/plans.json", f"{OURS}/fold_0/validation/summary.json", f"{OURS}/fold_0/*.json",
          f"{RESULTS}/rounds__*/**/*.json",
          f"{OURS}/fold_0/validation/*.nii.gz", f"{OURS}/fold_0/training_log*", f"{DRAWER}/denoiser.pth", ROUNDS_STATE,
-         f"{DRAWER}/samples/samples.json", f"{GIVEN}/evaluation_nnunet.json"),
+         f"{GIVEN}/evaluation_nnunet.json"),
         (f"{RESULTS}/report.html",),
     ),
     "export": Command(
