@@ -20,7 +20,7 @@ def settings_of(plans: dict, name: str) -> dict[str, Any]:
 
 
 def chosen_settings_of(plans: dict, name: str) -> dict[str, Any]:
-    """Returns the settings that plans give a trainer and its bases; in plans of an earlier version, the trainer alone."""
+    """Returns the settings that plans give a trainer and its bases; plans of an earlier version: the trainer alone."""
     from nnunet_diffusion.errors import UserError
     from nnunet_diffusion.settings import chosen, given_settings
 
