@@ -59,7 +59,10 @@ def export_stock(
         dataset_json = os.path.join(temporary, "dataset.json")
         write_json(dataset_json, without_cases(read_json(dataset_json, Dataset, REMEDY)))
         prove_same(source, temporary, folds, checkpoint_name, member)
-        os.rename(temporary, destination)
+        try:
+            os.rename(temporary, destination)
+        except OSError as error:
+            raise UserError(f"{destination} was made meanwhile by another command ({error.strerror})") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folds

@@ -17,7 +17,9 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.E
 
 
 @contextlib.contextmanager
-def locked(path: str, what: str, is_shared: bool = False, patience_s: float = PATIENCE_S) -> Iterator[int]:
+def locked(
+    path: str, what: str, is_shared: bool = False, patience_s: float | None = None, is_optional: bool = False
+) -> Iterator[int]:
     """Lets one command at a time work on something; yields the lock's file, which its commands should inherit.
 
     The system releases a lock when the last process that has its file open ends, however it ends. So a command of a
@@ -27,7 +29,8 @@ def locked(path: str, what: str, is_shared: bool = False, patience_s: float = PA
         path: Of the lock, a file that stays; its folder is created.
         what: Is worked on, for the message, such as "the folder X".
         is_shared: Several commands that all say so may work at the same time, such as parts of one work.
-        patience_s: How long another command is waited for.
+        patience_s: How long another command is waited for; `PATIENCE_S` if it is not given.
+        is_optional: Goes on without a lock where the file system knows none.
 
     Raises:
         UserError: If another command holds it for longer, with what it is; or if the file system knows no locks.
@@ -39,12 +42,14 @@ def locked(path: str, what: str, is_shared: bool = False, patience_s: float = PA
     except ImportError:  # not on Windows: the user must see to it
         fcntl = None
     try:
-        until = time.monotonic() + patience_s
+        until = time.monotonic() + (PATIENCE_S if patience_s is None else patience_s)
         while fcntl:
             try:
                 fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except OSError as error:
+                if error.errno in NO_LOCKS and is_optional:
+                    break
                 if error.errno in NO_LOCKS:
                     raise UserError(
                         f"{path}: its file system has no locks ({error.strerror}), so that two commands could spoil "

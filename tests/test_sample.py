@@ -12,9 +12,11 @@ import torch
 from full_disk import no_file_longer_than
 from nnunetv2.preprocessing.normalization.default_normalization_schemes import CTNormalization, RGBTo01Normalization
 
+from nnunet_diffusion import locks
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten
+from nnunet_diffusion.marks import WORK
 from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.draw import draw_images
@@ -279,3 +281,12 @@ def test_a_denoiser_with_learned_statistics_draws_too(tmp_path):
     common = (denoiser, Diffusion(timesteps=20), (12, 16), range(2), "ddim", 3, 0)
     draws = [torch.cat(list(draw_images(*common, batch_size))) for batch_size in (1, 2)]
     torch.testing.assert_close(*draws, atol=1e-4, rtol=1e-4)
+
+
+def test_a_second_command_on_the_same_samples_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.2)
+    arguments = ("--denoiser", denoisers.write(tmp_path / "d.pth"), "-n", 1, "--steps", 2, "-o", tmp_path / "samples")
+    with locks.locked(str(tmp_path / "samples" / WORK / "lock"), "it"):
+        assert run(*arguments) == 1
+    assert f"another command works on the samples in {tmp_path / 'samples'} (process " in capsys.readouterr().err
+    assert run(*arguments) == 0

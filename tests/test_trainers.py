@@ -16,10 +16,11 @@ from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn import functional as F
 
-from nnunet_diffusion import installation
+from nnunet_diffusion import installation, locks
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NotWritten
+from nnunet_diffusion.marks import WORK
 from nnunet_diffusion.pretraining.conditioning import fold
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser, rebuild
 from nnunet_diffusion.pretraining.start import find_start
@@ -347,6 +348,14 @@ def test_scratch_needs_no_denoiser_and_is_the_same_training(plans):
     trainer = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
     trainer.run_training()
     assert not os.path.exists(os.path.join(trainer.output_folder, "transfer_report.json"))
+
+
+def test_a_second_training_of_a_fold_is_refused(world, monkeypatch):
+    trainer = tiny.trainer(ConfiguredTrainer)
+    monkeypatch.setattr(locks, "PATIENCE_S", 0.2)
+    says = r"another command works on the training in .*fold_0 \(process "
+    with locks.locked(str(Path(trainer.output_folder) / WORK / "lock"), "it"), pytest.raises(UserError, match=says):
+        trainer.run_training()
 
 
 def test_resumed_fine_tuning_does_not_transfer_again(world):

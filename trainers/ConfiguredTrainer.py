@@ -1,5 +1,6 @@
 """nnU-Net with settings from the plans, and with left and right kept apart: the base of all trainers here."""
 
+import contextlib
 import io
 import os
 import random
@@ -14,6 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffusion import settings
 from nnunet_diffusion.files import atomic, check_shape, naming_full_disk
+from nnunet_diffusion.locks import locked
+from nnunet_diffusion.marks import WORK
 from nnunet_diffusion.model_folder import load_checkpoint, load_nothing_but_plain_values, refuse_unbuildable
 from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs
 from nnunet_diffusion.plans import check_plans
@@ -132,14 +135,21 @@ class ConfiguredTrainer(nnUNetTrainer):
         return train, validation
 
     def run_training(self):
-        """Names the folder if there is no room for what nnU-Net writes; ours names the file."""
-        with naming_full_disk(join(self.output_folder, "a file of the training")):
+        """Trains alone in its folder, and names it if there is no room for what nnU-Net writes; ours names the file."""
+        with self.alone(), naming_full_disk(join(self.output_folder, "a file of the training")):
             try:
                 super().run_training()
             except RuntimeError as error:
                 if UNREADABLE.search(str(error)):
                     refuse_unreadable(self.preprocessed_dataset_folder, sum(map(list, self.do_split()), []))
                 raise
+
+    def alone(self):
+        """Refuses a second training of the same fold; of several processes the first speaks for all."""
+        if self.local_rank != 0:
+            return contextlib.nullcontext()
+        what = f"the training in {self.output_folder}"
+        return locked(join(self.output_folder, WORK, "lock"), what, is_optional=True)
 
     def perform_actual_validation(self, save_probabilities: bool = False):
         """Names the folder if there is no room."""

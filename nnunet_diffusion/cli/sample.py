@@ -37,6 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws what is missing, then the sheet."""
+    from nnunet_diffusion.locks import locked
+    from nnunet_diffusion.marks import WORK
     from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
     from nnunet_diffusion.pretraining.diffusion import Diffusion
     from nnunet_diffusion.pretraining.draw import draw_images, number_of_steps
@@ -54,19 +56,20 @@ def run(args: argparse.Namespace) -> int:
     description = {"denoiser": os.path.abspath(path), "denoiser_sha256": sha256(path), "sampler": args.sampler}
     description |= {"steps": steps, "seed": args.seed, "plan": plan}
     description["body_share"] = content["training"].get("body_share", 0.0)
-    sample_files.begin(folder, description)
+    with locked(os.path.join(folder, WORK, "lock"), f"the samples in {folder}", is_optional=True):
+        sample_files.begin(folder, description)
 
-    there = set(sample_files.numbers_in(folder, len(plan["channel_names"])))
-    missing = [number for number in range(args.number) if number not in there]
-    batch_size = args.batch_size or content["training"].get("batch_size", 1)
-    images = draw_images(
-        denoiser, Diffusion(**process, device=device), plan["patch_size"], missing, args.sampler, steps, args.seed,
-        batch_size, progress=True,
-    )  # fmt: skip
-    for number, image in zip(missing, (image for batch in images for image in batch.numpy()), strict=True):
-        sample_files.write_sample(folder, number, image, plan)
-    print(f"{folder}: {len(missing)} image(s) drawn, {args.number - len(missing)} there before")
-    draw_sheet(folder, args.number, description)
+        there = set(sample_files.numbers_in(folder, len(plan["channel_names"])))
+        missing = [number for number in range(args.number) if number not in there]
+        batch_size = args.batch_size or content["training"].get("batch_size", 1)
+        images = draw_images(
+            denoiser, Diffusion(**process, device=device), plan["patch_size"], missing, args.sampler, steps, args.seed,
+            batch_size, progress=True,
+        )  # fmt: skip
+        for number, image in zip(missing, (image for batch in images for image in batch.numpy()), strict=True):
+            sample_files.write_sample(folder, number, image, plan)
+        print(f"{folder}: {len(missing)} image(s) drawn, {args.number - len(missing)} there before")
+        draw_sheet(folder, args.number, description)
     return 0
 
 
