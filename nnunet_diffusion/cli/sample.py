@@ -56,9 +56,8 @@ def run(args: argparse.Namespace) -> int:
     description = {"denoiser": os.path.abspath(path), "denoiser_sha256": sha256(path), "sampler": args.sampler}
     description |= {"steps": steps, "seed": args.seed, "plan": plan}
     description["body_share"] = content["training"].get("body_share", 0.0)
+    sample_files.begin(folder, description)
     with locked(os.path.join(folder, WORK, "lock"), f"the samples in {folder}", is_optional=True):
-        sample_files.begin(folder, description)
-
         there = set(sample_files.numbers_in(folder, len(plan["channel_names"])))
         missing = [number for number in range(args.number) if number not in there]
         batch_size = args.batch_size or content["training"].get("batch_size", 1)
