@@ -5,9 +5,9 @@ PyTorch files that people share.
 """
 
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import NotRequired, TypedDict
 
 STRICT = ConfigDict(strict=True, allow_inf_nan=False)
@@ -19,6 +19,9 @@ Spacing = Annotated[list[Positive], Field(min_length=2, max_length=3)]  # mm
 Size = Annotated[list[Count], Field(min_length=2, max_length=3)]  # voxels
 LabelValue = Index | Annotated[list[Index], Field(min_length=1)]
 FilePath = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # which no text with half a character passes, either
+Score = Annotated[float, Field(ge=0, le=1)]  # DSC, NSD
+# nnU-Net writes NaN where a score is not defined
+NnUNetScore = Annotated[Score | None, BeforeValidator(lambda score: None if score != score else score)]
 
 
 @with_config(STRICT)
@@ -152,78 +155,6 @@ def adapter(schema: Any) -> TypeAdapter:
     return TypeAdapter(schema)
 
 
-def _is_weight(value: Any) -> Any:
-    import torch  # heavy, and here for PyTorch's files alone
-
-    if not isinstance(value, torch.Tensor):
-        raise ValueError("must be a tensor")
-    if value.isnan().any():
-        raise ValueError("must not be NaN")
-    return value
-
-
-Weights = dict[str, Annotated[Any, AfterValidator(_is_weight)]]
-
-
-class SampledPlan(Strict):
-    """The plan of a denoiser, as far as its samples tell it."""
-
-    dataset_name: str
-    plans_name: str
-    configuration: str
-    spacing: Spacing
-    patch_size: Size
-    transpose_forward: Annotated[list[Index], Field(min_length=3, max_length=3)]
-    normalization_schemes: list[str]
-    intensities: dict[str, dict[str, float]]
-    channel_names: Annotated[dict[str, str], Field(min_length=1)]
-
-
-class PlanIdentity(SampledPlan):
-    """The plan that a denoiser or a teacher was made for; see `denoiser_file.plan_identity`."""
-
-    network_class: str
-    network_kwargs: dict[str, Any]
-    network_kwargs_requiring_import: list[str]
-
-
-class Process(Strict):
-    """A diffusion process; see `diffusion.Diffusion.description`."""
-
-    schedule: Literal["linear", "cosine", "sigmoid"]
-    timesteps: Count
-    prediction: Literal["epsilon", "v"]
-    prior: NotRequired[Annotated[list[list[float]], Field(min_length=2, max_length=2)]]
-
-
-class Training(Strict):
-    """What is said of a pre-training, as far as it is used."""
-
-    body_share: NotRequired[Annotated[float, Field(ge=0, le=1)]]
-    batch_size: NotRequired[Count]
-    health: NotRequired[str]
-
-
-class Denoiser(Strict):
-    """denoiser.pth."""
-
-    network_weights: Weights
-    timestep: Index
-    denoiser_weights: Weights
-    process: Process
-    plan: PlanIdentity
-    training: Training
-
-
-class Teacher(Strict):
-    """teacher.pth."""
-
-    teacher_weights: Weights
-    process: Process
-    plan: PlanIdentity
-    training: Training
-
-
 class InitArgs(Strict):
     """What a trainer was built from."""
 
@@ -263,29 +194,6 @@ def _shortened(text: str, limit: int = 80) -> str:
 
 # Of evaluations and the report.
 
-Score = Annotated[float, Field(ge=0, le=1)]  # DSC, NSD
-# nnU-Net writes NaN where a score is not defined
-NnUNetScore = Annotated[Score | None, BeforeValidator(lambda score: None if score != score else score)]
-
-
-class CaseFigures(Strict):
-    """nnU-Net's figures of a label or region in a case."""
-
-    Dice: NotRequired[NnUNetScore]
-
-
-class CaseMetrics(Strict):
-    """A case of nnU-Net's summary.json."""
-
-    prediction_file: str
-    metrics: dict[str, CaseFigures]
-
-
-class Summary(Strict):
-    """nnU-Net's summary.json, as far as the report needs it."""
-
-    metric_per_case: list[CaseMetrics]
-
 
 class MeanFigures(Strict):
     """Means over labels and cases; NaN and None where there is nothing to measure."""
@@ -299,172 +207,10 @@ class MeanSummary(Strict):
     foreground_mean: MeanFigures
 
 
-class EvaluatedPair(Strict):
-    """The scores of an organ in a case; null: not defined."""
-
-    dsc: Score | None
-    nsd: Score | None
-
-
-class UsedRules(Strict):
-    """The rules of an evaluation."""
-
-    name: str
-    description: str
-
-
-class EvaluationFile(Strict):
-    """evaluation_RULES.json."""
-
-    rules: UsedRules
-    cases: dict[str, dict[str, EvaluatedPair]]
-
-
 class TransferSource(Strict):
     """transfer_report.json, as far as rounds need it."""
 
     source: str
 
 
-class Transfer(TransferSource):
-    """transfer_report.json, as the report shows it."""
-
-    timestep: Index
-    matched: list[str]
-    adapted: list[str]
-    missing: list[str]
-    unexpected: list[str]
-    warnings: list[str]
-
-
-class QualityFigures(Strict):
-    """The figures of drawn images."""
-
-    FID: float
-    sFID: float
-    precision: float
-    recall: float
-    F1: float
-
-
-class Quality(Strict):
-    """quality_FEATURES.json."""
-
-    values: QualityFigures
-    samples: Count
-    real: Count
-    k: Count
-    features: str
-    warnings: list[str]
-
-
-class BenchmarkGroup(Strict):
-    """An arm of a benchmark at one budget."""
-
-    arm: str
-    budget: str
-    mean: Score
-    sd: Annotated[float, Field(ge=0)] | None
-
-
-class BenchmarkRun(Strict):
-    """A run of a benchmark."""
-
-    arm: str
-    budget: str
-    dice: Score
-
-
-class Benchmark(Strict):
-    """label_efficiency.json and partial_labels.json."""
-
-    summary: Annotated[list[BenchmarkGroup], Field(min_length=1)]
-    runs: list[BenchmarkRun]
-    test_cases: list[str]
-
-
-class RoundDecisions(Strict):
-    """How many scans a round kept, left waiting and dropped."""
-
-    keep: Index
-    wait: Index
-    drop: Index
-
-
-class RoundCase(Strict):
-    """A scan of a round: organ -> why it was not believed."""
-
-    reasons: dict[str, list[str]]
-
-
-class RoundReport(Strict):
-    """report.json of a round."""
-
-    decisions: RoundDecisions
-    organs: dict[str, Index]
-    cases: dict[str, RoundCase]
-
-
-class ModelPlans(Strict):
-    """plans.json of a model folder, as far as its settings are concerned: trainer -> setting -> value."""
-
-    nnunet_diffusion: NotRequired[dict[str, dict[str, Any]]]
-
-
-class Samples(Strict):
-    """samples.json."""
-
-    denoiser: str
-    plan: SampledPlan
-    body_share: NotRequired[Score]
-
-
 # Of conversions.
-
-
-class ConvertedFrom(Strict):
-    """dataset.json of a conversion: the folders that its cases came from."""
-
-    converted_from: list[str]
-
-
-class SourceDataset(Dataset):
-    """dataset.json of a data set that is joined with others; `partial` says more about labels than a shape can."""
-
-    channel_names: Annotated[dict[Annotated[str, Field(pattern=r"^\d+$")], str], Field(min_length=1)]
-    labels: dict[str, Any]
-    annotated_labels: NotRequired[dict[str, list[str]]]
-
-
-class JoinedSource(StrictAndClosed):
-    """A source of a mapping of `convert partial`; what its mapping means is checked where it is applied."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=60)]
-    about: NotRequired[Any]
-    dataset: NotRequired[FilePath]
-    images: NotRequired[FilePath]
-    labels: NotRequired[FilePath]
-    label_names: NotRequired[dict[str, Any]]
-    channel_names: NotRequired[Annotated[list[str], Field(min_length=1)]]
-    unlabeled: NotRequired[Annotated[list[FilePath], BeforeValidator(lambda n: [n] if isinstance(n, str) else n)]]
-    mapping: NotRequired[dict[str, Any]]
-    inside: NotRequired[dict[str, str]]
-    excludes: NotRequired[list[str]]
-
-
-class LabelMappingFile(StrictAndClosed):
-    """The mapping of `convert partial`."""
-
-    labels: Annotated[list[str], Field(min_length=1)]
-    sources: Annotated[list[JoinedSource], Field(min_length=1)]
-    about: NotRequired[Any]
-
-
-AnnotatedLabels = dict[str, list[str]]  # of `convert folder --annotated`
-
-
-class LabelFile(Strict):
-    """The JSON file of `convert folder --labels` that has regions; `label_values` says more than a shape can."""
-
-    labels: dict[str, Any]
-    regions_class_order: NotRequired[list[int]]

@@ -21,9 +21,9 @@ from nnunet_diffusion.pretraining.denoiser_file import build, load_denoiser
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.draw import draw_images
 from nnunet_diffusion.pretraining.process import PREDICTIONS, SCHEDULES
+from nnunet_diffusion.pretraining.schemas import Process
 from nnunet_diffusion.samples.files import numbers_in, read_samples, write_sample
 from nnunet_diffusion.samples.intensities import intensity_scale, to_intensities, to_normalized
-from nnunet_diffusion.schemas import Process
 
 
 def image_of(folder, number, channel=0):

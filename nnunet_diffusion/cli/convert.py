@@ -143,8 +143,8 @@ def _convert_published(args: argparse.Namespace) -> Any:
 
 def _convert_folder(args: argparse.Namespace) -> Any:
     from nnunet_diffusion.conversion.files import convert_folders
+    from nnunet_diffusion.conversion.schemas import AnnotatedLabels
     from nnunet_diffusion.files import read_json
-    from nnunet_diffusion.schemas import AnnotatedLabels
 
     channels = {str(channel): name for channel, name in enumerate(args.channel_names)}
     annotated = {"annotated_labels": read_json(args.annotated, AnnotatedLabels)} if args.annotated else {}
@@ -185,8 +185,8 @@ def read_labels(labels: list[str]) -> dict[str, Any]:
 
 def _read_label_file(path: str) -> dict[str, Any]:
     from nnunet_diffusion.conversion.dataset import label_values
+    from nnunet_diffusion.conversion.schemas import LabelFile
     from nnunet_diffusion.files import check_shape, read_json
-    from nnunet_diffusion.schemas import LabelFile
 
     content = read_json(path, dict[str, Any])
     content = content if "labels" in content else {"labels": content}

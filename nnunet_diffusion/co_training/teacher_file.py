@@ -4,7 +4,7 @@ from typing import Any
 
 from nnunet_diffusion.co_training.mask_diffusion import MaskDiffusion
 from nnunet_diffusion.pretraining.denoiser_file import check_own, load_own, refuse_other_topology, save_own
-from nnunet_diffusion.schemas import Teacher
+from nnunet_diffusion.pretraining.schemas import Teacher
 
 FORMAT = "nnunet_diffusion teacher"
 FORMAT_VERSION = 1

@@ -16,6 +16,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import find_candidate_dataset
 from tqdm import tqdm
 
 from nnunet_diffusion.conversion.relabeling import relabel
+from nnunet_diffusion.conversion.schemas import ConvertedFrom
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, read_json, write_json
 from nnunet_diffusion.locks import locked
@@ -29,7 +30,6 @@ from nnunet_diffusion.preprocessing.scan_checks import (
     orientation,
     read_geometry,
 )
-from nnunet_diffusion.schemas import ConvertedFrom
 
 REORIENTING_READER = "NibabelIOWithReorient"  # nnU-Net's; turns NIfTI scans to RAS
 Labeled = Mapping[str, tuple[list[str], str]]  # {case: ([path per channel], label path)}

@@ -7,10 +7,10 @@ from typing import Any
 from nnunet_diffusion.conversion.dataset import Converted, convert, dataset_folder
 from nnunet_diffusion.conversion.joining import Joined, common_channels, common_ending, common_reader
 from nnunet_diffusion.conversion.label_mapping import IGNORE, LabelMapping, map_labels, refuse_hidden_parts
+from nnunet_diffusion.conversion.schemas import LabelMappingFile
 from nnunet_diffusion.conversion.sources import Source, read_source
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
-from nnunet_diffusion.schemas import LabelMappingFile
 
 REMEDY = "correct it, `nnunet_diffusion convert partial --help` shows how"
 

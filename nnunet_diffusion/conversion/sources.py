@@ -8,11 +8,11 @@ from typing import Any
 
 from nnunet_diffusion.conversion.dataset import Labeled, Unlabeled, refuse
 from nnunet_diffusion.conversion.files import grouped, image_files, matched, single, the_ending
+from nnunet_diffusion.conversion.schemas import SourceDataset
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
 from nnunet_diffusion.preprocessing.cases import absolute_path, labeled_files, unlabeled_cases
 from nnunet_diffusion.preprocessing.scan_checks import GEOMETRIC_ENDINGS
-from nnunet_diffusion.schemas import SourceDataset
 
 FOLDER_KEYS = {"images", "labels", "label_names", "channel_names"}
 REMEDY = "convert that data set again"

@@ -12,7 +12,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, check_shape
 from nnunet_diffusion.model_folder import load_plain
 from nnunet_diffusion.pretraining.conditioning import Denoiser, condition, fold
-from nnunet_diffusion.schemas import Denoiser as DenoiserContent
+from nnunet_diffusion.pretraining.schemas import Denoiser as DenoiserContent
 
 FORMAT = "nnunet_diffusion denoiser"
 FORMAT_VERSION = 1

@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from nnunet_diffusion import schemas
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
 from nnunet_diffusion.preprocessing.cases import read_splits
+from nnunet_diffusion.report import schemas
 from nnunet_diffusion.report.slices import Picture, read_picture
+from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.settings import SettingsOf, given_settings
 from nnunet_diffusion.tables import Scores
 
@@ -25,7 +26,7 @@ NO_MODELS = ("rounds", "mutual")  # folders of these commands, named like a trai
 MEASURES = {"DSC": "dsc", "NSD": "nsd"}
 # File -> its schema, and what the user can do if it cannot be read.
 FILES = {
-    "dataset.json": (schemas.Dataset, "correct it"),
+    "dataset.json": (Dataset, "correct it"),
     "plans.json": (schemas.ModelPlans, "copy it from nnUNet_preprocessed"),
     "transfer_report.json": (schemas.Transfer, "train the fold again to have it"),
     "summary.json": (schemas.Summary, "make it anew with nnUNetv2_train ... --val"),

@@ -11,19 +11,29 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from typing_extensions import NotRequired
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.image_files import write_scan
 from nnunet_diffusion.names import safe_name
+from nnunet_diffusion.pretraining.schemas import SampledPlan
 from nnunet_diffusion.records import made_from, refuse_other
 from nnunet_diffusion.samples.intensities import plan_scales, to_intensities, to_normalized
-from nnunet_diffusion.schemas import Samples
+from nnunet_diffusion.schemas import Score, Strict
 
 DESCRIPTION = "samples.json"
 REMEDY = "draw them again with nnunet_diffusion sample"
 SLICE_THICKNESS_MM = 1.0
 FILE = re.compile(r"sample_(\d{5})_0000\.nii\.gz")
+
+
+class Samples(Strict):
+    """samples.json."""
+
+    denoiser: str
+    plan: SampledPlan
+    body_share: NotRequired[Score]
 
 
 def begin(folder: str, description: Mapping[str, Any]) -> None:
