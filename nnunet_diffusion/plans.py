@@ -50,7 +50,7 @@ def read_plans(folder: str, name: str, configuration: str | None = None) -> dict
 
 
 def read_plans_file(path: str) -> dict:
-    """The content of a plans file in nnUNet_preprocessed.
+    """Reads a plans file in nnUNet_preprocessed.
 
     Raises:
         UserError: If it cannot be worked with, or is of another data set: trainings would read and write there.

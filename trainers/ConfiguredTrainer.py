@@ -57,7 +57,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         settings.chosen(plans, type(self), our_trainers())
         super().__init__(plans, configuration, fold, dataset_json, device)
         settings.apply(self)
-        self.is_resumed = False
+        self.is_resumed, self.checked_cases = False, set()
         if self.is_ddp and (device.type != "cuda" or device.index is not None):
             # nnU-Net takes the number of the process for that of its GPU, which holds on the first machine only
             self.device = device
@@ -131,7 +131,9 @@ class ConfiguredTrainer(nnUNetTrainer):
         if self.fold != "all" and os.path.isfile(path):
             read_splits(path)
         train, validation = super().do_split()
-        check_preprocessed(self.preprocessed_dataset_folder, [*train, *validation])
+        unchecked = {*train, *validation} - self.checked_cases  # nnU-Net and trainers of ours split several times
+        check_preprocessed(self.preprocessed_dataset_folder, sorted(unchecked))
+        self.checked_cases |= unchecked
         return train, validation
 
     def run_training(self):
