@@ -1,7 +1,8 @@
-"""nnU-Net with settings from the plans, and with left and right kept apart: the base of all trainers here."""
+"""nnU-Net with settings from the plans and views that fit the data: the base of all trainers here."""
 
 import contextlib
 import io
+import math
 import os
 import random
 import re
@@ -21,17 +22,20 @@ from nnunet_diffusion.model_folder import load_checkpoint, load_nothing_but_plai
 from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs
 from nnunet_diffusion.plans import check_plans
 from nnunet_diffusion.preprocessing.case_files import check_preprocessed, load_properties, refuse_unreadable
-from nnunet_diffusion.preprocessing.cases import read_splits
+from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers, read_splits
 from nnunet_diffusion.schemas import Dataset
-from nnunet_diffusion.settings import above, at_least
+from nnunet_diffusion.settings import above, at_least, between, one_of
 from nnunet_diffusion.trainers import our_trainers
+from nnunet_diffusion.views import MIRRORING, Views, choose_views, lie_the_same_way, rotated_patch_size
 
 # Of blosc2, where the training process itself reads the cases, and of batchgenerators, where others do.
 UNREADABLE = re.compile("getting the buffer|background workers")
 
 
 class ConfiguredTrainer(nnUNetTrainer):
-    """Plain nnU-Net whose settings come from plans.json; it never mirrors left-right where labels differ by side.
+    """Plain nnU-Net whose settings come from plans.json, among them how patches are rotated and mirrored.
+
+    Scans that all lie the same way are shown upright; left and right are never swapped where labels differ by side.
 
     The block `nnunet_diffusion: {"ConfiguredTrainer": {"num_epochs": 100}}` of plans.json overrides the defaults
     below. Everything not overridden here is nnU-Net's own.
@@ -43,10 +47,13 @@ class ConfiguredTrainer(nnUNetTrainer):
     initial_lr: float = 1e-2  # learning rate, falling to 0 over the epochs
     weight_decay: float = 3e-5  # L2 penalty; of AdamW, decoupled
     save_every: int = 50  # epochs between two checkpoint_latest.pth
+    mirroring: str = "auto"  # all: nnU-Net's axes; none; auto: none if all scans are known to lie the same way
+    rotation_degrees: float = -1.0  # at most; negative: 15 if all scans are known to lie the same way, else nnU-Net's
     seed: int = -1  # negative: not seeded; exact repetition also needs nnUNet_n_proc_DA=0 and a CPU
     allowed_values = {
         **dict.fromkeys(("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"), at_least(1)),
         "initial_lr": above(0), "weight_decay": at_least(0), "save_every": at_least(1),
+        "mirroring": one_of(*MIRRORING), "rotation_degrees": between(-1, 180),
     }  # fmt: skip
     has_deep_supervision = True  # the network; one without is never asked for outputs at several scales
 
@@ -107,23 +114,32 @@ class ConfiguredTrainer(nnUNetTrainer):
             torch.manual_seed(seed)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
-        """Leaves the left-right axis out of mirroring, in training and (through the checkpoint) at test time."""
-        rotation, dummy_2d, patch_size, mirror_axes = (
-            super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        )
-        pairs = lateral_pairs(self.dataset_json["labels"])
+        """Chooses the views of the training; the checkpoint carries the mirrored axes to prediction."""
+        rotation, dummy_2d, _, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        patch_size, scans = self.configuration_manager.patch_size, self.scan_properties()
+        pairs, lateral = lateral_pairs(self.dataset_json["labels"]), set()
         if pairs:
-            folder = self.preprocessed_dataset_folder
-            cases = infer_dataset_class(folder).get_identifiers(folder)
-            lateral = axes_not_to_mirror(
-                (load_properties(join(folder, f"{case}.pkl")) for case in cases),
-                self.plans_manager.transpose_forward,
-                len(self.configuration_manager.patch_size),
-            )
-            mirror_axes = tuple(axis for axis in mirror_axes if axis not in lateral)
-            self.print_to_log_file(f"Labels come in left/right pairs {pairs}: axes {sorted(lateral)} are not mirrored")
-            self.inference_allowed_mirroring_axes = mirror_axes or None  # nnU-Net's predictor wants None, not ()
-        return rotation, dummy_2d, patch_size, mirror_axes
+            lateral = axes_not_to_mirror(scans, self.plans_manager.transpose_forward, len(patch_size))
+        nnunet = Views(math.degrees(rotation[1]), mirror_axes)
+        is_oriented = lie_the_same_way(scans)
+        views = choose_views(nnunet, self.mirroring, self.rotation_degrees, is_oriented, lateral)
+        self.print_to_log_file(
+            f"Patches are rotated by up to {views.degrees:g} degrees and mirrored along axes {list(views.mirror_axes)}; "
+            + (f"all {len(scans)} scans lie the same way" if is_oriented else "scans are not known to lie the same way")
+            + (f"; labels come in left/right pairs {pairs}, axes {sorted(lateral)} are never mirrored" if pairs else "")
+        )
+        self.inference_allowed_mirroring_axes = views.mirror_axes or None  # nnU-Net's predictor wants None, not ()
+        angle = math.radians(views.degrees)
+        size = rotated_patch_size(patch_size, views.degrees, dummy_2d)
+        return (-angle, angle), dummy_2d, size, views.mirror_axes
+
+    def scan_properties(self) -> list[dict]:
+        """Returns what nnU-Net's reader said of every preprocessed scan, labeled or in the pool."""
+        folder = self.preprocessed_dataset_folder
+        pool = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
+        files = [join(folder, case) for case in infer_dataset_class(folder).get_identifiers(folder)]
+        files += [join(pool, case) for case in pool_identifiers(pool)]
+        return [load_properties(f"{file}.pkl") for file in files]
 
     def do_split(self):
         """Checks what people edit and kills may cut: splits_final.json, and the files of the cases."""

@@ -1,16 +1,15 @@
 """Pre-trains the planned network on every image of the data set, labeled or not, by denoising diffusion."""
 
 import itertools
-import math
 from time import time
 
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import isfile, join
+from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
 from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.pseudo2d import Convert2DTo3DTransform, Convert3DTo2DTransform
-from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -54,7 +53,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     timestep: int = 50  # t*, at which `network_weights` of denoiser.pth is folded
     noise_scale: float = 1.0  # noise of unit variance is this many times the spread of intensities in the body
     body_share: float = 0.67  # of the patches are centered on the body, which is brighter than what is around it
-    augment: bool = True  # small rotations and scalings; never mirrors, which would make impossible anatomy
+    augment: bool = True  # rotations, scalings and mirroring as when labels are learned
     held_out: float = 0.05  # share of the pool that fold `all` does not train on
     sample_every: int = 50  # epochs between two sheets of samples; 0 for none
     sample_steps: int = 50  # of DDIM
@@ -124,7 +123,8 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
         patch_size, count = self.configuration_manager.patch_size, self.num_val_iterations_per_epoch
         if not self.is_resumed:
             networks = [unwrap(self.network), self.ema.module]
-            patches = fixed_batches(train, 20, self.batch_size, patch_size, self.label_manager, 1234, self.body_share)
+            fixed = fixed_batches(train, 20, self.batch_size, patch_size, self.label_manager, 1234, self.body_share)
+            patches = [batch["data"] for batch in fixed]
             self.diffusion.calibrate(networks, image_statistics(train), patches, self.noise_scale)
         sampled_size, transforms = self.spatial_augmentation() if self.augment else (patch_size, None)
         on_cuda = self.device.type == "cuda"
@@ -133,31 +133,24 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
             transforms=transforms, workers=get_allowed_n_proc_DA(), pin_memory=on_cuda,
         )  # fmt: skip
         fixed = fixed_batches(held_out, count, self.batch_size, patch_size, self.label_manager, 1234, self.body_share)
-        batches = [{"data": data, "number": number} for number, data in enumerate(fixed)]
+        batches = [{**batch, "number": number} for number, batch in enumerate(fixed)]
         self.real_images = batches[0]["data"].numpy()
         return loader, itertools.cycle(batches)
 
     def spatial_augmentation(self):
-        """Returns the geometric part of nnU-Net's augmentation, milder: what is learned must look like a patient."""
+        """Returns the geometric part of nnU-Net's augmentation, the views that fine-tuning will show."""
         patch_size = self.configuration_manager.patch_size
-        _, dummy_2d, _, _ = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        angles, scaling = (-math.pi / 12, math.pi / 12), (0.9, 1.1)
-        nnunet = self.get_training_transforms(patch_size, angles, None, (), dummy_2d)
-        kinds = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform)
-        transforms = [t for t in nnunet.transforms if isinstance(t, kinds)]
-        for transform in transforms:
-            if isinstance(transform, SpatialTransform):
-                transform.scaling = scaling
-        sampled_size = get_patch_size(patch_size, angles, angles, angles, scaling)
-        if dummy_2d:
-            sampled_size[0] = patch_size[0]
-        return sampled_size, ComposeTransforms(transforms)
+        rotation, dummy_2d, size, axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        nnunet = self.get_training_transforms(patch_size, rotation, None, axes, dummy_2d)
+        kinds = (Convert3DTo2DTransform, SpatialTransform, Convert2DTo3DTransform, MirrorTransform)
+        return size, ComposeTransforms([t for t in nnunet.transforms if isinstance(t, kinds)])
 
     def loss_on(self, network, batch, timestep, noise):
-        """Computes the diffusion loss of a network on a batch, in the precision that nnU-Net trains in."""
+        """Computes the diffusion loss on a batch, but for what lies outside the scans and was padded."""
         images = batch["data"].to(self.device, non_blocking=True)
         with self.mixed_precision():
-            return self.diffusion.loss(network, unwrap(self.network).scaled(images), timestep, noise)
+            images = unwrap(self.network).scaled(images)
+            return self.diffusion.loss(network, images, timestep, noise, is_scan=batch["target"].to(self.device) >= 0)
 
     def train_step(self, batch: dict) -> dict:
         """Takes one step at random timesteps, and its part in the average of the weights."""

@@ -165,7 +165,8 @@ class DiffusionCoTrainingTrainer(PartialLabelTrainer):
         self.print_to_log_file(f"{self.method} with {len(pool.identifiers)} unlabeled images")
         patch_size = self.configuration_manager.patch_size
         if self.method == "co_training" and not self.is_resumed:
-            patches = fixed_batches(pool, 20, self.batch_size, patch_size, self.label_manager, seed=1234)
+            fixed = fixed_batches(pool, 20, self.batch_size, patch_size, self.label_manager, seed=1234)
+            patches = (batch["data"] for batch in fixed)
             self.teacher.diffusion.calibrate([self.teacher.network], image_statistics(pool), patches)
         rotation, dummy_2d, size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         return image_loader(

@@ -173,4 +173,4 @@ def real_batches(description: dict, number: int, batch_size: int, dataset: str |
     labels = plans.get_label_manager(read_json(os.path.join(folder, "dataset.json")))
     share = description["body_share"]
     for batch in fixed_batches(ImageDataset(images), number, batch_size, plan["patch_size"], labels, 0, share):
-        yield batch.numpy()
+        yield batch["data"].numpy()

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from nnunet_diffusion.views import axis_directions
+
 _SIDE = re.compile(r"(?<![a-z])(left|right)(?![a-z])|(?<![a-z])([lr])(?![a-z])")
 
 
@@ -28,27 +30,18 @@ def lateral_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
     return [(pair["l"], pair["r"]) for pair in sides.values() if len(pair) == 2]
 
 
-def left_right_axis(properties: dict) -> int:
+def left_right_axis(properties: dict) -> int | None:
     """Returns the axis of nnU-Net's image array (before the plan's transpose) that runs closest to left-right.
 
     Args:
         properties: What nnU-Net's reader says of an image, as kept in the preprocessed `.pkl`.
 
     Returns:
-        0, 1 or 2; arrays are ordered as nnU-Net's readers order them.
-
-    Raises:
-        KeyError: If the reader keeps no direction (2-D pictures have none).
+        0, 1 or 2, arrays are ordered (z, y, x) by nnU-Net's readers; None if the reader keeps no direction (of 2-D
+        pictures there is none).
     """
-    if "sitk_stuff" in properties:
-        direction = np.array(properties["sitk_stuff"]["direction"])
-        size = int(round(len(direction) ** 0.5))
-        first_world_axis = direction.reshape(size, size)[0]  # rows are world axes, columns are image axes x, y, z
-        return 2 - int(np.abs(first_world_axis).argmax())  # arrays are (z, y, x)
-    stuff = properties["nibabel_stuff"]
-    affine = np.array(stuff.get("reoriented_affine", stuff.get("original_affine")))
-    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    return 2 - int(np.abs(directions[0]).argmax())
+    directions = axis_directions(properties)
+    return None if directions is None else 2 - int(np.abs(directions[0]).argmax())
 
 
 def axes_not_to_mirror(all_properties: Iterable[dict], transpose_forward: list[int], dimensions: int) -> set[int]:
@@ -64,10 +57,7 @@ def axes_not_to_mirror(all_properties: Iterable[dict], transpose_forward: list[i
     """
     axes = set()
     for properties in all_properties:
-        try:
-            axis = list(transpose_forward).index(left_right_axis(properties)) - (3 - dimensions)
-        except KeyError:
-            continue
-        if axis >= 0:
-            axes.add(axis)
-    return axes
+        left_right = left_right_axis(properties)
+        if left_right is not None:
+            axes.add(list(transpose_forward).index(left_right) - (3 - dimensions))
+    return {axis for axis in axes if axis >= 0}

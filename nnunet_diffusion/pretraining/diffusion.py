@@ -70,7 +70,9 @@ class Diffusion:
         mean = process.patch_mean(self.prediction, x_t, self.alpha_bar[timestep], self.prior)
         return network(x_t, timestep).float() + mean
 
-    def loss(self, network: Network, x_0: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+    def loss(
+        self, network: Network, x_0: Tensor, timestep: Tensor, noise: Tensor, is_scan: Tensor | None = None
+    ) -> Tensor:
         """Computes the weighted mean squared error of the prediction.
 
         Args:
@@ -78,15 +80,19 @@ class Diffusion:
             x_0: (B, C, X, Y[, Z]) images.
             timestep: (B,) int64.
             noise: Standard normal, of the shape of `x_0`.
+            is_scan: (B, 1, X, Y[, Z]) bool, False where a patch was padded, which teaches nothing; None: all is scan.
 
         Returns:
-            Scalar.
+            Scalar; a sample's error is the mean over its scan.
         """
         a = self.alpha_bar[timestep]
         output = self.predict(network, process.add_noise(x_0, noise, a), timestep)
         error = (output - process.prediction_target(self.prediction, x_0, noise, a)).square()
         weight = process.loss_weight(self.weighting, self.prediction, a, self.gamma)
-        return (weight * error.flatten(1).mean(1)).mean()
+        error = error.mean(1, keepdim=True)
+        counts = torch.ones_like(error) if is_scan is None else is_scan.to(error)
+        mean_error = (error * counts).flatten(1).sum(1) / counts.flatten(1).sum(1).clamp_min(1)
+        return (weight * mean_error).mean()
 
     def sample(self, network: Network, x_T: Tensor, steps: int, **kwargs) -> Tensor:
         """Draws images by DDIM from standard normal x_T; for the arguments see `sampler.ddim`."""

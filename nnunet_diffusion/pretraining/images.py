@@ -196,7 +196,8 @@ def image_loader(
         body_share: Of the patches that are centered on the body.
 
     Returns:
-        An iterator over batches {"data": (B, C, X, Y[, Z]), "target": all background, "keys": identifiers}.
+        An iterator over batches {"data": (B, C, X, Y[, Z]), "target": (B, 1, X, Y[, Z]), background, and outside of
+        the scan -1 (nnU-Net's augmentation makes that background, too), "keys": identifiers}.
     """
     dataset.finds_body = body_share > 0
     loader = nnUNetDataLoader(
@@ -232,7 +233,7 @@ def in_background(loader: nnUNetDataLoader, workers: int, cached: int, pin_memor
 def fixed_batches(
     dataset: ImageDataset, number: int, batch_size: int, patch_size, label_manager, seed: int, body_share: float = 0.0
 ):
-    """Yields `number` batches (B, C, X, Y[, Z]) of random patches that are always the same; torch tensors.
+    """Yields `number` batches of `image_loader`, of random patches that are always the same, not transformed.
 
     Leaves numpy's generator, which nnU-Net's loader draws from, as it was.
     """
@@ -241,7 +242,7 @@ def fixed_batches(
     for _ in range(number):
         before = np.random.get_state()
         np.random.set_state(state)
-        data = next(loader)["data"]
+        batch = next(loader)
         state = np.random.get_state()
         np.random.set_state(before)
-        yield data
+        yield batch
