@@ -33,6 +33,7 @@ def argument_parser(description: str, num_epochs: int = 100) -> argparse.Argumen
         help="how many patients to hold out, or a file with one case a line "
         "(default: as before, else fold 0's validation cases, else a fifth)",
     )
+    parser.add_argument("--set_aside", help="file with one case a line: neither trained nor tested on, nor in a pool")
     parser.add_argument("--split_seed", type=int, default=0, help="draws the test patients (default: %(default)s)")
     parser.add_argument("--patients", help="JSON with case -> patient (default: every case is a patient)")
     parser.add_argument("--num_epochs", type=int, default=num_epochs, help="(default: %(default)s)")
@@ -116,7 +117,8 @@ def split_patients(args: argparse.Namespace, base: Path, out: Path) -> tuple[lis
     patient_of = json.loads(Path(args.patients).read_text()) if args.patients else None
     patients = group_by_patient(preprocessed_cases(args, base), patient_of)
     test = choose_test_cases(args, patients, out / "test_cases.json", base / "splits_final.json")
-    return test, {patient: cases for patient, cases in patients.items() if not set(cases) & set(test)}
+    away = set(test) | set(Path(args.set_aside).read_text().split() if args.set_aside else ())
+    return test, {patient: cases for patient, cases in patients.items() if not set(cases) & away}
 
 
 def is_finished(job: dict) -> bool:
