@@ -42,8 +42,8 @@ from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers
 
 PLANNED, TWIN, CONTROL = "DiffusionCoTrainingTrainer", "DiffusionCoTrainingTwinTrainer", "supervised"
 ARMS = {
-    "supervised": (PLANNED, {"method": "supervised"}),
-    "mean_teacher": (PLANNED, {"method": "mean_teacher"}),
+    "supervised": ("DiffusionPretrainedTrainer", {}),
+    "mean_teacher": ("MeanTeacherTrainer", {}),
     "cross_pseudo": (PLANNED, {"method": "cross_pseudo", "gate": 0.0}),
     "co_training": (PLANNED, {"method": "co_training", "gate": 0.0}),
     "co_training_gate": (PLANNED, {"method": "co_training"}),
@@ -67,7 +67,7 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
     files = {}
     if settings["start"] == "denoiser":
         files["start"] = find_pretrained(args, base, test, "DenoisingDiffusionTrainer", "denoiser.pth")
-    if settings["method"] == "co_training" and not args.no_teacher:
+    if settings.get("method") == "co_training" and not args.no_teacher:
         files["teacher_file"] = find_pretrained(args, base, test, "DiffusionTeacherTrainer", "teacher.pth")
     for setting, file in files.items():
         settings[setting] = str(file)

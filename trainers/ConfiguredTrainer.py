@@ -124,7 +124,7 @@ class ConfiguredTrainer(nnUNetTrainer):
         is_oriented = lie_the_same_way(scans)
         views = choose_views(nnunet, self.mirroring, self.rotation_degrees, is_oriented, lateral)
         self.print_to_log_file(
-            f"Patches are rotated by up to {views.degrees:g} degrees and mirrored along axes {list(views.mirror_axes)}; "
+            f"Patches are rotated by up to {views.degrees:g} degrees, mirrored along axes {list(views.mirror_axes)}: "
             + (f"all {len(scans)} scans lie the same way" if is_oriented else "scans are not known to lie the same way")
             + (f"; labels come in left/right pairs {pairs}, axes {sorted(lateral)} are never mirrored" if pairs else "")
         )

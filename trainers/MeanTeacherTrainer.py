@@ -1,0 +1,223 @@
+"""Trains on labeled cases and on the unlabeled pool, whose labels the average of the network's weights makes."""
+
+import math
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import join
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch.optim.swa_utils import AveragedModel
+
+from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.mean_teacher.copy_paste import random_labeled_parts
+from nnunet_diffusion.mean_teacher.pseudo_labels import ClassThresholds, occurring, recognized, without_absent
+from nnunet_diffusion.mean_teacher.strong_view import with_strong_view
+from nnunet_diffusion.model_folder import unwrap
+from nnunet_diffusion.optimization import ramp_up, warming_ema
+from nnunet_diffusion.partial.annotations import annotated_mask, group_map
+from nnunet_diffusion.partial.losses import annotated
+from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers
+from nnunet_diffusion.pretraining.images import ImageDataset, image_loader, refuse_other_channels
+from nnunet_diffusion.rounds.pseudo_labels import ignoring
+from nnunet_diffusion.settings import at_least, between, one_of
+from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
+
+
+class MeanTeacherTrainer(PartialLabelTrainer):
+    """nnU-Net that also learns its own averaged predictions of the pool, with labeled boxes pasted into it and back.
+
+    A step has a labeled batch, as ever, and a mixed one: parts of labeled patches with their labels, parts of patches
+    of the pool with the labels that the teacher, the average of the weights (Tarvainen and Valpola 2017), is sure of;
+    it sees them as they are, the student with other intensities (Sohn et al. 2020). Copy-paste is Bai et al. 2023. The
+    teacher speaks when the student recognizes every class on labeled patches. The model folder is stock.
+    """
+
+    start: str = "denoiser"  # this data set's own
+    supervised_share: float = 0.3  # of the epochs, in which there are only labels, and until every class is recognized
+    unlabeled_weight: float = 0.5  # of the mixed batch, when it is ramped up
+    ramp: float = 0.0  # share of the epochs over which that weight grows, from the first with the pool on
+    ema_decay: float = 0.99  # of the teacher
+    confidence: float = 0.6  # least probability of a pseudo label, of the class that the teacher is surest of
+    adaptive: bool = True  # lower for classes that the teacher is less sure of; False: the same for all
+    absent: str = "unknown"  # a class that the teacher does not find in a patch of the pool; or background
+    paste: str = "both"  # labeled boxes into patches of the pool, and the other way round; or into_pool, none
+    strong_probability: float = 0.5  # of each change of intensities in the student's view of the pool
+    body_share: float = 0.67  # of the pool's patches are centered on the body
+    allowed_values = {
+        **dict.fromkeys(("unlabeled_weight", "ramp"), at_least(0)),
+        **dict.fromkeys(
+            ("supervised_share", "ema_decay", "confidence", "strong_probability", "body_share"), between(0, 1)
+        ),
+        "absent": one_of("unknown", "background"), "paste": one_of("both", "into_pool", "none"),
+    }  # fmt: skip
+
+    def prepare(self):
+        """Refuses regions and cascades."""
+        name = type(self).__name__
+        if self.label_manager.has_regions:
+            raise UserError(f"{name}: regions overlap, a pseudo label has one class a voxel")
+        if self.is_cascaded:
+            raise UserError(f"{name}: {self.configuration_name} needs the masks of an earlier stage, the pool has none")
+
+    def initialize(self):
+        """Adds the teacher; refuses a label that no training case annotates: its pseudo labels would be noise."""
+        self.label_manager = ignoring(self.label_manager)
+        super().initialize()
+        known = annotated_mask(self.do_split()[0], self.annotations, self.channels).any(0)
+        if unknown := [name for name, is_known in zip(self.channels, known.tolist(), strict=True) if not is_known]:
+            raise UserError(
+                f"no training case annotates {unknown}: nothing tells student and teacher what that is; annotate it, "
+                "or take it out of the labels"
+            )
+        self.teacher = AveragedModel(unwrap(self.network), multi_avg_fn=warming_ema(self.ema_decay))
+        self.teacher.requires_grad_(False).eval()
+        if self._do_i_compile():
+            self.teacher.module.compile()
+        self.thresholds = ClassThresholds(len(self.channels), self.confidence, is_adaptive=self.adaptive)
+        self.thresholds.to(self.device)
+        self.recognized = torch.zeros(len(self.channels), dtype=torch.bool, device=self.device)
+        self.first_epoch_with_pool = -1  # not yet
+
+    def on_train_start(self):
+        """Lets the teacher start where the student starts."""
+        super().on_train_start()
+        if not self.is_resumed:
+            self.teacher.module.load_state_dict(unwrap(self.network).state_dict())
+
+    def get_dataloaders(self):
+        """Adds a loader of the pool to nnU-Net's."""
+        self.pool_loader = self.get_pool_loader()
+        return super().get_dataloaders()
+
+    def get_pool_loader(self):
+        """Returns random patches of the unlabeled images in two views; refuses a pool that is missing or misfits."""
+        folder = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
+        masked = self.configuration_manager.use_mask_for_norm
+        pool = ImageDataset([join(folder, case) for case in pool_identifiers(folder)], any(masked))
+        if not pool.identifiers:
+            raise UserError(
+                f"there is no unlabeled image in {folder}: name some (nnunet_diffusion convert ... --unlabeled) and "
+                "run nnunet_diffusion plan_and_preprocess, or train with DiffusionPretrainedTrainer"
+            )
+        refuse_other_channels(pool, self.num_input_channels)
+        self.print_to_log_file(f"{len(pool.identifiers)} unlabeled images")
+        patch_size = self.configuration_manager.patch_size
+        rotation, dummy_2d, size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        nnunet = self.get_training_transforms(
+            patch_size, rotation, None, mirror_axes, dummy_2d, use_mask_for_norm=masked
+        )
+        return image_loader(
+            pool, self.batch_size, patch_size, size, self.label_manager,
+            transforms=with_strong_view(nnunet, self.num_input_channels, self.strong_probability),
+            workers=get_allowed_n_proc_DA(), pin_memory=self.device.type == "cuda", body_share=self.body_share,
+        )  # fmt: skip
+
+    def on_train_epoch_start(self):
+        """Decides whether the pool is learned from, and ramps up its weight."""
+        super().on_train_epoch_start()
+        if self.first_epoch_with_pool < 0 and self.is_ready():
+            self.first_epoch_with_pool = self.current_epoch
+            self.print_to_log_file("From this epoch on the teacher labels the pool")
+        self.uses_pool = self.first_epoch_with_pool >= 0
+        since = self.current_epoch - self.first_epoch_with_pool + 1
+        self.pool_weight = self.unlabeled_weight * ramp_up(since, self.num_epochs, self.ramp)
+
+    def is_ready(self) -> bool:
+        """Tells whether the student has had its supervised epochs and recognizes every class; all processes alike."""
+        if self.is_ddp:
+            seen = self.recognized.int()
+            torch.distributed.all_reduce(seen)
+            self.recognized = seen > 0
+        is_early = self.current_epoch < math.ceil(self.supervised_share * self.num_epochs)
+        missing = [name for name, is_seen in zip(self.channels, self.recognized.tolist(), strict=True) if not is_seen]
+        if not is_early and missing:
+            self.print_to_log_file(f"The pool waits: the student does not recognize {missing} on labeled patches yet")
+        return not is_early and not missing
+
+    def train_step(self, batch: dict) -> dict:
+        """Takes a labeled batch, then a mixed one; their gradients add up."""
+        images = batch["data"].to(self.device, non_blocking=True)
+        targets = self.targets(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.with_annotations(batch), self.mixed_precision():
+            output = self.network(images)
+            loss = self.loss(output, targets if self.enable_deep_supervision else targets[0])
+        self.backward(loss)
+        report = {"loss": loss.detach().cpu().numpy()}
+        if self.uses_pool:
+            report |= self.learn_from_pool(batch["keys"], images, targets[0])
+        else:
+            logits = output[0] if self.enable_deep_supervision else output
+            self.recognized |= recognized(logits.detach(), targets[0])
+        self.update(max_norm=12)  # nnU-Net's
+        self.teacher.update_parameters(unwrap(self.network))
+        return report
+
+    def learn_from_pool(self, keys: list[str], images: torch.Tensor, target: torch.Tensor) -> dict:
+        """Adds the gradient of a mixed batch; returns its loss and, of the pool's patches, what share is labeled."""
+        views = next(self.pool_loader)["data"].to(self.device, non_blocking=True)
+        weak, strong = views.chunk(2, 1)
+        pseudo_labels = self.pseudo_labels(weak)
+        is_labeled = random_labeled_parts(images.shape, self.paste, self.device)
+        mixed = torch.where(is_labeled, images, strong)
+        labels = torch.where(is_labeled, target.long(), pseudo_labels)
+        group = group_map(keys, self.annotations, self.channels)
+        if self.absent == "unknown":
+            group = without_absent(group, labels)
+        with annotated(self.loss, group), self.mixed_precision():
+            loss = self.loss(self.network(mixed), self.at_all_scales(labels))
+        self.backward(self.pool_weight * loss)
+        is_sure = (pseudo_labels != self.label_manager.ignore_label).flatten(1).float().mean(1)
+        found = occurring(pseudo_labels, len(self.channels))[:, 1:].float().mean(1)
+        return {name: value.cpu().numpy() for name, value in
+                {"pool_loss": loss.detach(), "is_sure": is_sure, "found": found}.items()}  # fmt: skip
+
+    @torch.no_grad()
+    def pseudo_labels(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns the teacher's labels (B, 1, X, Y[, Z]) of images, the ignore label where it is not sure."""
+        with self.mixed_precision():
+            output = self.teacher(images)
+        probabilities = (output[0] if self.enable_deep_supervision else output).float().softmax(1)
+        self.thresholds.update(probabilities)
+        return self.thresholds.labels(probabilities, self.label_manager.ignore_label)
+
+    def at_all_scales(self, labels: torch.Tensor):
+        """Returns labels (B, 1, X, Y[, Z]) as nnU-Net's loader would: at each scale of deep supervision."""
+        if not self.enable_deep_supervision:
+            return labels
+        downsample = DownsampleSegForDSTransform(self._get_deep_supervision_scales())
+        return [scaled[:, None] for scaled in downsample(segmentation=labels[:, 0])["segmentation"]]
+
+    def on_train_epoch_end(self, train_outputs: list[dict]):
+        """Logs what was learned from the pool."""
+        super().on_train_epoch_end(train_outputs)
+        outputs = collate_outputs(train_outputs)
+        if "pool_loss" in outputs:
+            means = {name: float(np.mean(outputs[name])) for name in ("pool_loss", "is_sure", "found")}
+            self.print_to_log_file(
+                f"Pool: loss {means['pool_loss']:.4f}, weight {self.pool_weight:.3f}; the teacher is sure of "
+                f"{means['is_sure']:.1%} of the voxels and finds {means['found']:.1%} of the labels in a patch"
+            )
+
+    def on_train_end(self):
+        """Ends the pool's workers as well."""
+        super().on_train_end()
+        if isinstance(self.pool_loader, NonDetMultiThreadedAugmenter):
+            self.pool_loader._finish()
+
+    def extra_state(self) -> dict:
+        """Adds the teacher and when it began to speak, so that a resumed run continues."""
+        return {
+            "teacher": self.teacher.state_dict(), "thresholds": self.thresholds.state_dict(),
+            "recognized": self.recognized, "first_epoch_with_pool": self.first_epoch_with_pool,
+        }  # fmt: skip
+
+    def restore(self, checkpoint: dict):
+        """Continues the teacher."""
+        self.teacher.load_state_dict(checkpoint["teacher"])
+        self.thresholds.load_state_dict(checkpoint["thresholds"])
+        self.recognized = checkpoint["recognized"].to(self.device)
+        self.first_epoch_with_pool = checkpoint["first_epoch_with_pool"]
