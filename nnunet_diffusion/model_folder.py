@@ -23,7 +23,7 @@ from nnunet_diffusion.files import check_shape
 from nnunet_diffusion.plans import REMEDY
 from nnunet_diffusion.schemas import Checkpoint
 
-HEADS = "decoder.seg_layers."
+HEADS = ".seg_layers."
 # The numbers in nnU-Net's training log are numpy scalars; otherwise its checkpoints hold tensors and plain values.
 PLAIN_NUMPY = [np.dtype, np.ndarray]
 PLAIN_NUMPY += [type(np.dtype(kind)) for kind in (np.float16, np.float32, np.float64, np.int32, np.int64, np.bool_)]

@@ -144,7 +144,7 @@ def test_teacher_trains_in_a_distributed_process(world):
     distributed.init_process_group("gloo", rank=0, world_size=1)
     try:
         parallel = torch.nn.parallel.DistributedDataParallel(trainer.network)
-        batch = {"data": torch.randn(2, 1, 16, 16)}
+        batch = {"data": torch.randn(2, 1, 16, 16), "target": torch.zeros(2, 1, 16, 16)}
         for _ in range(2):  # the second step fails when the first left parameters without gradient
             trainer.loss_on(parallel, batch, torch.tensor([3, 4]), torch.randn(2, 1, 16, 16)).backward()
     finally:
@@ -251,7 +251,7 @@ def test_twin_is_not_stock_and_its_model_folder_repeats_its_prediction(co_traine
         assert torch.equal(predictors[0].network.eval()(patch), trainer.network.eval()(patch))
 
 
-@pytest.mark.parametrize("method", ["supervised", "mean_teacher", "cross_pseudo"])
+@pytest.mark.parametrize("method", ["supervised", "cross_pseudo"])
 def test_baselines_train_in_the_same_code(plans, method):
     name = plans(f"Method{method}", **{STUDENT: {"method": method, "save_every": 1}})
     trainer = tiny.trainer(DiffusionCoTrainingTrainer, plans=name)

@@ -4,14 +4,15 @@ import pytest
 import torch
 from test_networks import planned_network, trained
 
-from nnunet_diffusion.co_training.health import mask_health
+from nnunet_diffusion.co_training.health import held_out_figures, mask_health
 from nnunet_diffusion.co_training.mask_diffusion import (
     Draw,
     MaskDiffusion,
     MaskStudent,
     draw_rounds,
+    one_class,
 )
-from nnunet_diffusion.co_training.teachers import CrossPseudo, DiffusionTeacher, MeanTeacher, Teacher
+from nnunet_diffusion.co_training.teachers import CrossPseudo, DiffusionTeacher, Teacher
 from nnunet_diffusion.pretraining.conditioning import condition
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 
@@ -26,7 +27,8 @@ def pathway(kind, dim, outputs):
 
 def pair(kind="PlainConvUNet", dim=2):
     made = MaskDiffusion(pathway(kind, dim, CLASSES), pathway(kind, dim, CHANNELS), CHANNELS).double()
-    made.input_scale.copy_(torch.tensor([0.5, 2.0]))
+    made.mask_pathway.input_scale.fill_(1)
+    made.calibrate(torch.tensor([0.5, 2.0]), torch.tensor([-9.0, 9.0]))
     return made
 
 
@@ -50,7 +52,10 @@ def diffusion():
 
 @pytest.mark.parametrize(("kind", "dim"), NETWORKS)
 def test_pathways_by_hand(kind, dim, diffusion):
-    """S sees sqrt(1 - a) noise and the image; R sees sqrt(a) x + sqrt(1 - a) noise and the mask; each told its t."""
+    """S sees sqrt(1 - a) noise and x; R sees sqrt(a) x + sqrt(1 - a) noise and the mask; each told its t.
+
+    x is the image in units of its noise.
+    """
     networks, (images, draws) = pair(kind, dim), inputs(dim, 1)
     (image_draw, _), mask = draws.later[0], torch.rand(2, CLASSES, *[8] * dim, dtype=torch.float64)
     logits = networks.segment(images, draws.first, diffusion)
@@ -58,7 +63,7 @@ def test_pathways_by_hand(kind, dim, diffusion):
     scale = torch.tensor([0.5, 2.0], dtype=torch.float64).reshape(-1, *[1] * dim)
     for b in range(2):
         a = diffusion.alpha_bar[draws.first.timestep[b]]
-        seen = torch.cat([(1 - a).sqrt() * draws.first.noise[b], images[b]])[None]
+        seen = torch.cat([(1 - a).sqrt() * draws.first.noise[b], images[b] / scale])[None]
         alone = networks.mask_pathway(seen, draws.first.timestep[b : b + 1])[0]
         torch.testing.assert_close(logits[b], alone, atol=1e-9, rtol=1e-7)
     errors = []
@@ -103,7 +108,7 @@ def test_the_gradient_reaches_the_mask_pathway_through_the_restored_image(kind, 
     error.backward()
     used = {name for name, p in networks.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
     assert {"mask_pathway", "image_pathway"} == {name.split(".")[0] for name in used}
-    detached = logits.detach().softmax(1)
+    detached = one_class(logits).detach()
     gradients = torch.autograd.grad(
         networks.restore(images, detached, image_draw, diffusion)[1],
         list(networks.mask_pathway.parameters()), allow_unused=True,
@@ -111,8 +116,16 @@ def test_the_gradient_reaches_the_mask_pathway_through_the_restored_image(kind, 
     assert all(gradient is None for gradient in gradients), "only the mask leads there"
 
 
-def test_the_gradient_of_the_cycle_is_the_slope(diffusion):
-    """Central difference along a random direction of the mask pathway's weights."""
+def test_masks_of_one_class_have_the_gradient_of_the_probabilities():
+    logits = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    mask, weight = one_class(logits), torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    assert set(mask.detach().unique().tolist()) == {0.0, 1.0} and torch.equal(mask.argmax(1), logits.argmax(1))
+    torch.testing.assert_close(*(torch.autograd.grad((m * weight).sum(), logits)[0] for m in (mask, logits.softmax(1))))
+
+
+def test_the_gradient_of_the_cycle_is_the_slope(diffusion, monkeypatch):
+    """Central difference along a random direction of the mask pathway's weights; of soft masks, which have a slope."""
+    monkeypatch.setattr("nnunet_diffusion.co_training.mask_diffusion.one_class", lambda logits: logits.softmax(1))
     networks, (images, draws) = pair(), inputs(rounds=1)
     diffusion.predict = lambda network, x_t, timestep: network(x_t, timestep)  # in float64 throughout
     image_draw = Draw(draws.later[0][0].timestep, draws.later[0][0].noise.double())
@@ -139,7 +152,7 @@ def test_rounds_against_the_formula(chained, diffusion):
     expected = [networks.segment(images, draws.first, diffusion)]
     for j, (image_draw, mask_draw) in enumerate(draws.later, 1):
         mask = expected[j - 1] if chained else expected[0]
-        restored, error = networks.restore(images, mask.softmax(1), image_draw, diffusion)
+        restored, error = networks.restore(images, one_class(mask), image_draw, diffusion)
         expected.append(networks.segment(restored, mask_draw, diffusion))
         torch.testing.assert_close(errors[j - 1], error)
     for mask, other in zip(masks, expected, strict=True):
@@ -153,10 +166,23 @@ def test_a_chain_and_redraws_part_in_the_second_round(diffusion):
     assert (chain[2] - redraws[2]).abs().max() > 1e-6
 
 
+def test_nothing_flows_between_the_pathways_unless_asked_for(diffusion):
+    """E_1 teaches R alone, D(q_1) S alone; not detached, each teaches both."""
+    networks, (images, draws) = pair(), inputs(rounds=1)
+    for is_detached in (True, False):
+        masks, errors = networks.refine(images, draws, diffusion, is_detached=is_detached)
+        for loss, own in ((errors[0], "image_pathway"), (masks[1].square().mean(), "mask_pathway")):
+            networks.zero_grad()
+            loss.backward(retain_graph=True)
+            reached = {name.split(".")[0] for name, p in networks.named_parameters()
+                       if p.grad is not None and p.grad.abs().max() > 0}  # fmt: skip
+            assert reached == ({own} if is_detached else {"mask_pathway", "image_pathway"})
+
+
 def test_a_chain_carries_the_gradient_back_to_the_first_mask(diffusion):
     networks, (images, draws) = pair(), inputs(rounds=2)
     images.requires_grad_()
-    masks, _ = networks.refine(images, draws, diffusion)
+    masks, _ = networks.refine(images, draws, diffusion, is_detached=False)
     (through_masks,) = torch.autograd.grad(masks[2].sum(), masks[0], retain_graph=True)
     assert through_masks.abs().max() > 0
 
@@ -214,25 +240,6 @@ def test_cross_pseudo_takes_outputs_of_all_stages_and_both_learn():
     assert all(network.decoder.seg_layers[-1].weight.grad.abs().max() > 0 for network in (student, second))
 
 
-def test_mean_teacher_follows_and_does_not_learn_by_itself():
-    student = planned_network(channels=1, outputs=CLASSES)
-    teacher, images = MeanTeacher(student, 0.5, 0.1), torch.randn(2, 1, 8, 8)
-    with torch.no_grad():
-        student.decoder.seg_layers[-1].weight.add_(1)
-    teacher.start_from(student)
-    average = teacher.average.module.decoder.seg_layers[-1].weight
-    assert torch.equal(average, student.decoder.seg_layers[-1].weight)
-    loss, figures = teacher.unlabeled(student, images)
-    loss.backward()
-    assert figures == {} and average.grad is None and student.decoder.seg_layers[-1].weight.grad.abs().max() > 0
-    before = average.clone()
-    teacher.after_step(student)  # the first average is a copy
-    with torch.no_grad():
-        student.decoder.seg_layers[-1].weight.add_(1)
-    teacher.after_step(student)
-    assert ((average > before) & (average < student.decoder.seg_layers[-1].weight)).all()
-
-
 def test_no_teacher_is_supervised_training():
     student = planned_network(channels=1, outputs=CLASSES)
     images = torch.randn(2, 1, 8, 8)
@@ -249,6 +256,24 @@ def test_pathways_compile_into_one_graph(diffusion):
 
 
 # ---------------------------------------------------------------- health
+
+
+def test_health_is_of_masks_of_one_class(diffusion, monkeypatch):
+    """Second route: the error with one-hot masks, and with the better of two masks that say nothing."""
+    networks, (images, draws) = pair(), inputs(rounds=1)
+    draw = draws.later[0][0]
+    seen, restore = [], networks.restore
+    monkeypatch.setattr(networks, "restore", lambda x, mask, *rest: seen.append(mask) or restore(x, mask, *rest))
+    figures = held_out_figures(networks, images, CLASSES, draw, 0, diffusion)
+    mask, *blank = (each.detach().argmax(1) for each in seen)
+    assert all(set(each.detach().unique().tolist()) <= {0.0, 1.0} for each in (seen[0], seen[2]))
+    shares = torch.stack([(mask == c).double().mean() for c in range(CLASSES)])
+    torch.testing.assert_close(figures["shares"].double(), shares)
+    torch.testing.assert_close(seen[1][0, :, 0, 0].detach().double(), shares)
+    assert (blank[1] == shares.argmax()).all()
+    errors = [restore(images, each, draw, diffusion)[1] for each in seen]
+    torch.testing.assert_close(figures["loss"], errors[0])
+    torch.testing.assert_close(figures["blank_loss"], min(errors[1:]))
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
 from nnunet_diffusion.trainers.PseudoLabelTrainer import PseudoLabelTrainer
 
 pytestmark = pytest.mark.slow  # each trains in nnU-Net's own loop, which takes seconds
+PLANS_DATA = "nnUNetCompactPlans_2d"
 PRETRAINED = [DiffusionPretrainedTrainer, DiffusionPretrainedDecoderTrainer, DiffusionPretrainedLinearTrainer]
 
 
@@ -326,17 +327,18 @@ def test_heads_have_a_learning_rate_of_their_own(plans):
 
 
 def test_linear_classifier_is_linear_in_the_concatenated_features(world):
-    """Second route: upsample all decoder features, concatenate, one 1x1 convolution with the stacked head weights."""
+    """Second route: upsample the features of all stages, concatenate, one 1x1 convolution with the stacked weights."""
     trainer = tiny.trainer(DiffusionPretrainedLinearTrainer)
     trainer.initialize()
     network = trainer.network.eval()
     features = []
-    hooks = [s.register_forward_hook(lambda m, i, o: features.append(o)) for s in network.decoder.stages]
+    stages = [*network.encoder.stages, *network.decoder.stages]
+    hooks = [s.register_forward_hook(lambda m, i, o: features.append(o)) for s in stages]
     with torch.no_grad():
         logits = network(torch.randn(2, 1, 16, 16))
         upsampled = [F.interpolate(f, (16, 16), mode="bilinear", align_corners=False) for f in features]
-        weight = torch.cat([h.weight for h in network.decoder.seg_layers], 1)
-        bias = sum(h.bias for h in network.decoder.seg_layers)
+        heads = [*network.of_encoder["seg_layers"], *network.decoder.seg_layers]
+        weight, bias = torch.cat([h.weight for h in heads], 1), sum(h.bias for h in heads)
         expected = F.conv2d(torch.cat(upsampled, 1), weight, bias)
     for hook in hooks:
         hook.remove()
@@ -648,10 +650,14 @@ def test_start_and_pretrained_weights_contradict_each_other(plans):
 # ---------------------------------------------------------------- the base
 
 
-@pytest.mark.parametrize(("configuration", "axes"), [("2d", (0,)), ("3d_fullres", (0, 1))])
-@pytest.mark.parametrize("cls", [ConfiguredTrainer, *PRETRAINED])
-def test_left_and_right_are_never_mirrored(world, cls, configuration, axes):
-    trainer = tiny.trainer(cls, configuration)
+@pytest.mark.parametrize(
+    ("configuration", "mirroring", "axes"),
+    [("2d", "auto", None), ("3d_fullres", "auto", None), ("2d", "all", (0,)), ("3d_fullres", "all", (0, 1))],
+)
+@pytest.mark.parametrize("cls", [ConfiguredTrainer, DiffusionPretrainedLinearTrainer])
+def test_the_checkpoint_carries_mirrored_axes_to_prediction(plans, cls, configuration, mirroring, axes):
+    """The scans all lie the same way, and the labels have sides."""
+    trainer = tiny.trainer(cls, configuration, plans=plans("Mirrored", ConfiguredTrainer={"mirroring": mirroring}))
     trainer.run_training()
     assert trainer.inference_allowed_mirroring_axes == axes
     checkpoint = torch.load(os.path.join(trainer.output_folder, "checkpoint_final.pth"), weights_only=False)
@@ -660,11 +666,29 @@ def test_left_and_right_are_never_mirrored(world, cls, configuration, axes):
 
 
 @pytest.mark.parametrize("name", installation.trainer_names())
-def test_no_trainer_mirrors_left_and_right(world, name):
+def test_every_trainer_shows_the_views_that_the_settings_say(plans, name):
     cls = getattr(importlib.import_module(f"nnunet_diffusion.trainers.{name}"), name)
     trainer = tiny.trainer(cls)
-    *_, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    assert axes == trainer.inference_allowed_mirroring_axes == (0,)
+    rotation, _, _, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert axes == () and trainer.inference_allowed_mirroring_axes is None and rotation[1] == pytest.approx(np.pi / 12)
+    trainer = tiny.trainer(cls, plans=plans("All", ConfiguredTrainer={"mirroring": "all", "rotation_degrees": 90}))
+    rotation, _, _, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    assert axes == trainer.inference_allowed_mirroring_axes == (0,) and rotation[1] == pytest.approx(np.pi / 4)
+
+
+def test_scans_that_lie_differently_are_shown_as_nnunet_shows_them(world, plans):
+    """One scan of the pool is turned around: nothing is known of how the next one lies."""
+    path = next((world / f"{PLANS_DATA}_unlabeled").glob("*.pkl"))
+    before = path.read_bytes()
+    properties = pickle.loads(before)
+    properties["sitk_stuff"]["direction"] = (-1, 0, 0, 0, -1, 0, 0, 0, 1)
+    path.write_bytes(pickle.dumps(properties))
+    try:
+        trainer = tiny.trainer(ConfiguredTrainer)
+        rotation, _, _, axes = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        assert axes == (0,) and rotation[1] == pytest.approx(np.pi / 4), "sides are labeled, else it were nnU-Net's 180"
+    finally:
+        path.write_bytes(before)
 
 
 def test_unknown_settings_stop_the_trainer(plans):

@@ -63,16 +63,30 @@ def test_a_network_of_another_shape_is_refused():
         transfer(planned_network("ResidualEncoderUNet"), folded_denoiser("PlainConvUNet"), 1)
 
 
-def test_linear_classifier_has_stock_keys_and_trains_heads_only():
+def test_linear_classifier_has_heads_on_all_stages_and_trains_them_only():
     network = planned_network(outputs=3)
-    keys = list(network.state_dict())
+    keys, stages = set(network.state_dict()), len(network.encoder.output_channels)
     classifier = LinearClassifier(network)
-    assert list(classifier.state_dict()) == keys
+    heads = {f"of_encoder.seg_layers.{i}.{w}" for i in range(stages) for w in ("weight", "bias")}
+    assert set(classifier.state_dict()) == keys | heads
     trainable = {name for name, p in classifier.named_parameters() if p.requires_grad}
-    assert trainable == {f"decoder.seg_layers.{i}.{w}" for i in (0, 1) for w in ("weight", "bias")}
+    assert trainable == heads | {f"decoder.seg_layers.{i}.{w}" for i in (0, 1) for w in ("weight", "bias")}
     classifier.train()
     assert not any(m.training for m in classifier.modules() if isinstance(m, nn.modules.batchnorm._NormBase))
     assert classifier(torch.randn(2, 1, 16, 16)).shape == (2, 3, 16, 16)
+
+
+def test_a_linear_model_without_heads_on_the_encoder_computes_what_it_did():
+    """Models were trained so before there were any; the second route sums the decoder's heads alone."""
+    classifier, image = LinearClassifier(planned_network(outputs=3)).eval(), torch.randn(2, 1, 16, 16)
+    state = {name: tensor.clone() for name, tensor in classifier.state_dict().items() if "of_encoder" not in name}
+    finest, *coarser = classifier.decoder(classifier.encoder(image))
+    expected = finest + sum(nn.functional.interpolate(x, (16, 16), mode="bilinear") for x in coarser)
+    assert not torch.allclose(classifier(image), expected)
+    classifier.load_state_dict(state)
+    torch.testing.assert_close(classifier(image), expected)
+    with pytest.raises(RuntimeError, match="Missing key.*encoder.stages"):
+        classifier.load_state_dict({name: x for name, x in state.items() if "encoder.stages" not in name})
 
 
 IDENTITY = {

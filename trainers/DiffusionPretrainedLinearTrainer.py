@@ -5,10 +5,11 @@ from nnunet_diffusion.trainers.DiffusionPretrainedTrainer import DiffusionPretra
 
 
 class DiffusionPretrainedLinearTrainer(DiffusionPretrainedTrainer):
-    """Only 1x1 heads on all decoder stages train, upsampled and summed; everything else stays the denoiser's.
+    """Only 1x1 heads on all stages train, upsampled and summed; everything else stays the denoiser's.
 
-    A strategy of Huang et al. 2024 (arXiv 2402.15216), abstract; heads on all stages because the last one knows little
-    but noise. The model predicts through this trainer and cannot be exported as stock nnU-Net.
+    A strategy of Huang et al. 2024 (arXiv 2402.15216), abstract; heads on all stages, the encoder's too, because the
+    last one knows little but noise and the others do not know where they are. The model predicts through this
+    trainer and cannot be exported as stock nnU-Net.
     """
 
     has_deep_supervision = False  # the heads of all stages are always summed

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import join
+from batchgeneratorsv2.transforms.utils.compose import ComposeTransforms
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -54,6 +55,8 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         "absent": one_of("unknown", "background"), "paste": one_of("both", "into_pool", "none"),
     }  # fmt: skip
 
+    ignores_what_is_unsure = True  # in pseudo labels; the loss must know it
+
     def prepare(self):
         """Refuses regions and cascades."""
         name = type(self).__name__
@@ -63,8 +66,9 @@ class MeanTeacherTrainer(PartialLabelTrainer):
             raise UserError(f"{name}: {self.configuration_name} needs the masks of an earlier stage, the pool has none")
 
     def initialize(self):
-        """Adds the teacher; refuses a label that no training case annotates: its pseudo labels would be noise."""
-        self.label_manager = ignoring(self.label_manager)
+        """Refuses a label that no training case annotates: its pseudo labels would be noise."""
+        if self.ignores_what_is_unsure:
+            self.label_manager = ignoring(self.label_manager)
         super().initialize()
         known = annotated_mask(self.do_split()[0], self.annotations, self.channels).any(0)
         if unknown := [name for name, is_known in zip(self.channels, known.tolist(), strict=True) if not is_known]:
@@ -72,28 +76,45 @@ class MeanTeacherTrainer(PartialLabelTrainer):
                 f"no training case annotates {unknown}: nothing tells student and teacher what that is; annotate it, "
                 "or take it out of the labels"
             )
+
+    def configure_optimizers(self):
+        """Adds the teacher."""
+        self.build_teacher()
+        if self._do_i_compile():
+            for network in self.teacher.children():
+                network.compile()
+        return super().configure_optimizers()
+
+    def build_teacher(self):
+        """Builds the average of the weights, and what decides when it speaks and of what it is sure."""
         self.teacher = AveragedModel(unwrap(self.network), multi_avg_fn=warming_ema(self.ema_decay))
         self.teacher.requires_grad_(False).eval()
-        if self._do_i_compile():
-            self.teacher.module.compile()
         self.thresholds = ClassThresholds(len(self.channels), self.confidence, is_adaptive=self.adaptive)
         self.thresholds.to(self.device)
         self.recognized = torch.zeros(len(self.channels), dtype=torch.bool, device=self.device)
         self.first_epoch_with_pool = -1  # not yet
 
     def on_train_start(self):
-        """Lets the teacher start where the student starts."""
+        """Lets the teacher start when the student has its first weights."""
         super().on_train_start()
         if not self.is_resumed:
-            self.teacher.module.load_state_dict(unwrap(self.network).state_dict())
+            self.start_teacher()
+
+    def start_teacher(self):
+        """Takes the student's weights."""
+        self.teacher.module.load_state_dict(unwrap(self.network).state_dict())
 
     def get_dataloaders(self):
         """Adds a loader of the pool to nnU-Net's."""
-        self.pool_loader = self.get_pool_loader()
+        self.pool_loader = self.get_pool_loader() if self.needs_pool() else None
         return super().get_dataloaders()
 
+    def needs_pool(self) -> bool:
+        """Tells whether the pool is learned from at all."""
+        return True
+
     def get_pool_loader(self):
-        """Returns random patches of the unlabeled images in two views; refuses a pool that is missing or misfits."""
+        """Returns random patches of the unlabeled images; refuses a pool that is missing or does not fit."""
         folder = pool_folder(self.preprocessed_dataset_folder_base, self.configuration_manager.data_identifier)
         masked = self.configuration_manager.use_mask_for_norm
         pool = ImageDataset([join(folder, case) for case in pool_identifiers(folder)], any(masked))
@@ -104,16 +125,23 @@ class MeanTeacherTrainer(PartialLabelTrainer):
             )
         refuse_other_channels(pool, self.num_input_channels)
         self.print_to_log_file(f"{len(pool.identifiers)} unlabeled images")
+        self.look_at_pool(pool)
         patch_size = self.configuration_manager.patch_size
         rotation, dummy_2d, size, mirror_axes = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         nnunet = self.get_training_transforms(
             patch_size, rotation, None, mirror_axes, dummy_2d, use_mask_for_norm=masked
         )
         return image_loader(
-            pool, self.batch_size, patch_size, size, self.label_manager,
-            transforms=with_strong_view(nnunet, self.num_input_channels, self.strong_probability),
+            pool, self.batch_size, patch_size, size, self.label_manager, transforms=self.pool_transforms(nnunet),
             workers=get_allowed_n_proc_DA(), pin_memory=self.device.type == "cuda", body_share=self.body_share,
         )  # fmt: skip
+
+    def look_at_pool(self, pool: ImageDataset):
+        """Does what a subclass must know of the images before it learns from them."""
+
+    def pool_transforms(self, nnunet: ComposeTransforms) -> ComposeTransforms:
+        """Returns the augmentation of the pool: two views of a patch."""
+        return with_strong_view(nnunet, self.num_input_channels, self.strong_probability)
 
     def on_train_epoch_start(self):
         """Decides whether the pool is learned from, and ramps up its weight."""
@@ -122,7 +150,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
             self.first_epoch_with_pool = self.current_epoch
             self.print_to_log_file("From this epoch on the teacher labels the pool")
         self.uses_pool = self.first_epoch_with_pool >= 0
-        since = self.current_epoch - self.first_epoch_with_pool + 1
+        since = self.current_epoch - self.first_epoch_with_pool
         self.pool_weight = self.unlabeled_weight * ramp_up(since, self.num_epochs, self.ramp)
 
     def is_ready(self) -> bool:
@@ -138,27 +166,35 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         return not is_early and not missing
 
     def train_step(self, batch: dict) -> dict:
-        """Takes a labeled batch, then a mixed one; their gradients add up."""
+        """Takes a labeled batch, then one with patches of the pool; their gradients add up."""
         images = batch["data"].to(self.device, non_blocking=True)
         targets = self.targets(batch)
         self.optimizer.zero_grad(set_to_none=True)
         with self.with_annotations(batch), self.mixed_precision():
-            output = self.network(images)
-            loss = self.loss(output, targets if self.enable_deep_supervision else targets[0])
+            loss = self.labeled_loss(images, targets)
         self.backward(loss)
         report = {"loss": loss.detach().cpu().numpy()}
         if self.uses_pool:
             report |= self.learn_from_pool(batch["keys"], images, targets[0])
-        else:
-            logits = output[0] if self.enable_deep_supervision else output
-            self.recognized |= recognized(logits.detach(), targets[0])
         self.update(max_norm=12)  # nnU-Net's
-        self.teacher.update_parameters(unwrap(self.network))
+        self.update_teacher()
         return report
 
+    def labeled_loss(self, images: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
+        """Returns the loss of a labeled batch; until the teacher speaks, what is recognized is remembered."""
+        output = self.network(images)
+        if not self.uses_pool:
+            logits = output[0] if self.enable_deep_supervision else output
+            self.recognized |= recognized(logits.detach(), targets[0])
+        return self.loss(output, targets if self.enable_deep_supervision else targets[0])
+
+    def update_teacher(self):
+        """Averages the weights."""
+        self.teacher.update_parameters(unwrap(self.network))
+
     def learn_from_pool(self, keys: list[str], images: torch.Tensor, target: torch.Tensor) -> dict:
-        """Adds the gradient of a mixed batch; returns its loss and, of the pool's patches, what share is labeled."""
-        views = next(self.pool_loader)["data"].to(self.device, non_blocking=True)
+        """Adds the gradient of a mixed batch; returns its loss and how much of the pool the teacher labels."""
+        views = self.next_of_pool()
         weak, strong = views.chunk(2, 1)
         pseudo_labels = self.pseudo_labels(weak)
         is_labeled = random_labeled_parts(images.shape, self.paste, self.device)
@@ -174,6 +210,10 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         found = occurring(pseudo_labels, len(self.channels))[:, 1:].float().mean(1)
         return {name: value.cpu().numpy() for name, value in
                 {"pool_loss": loss.detach(), "is_sure": is_sure, "found": found}.items()}  # fmt: skip
+
+    def next_of_pool(self) -> torch.Tensor:
+        """Returns a batch of the pool, on the device."""
+        return next(self.pool_loader)["data"].to(self.device, non_blocking=True)
 
     @torch.no_grad()
     def pseudo_labels(self, images: torch.Tensor) -> torch.Tensor:
@@ -194,13 +234,16 @@ class MeanTeacherTrainer(PartialLabelTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]):
         """Logs what was learned from the pool."""
         super().on_train_epoch_end(train_outputs)
-        outputs = collate_outputs(train_outputs)
-        if "pool_loss" in outputs:
-            means = {name: float(np.mean(outputs[name])) for name in ("pool_loss", "is_sure", "found")}
-            self.print_to_log_file(
-                f"Pool: loss {means['pool_loss']:.4f}, weight {self.pool_weight:.3f}; the teacher is sure of "
-                f"{means['is_sure']:.1%} of the voxels and finds {means['found']:.1%} of the labels in a patch"
-            )
+        if self.uses_pool:
+            self.log_pool(collate_outputs(train_outputs))
+
+    def log_pool(self, outputs: dict):
+        """Logs the loss on the pool and how much of it the teacher labels."""
+        means = {name: float(np.mean(outputs[name])) for name in ("pool_loss", "is_sure", "found")}
+        self.print_to_log_file(
+            f"Pool: loss {means['pool_loss']:.4f}, weight {self.pool_weight:.3f}; the teacher is sure of "
+            f"{means['is_sure']:.1%} of the voxels and finds {means['found']:.1%} of the labels in a patch"
+        )
 
     def on_train_end(self):
         """Ends the pool's workers as well."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nnunet_diffusion.co_training.mask_diffusion import Draw, MaskDiffusion, draw_mask
+from nnunet_diffusion.co_training.mask_diffusion import Draw, MaskDiffusion, draw_mask, one_class
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 
 MASK_SEED = 10**6  # the noise of held-out masks is not that of their images, whose seeds count from 0
@@ -25,15 +25,17 @@ def held_out_figures(
         diffusion: The process.
 
     Returns:
-        `loss`, the error of restoring the images with their masks; `blank_loss`, that with the mean share of every
-        class everywhere; and `shares`, of the voxels that each class has.
+        `loss`, the error of restoring the images with their masks, of one class a voxel; `blank_loss`, that with masks
+        that say nothing, the better of the mean share of every class and of the commonest class everywhere; and
+        `shares`, of the voxels that each class has.
     """
     masks = draw_mask(images, classes, draw.timestep, torch.Generator().manual_seed(MASK_SEED + number))
     logits, loss = pair(images, masks, draw, diffusion)
-    mask = logits.float().softmax(1)
-    blank = mask.mean((0, *range(2, mask.ndim)), keepdim=True).expand_as(mask)
-    blank_loss = pair.restore(images, blank, draw, diffusion)[1]
-    shares = torch.bincount(mask.argmax(1).flatten(), minlength=classes) / mask[:, 0].numel()
+    mask = one_class(logits.float())  # what becomes labels
+    shares = mask.mean((0, *range(2, mask.ndim)))
+    commonest = torch.nn.functional.one_hot(shares.argmax(), classes).to(shares)
+    blank = [share.reshape(1, -1, *[1] * (mask.ndim - 2)).expand_as(mask) for share in (shares, commonest)]
+    blank_loss = torch.stack([pair.restore(images, each, draw, diffusion)[1] for each in blank]).min()
     return {"loss": loss, "blank_loss": blank_loss, "shares": shares}
 
 

@@ -7,7 +7,8 @@ p1 is the student's mask, p2 the teacher's, q_1, ..., q_K the teacher's masks of
 the image in them, hard the most probable class, a constant, and lambda grows from 0 to 1. Ciampi et al. 2025 (arXiv
 2504.01547), abstract: teacher and student learn together, from labels where there are some and from pseudo labels else,
 in several rounds. The formula is that of the authors' earlier public prototype, where D is a Dice loss. Ours: D is
-nnU-Net's cross-entropy and Dice, for labels and pseudo labels alike, and the gate.
+nnU-Net's cross-entropy and Dice, for labels and pseudo labels alike; the gate; and that a class which neither of them
+finds in an image is unknown there, merged into the background: absent or missed, nobody knows.
 
 Without rounds it is cross pseudo supervision (Chen et al. 2021, arXiv 2106.01226).
 """
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from nnunet_diffusion.mean_teacher.pseudo_labels import without_absent
 from nnunet_diffusion.partial.merged_softmax import merged_softmax
 from nnunet_diffusion.partial.soft_dice import soft_dice
 
@@ -47,6 +49,8 @@ def unlabeled_loss(
 ) -> tuple[Tensor, Tensor]:
     """Computes L_u without lambda, for images whose masks pass the gate; the others teach through E alone.
 
+    So does an image in which student and teacher find nothing.
+
     Args:
         student: (B, C, X, Y[, Z]) logits p1.
         masks: Logits p2, q_1, ..., q_K.
@@ -60,40 +64,36 @@ def unlabeled_loss(
     teacher, *later = masks
     student_labels, teacher_labels = student.argmax(1, keepdim=True), teacher.argmax(1, keepdim=True)
     agreed = agreement(student_labels, teacher_labels, student.shape[1])
-    is_kept = agreed >= gate
-    both = pseudo_label_loss(student, teacher_labels, is_kept, batch_dice)
-    both = both + pseudo_label_loss(teacher, student_labels, is_kept, batch_dice)
-    refined = [pseudo_label_loss(mask, student_labels, is_kept, batch_dice) for mask in later]
+    complete = torch.arange(student.shape[1]).expand(student.shape[:2])
+    group = without_absent(complete, torch.cat([student_labels, teacher_labels], 2))  # absent in both
+    is_kept = (agreed >= gate) & group.any(1).to(agreed.device)
+
+    def loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return pseudo_label_loss(logits, labels, group, is_kept, batch_dice)
+
+    both = loss(student, teacher_labels) + loss(teacher, student_labels)
+    refined = [loss(mask, student_labels) for mask in later]
     return both + _mean(refined) + _mean(errors), agreed
 
 
-def consistency_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Computes the mean squared difference of the probabilities: mean teacher (Tarvainen and Valpola 2017).
-
-    Args:
-        student: (B, C, X, Y[, Z]) logits.
-        teacher: The same from averaged weights, a constant.
-    """
-    return (student.float().softmax(1) - teacher.detach().float().softmax(1)).square().mean()
-
-
 def pseudo_label_loss(
-    logits: Tensor, labels: Tensor, is_kept: Tensor, batch_dice: bool = False, smooth: float = 1e-5
+    logits: Tensor, labels: Tensor, group: Tensor, is_kept: Tensor, batch_dice: bool = False, smooth: float = 1e-5
 ) -> Tensor:
     """Computes nnU-Net's cross-entropy minus foreground Dice over the images that are kept; 0 if none is.
 
     Args:
         logits: (B, C, X, Y[, Z]).
         labels: (B, 1, X, Y[, Z]) integers.
+        group: (B, C) int64 on the CPU: c itself for a class that is known in an image, 0 for one that is not.
         is_kept: (B,) bool.
         batch_dice: One Dice a class over the kept images, instead of one a class and image.
         smooth: As nnU-Net's trainer sets it.
 
     Returns:
-        Scalar; with everything kept, what `DC_and_CE_loss` is.
+        Scalar; with everything kept and known, what `DC_and_CE_loss` is.
     """
-    merged = merged_softmax(logits, labels, torch.arange(logits.shape[1]).expand(logits.shape[:2]))
-    is_counted = is_kept[:, None].expand(-1, logits.shape[1] - 1)
+    merged = merged_softmax(logits, labels, group)
+    is_counted = is_kept[:, None] & (merged.group > 0)[:, 1:]
     dice = soft_dice(
         merged.inside[:, 1:], merged.mass[:, 1:], merged.voxels[:, 1:].to(merged.mass.dtype),
         is_counted, batch_dice, smooth, ddp=False,
@@ -103,7 +103,7 @@ def pseudo_label_loss(
 
 
 def agreement(first: Tensor, second: Tensor, classes: int) -> Tensor:
-    """Computes how far two masks agree: mean Dice over the foreground classes that one of them has; 1 if none has any.
+    """Computes how far two masks agree: mean Dice over the foreground classes that one of them has; 0 if none has any.
 
     Args:
         first: (B, ...) integer labels 0 ... classes - 1.
@@ -118,7 +118,7 @@ def agreement(first: Tensor, second: Tensor, classes: int) -> Tensor:
     for label in range(1, classes):
         a, b = first == label, second == label
         dice.append(2 * (a & b).sum(1) / (a.sum(1) + b.sum(1)))  # 0 / 0: neither has it
-    return torch.stack(dice, 1).nanmean(1).nan_to_num(1.0)
+    return torch.stack(dice, 1).nanmean(1).nan_to_num(0.0)
 
 
 def _mean(terms: Sequence[Tensor]) -> Tensor | float:

@@ -6,13 +6,10 @@ student is called as the function that it is; whoever trains it decides how it i
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
-from nnunet_diffusion.co_training.losses import Output, consistency_loss, labeled_loss, unlabeled_loss
+from nnunet_diffusion.co_training.losses import Output, labeled_loss, unlabeled_loss
 from nnunet_diffusion.co_training.mask_diffusion import MaskDiffusion, draw_rounds
-from nnunet_diffusion.optimization import warming_ema
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 
 SupervisedLoss = Callable[[Output], Tensor]
@@ -24,9 +21,6 @@ class Teacher(nn.Module):
 
     needs_pool = False
 
-    def start_from(self, student: nn.Module) -> None:
-        """Does what there is to do when the student has its first weights."""
-
     def labeled(self, student: Student, images: Tensor, supervised_loss: SupervisedLoss) -> Tensor:
         """Computes the loss of a labeled batch; `supervised_loss` is that of an output on the labels."""
         return supervised_loss(student(images))
@@ -34,40 +28,6 @@ class Teacher(nn.Module):
     def unlabeled(self, student: Student, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Computes the loss of a batch without labels, and (B,) figures of its images to report."""
         raise NotImplementedError
-
-    def after_step(self, student: nn.Module) -> None:
-        """Does what there is to do when the student's weights have moved."""
-
-
-class MeanTeacher(Teacher):
-    """The student's averaged weights, on perturbed images (Tarvainen and Valpola 2017, arXiv 1703.01780).
-
-    Args:
-        student: Without wrappers.
-        decay: Of the average.
-        perturbation: Standard deviation of the noise on the teacher's images.
-    """
-
-    needs_pool = True
-
-    def __init__(self, student: nn.Module, decay: float, perturbation: float):
-        super().__init__()
-        self.average = AveragedModel(student, multi_avg_fn=warming_ema(decay)).requires_grad_(False)
-        self.perturbation = perturbation
-
-    def start_from(self, student):
-        """Takes the student's weights."""
-        self.average.module.load_state_dict(student.state_dict())
-
-    def unlabeled(self, student, images):
-        """Makes the student say what the average says of the perturbed images."""
-        with torch.no_grad():
-            target = finest(self.average(images + self.perturbation * torch.randn_like(images)))
-        return consistency_loss(finest(student(images)), target), {}
-
-    def after_step(self, student):
-        """Averages."""
-        self.average.update_parameters(student)
 
 
 class CrossPseudo(Teacher):
@@ -113,20 +73,21 @@ class DiffusionTeacher(CrossPseudo):
         classes: Background included.
         rounds: K.
         chained: Whether a round goes on from the one before.
+        is_detached: Whether masks are constants to R, and restored images to S.
     """
 
     def __init__(
         self, network: MaskDiffusion, gate: float, batch_dice: bool, diffusion: Diffusion, classes: int, rounds: int,
-        chained: bool,
+        chained: bool, is_detached: bool = True,
     ):  # fmt: skip
         super().__init__(network, gate, batch_dice)
         self.diffusion = diffusion
-        self.classes, self.rounds, self.chained = classes, rounds, chained
+        self.classes, self.rounds, self.chained, self.is_detached = classes, rounds, chained, is_detached
 
     def masks(self, images):
         """Returns the first mask and those of the rounds, with fresh draws."""
         draws = draw_rounds(images, self.classes, self.rounds, len(self.diffusion.alpha_bar))
-        return self.network.refine(images, draws, self.diffusion, self.chained)
+        return self.network.refine(images, draws, self.diffusion, self.chained, self.is_detached)
 
 
 def finest(output: Output) -> Tensor:

@@ -95,6 +95,11 @@ class Denoiser(nn.Module):
         if not self._norms:
             raise NotImplementedError("this network has no normalization layer: time cannot be made to enter it")
 
+    def calibrate(self, scale: Tensor, image_range: Tensor) -> None:
+        """Sets `input_scale` and `image_range`."""
+        self.input_scale.copy_(scale)
+        self.image_range.copy_(image_range)
+
     def scaled(self, images: Tensor) -> Tensor:
         """Scales images (B, C, X, Y[, Z]) in the plan's normalization to x_0 of the process."""
         return images / self.input_scale.reshape(1, -1, *[1] * (images.ndim - 2))

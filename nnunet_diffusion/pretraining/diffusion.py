@@ -53,15 +53,14 @@ class Diffusion:
         """Measures noise in what varies inside the body, and learns what mean a patch has.
 
         Args:
-            networks: Denoisers or pairs of pathways, whose buffers `input_scale` and `image_range` are set.
+            networks: Denoisers or pairs of pathways, which are told the units and the range.
             statistics: Of the images.
             patches: Batches (B, C, X, Y[, Z]) in the plan's normalization, as they are trained on.
             noise: Noise of unit variance is this many times the spread in the body.
         """
         scale = torch.as_tensor(statistics.spread, dtype=torch.float32) * noise
         for network in networks:
-            network.input_scale.copy_(scale)
-            network.image_range.copy_(torch.tensor([statistics.low, statistics.high]))
+            network.calibrate(scale, torch.tensor([statistics.low, statistics.high]))
         means = torch.cat([batch.flatten(2).mean(2) for batch in patches]).float() / scale
         self.prior = tuple(value.to(self.alpha_bar.device) for value in (means.mean(0), means.std(0, correction=0)))
 

@@ -64,7 +64,7 @@ def transfer(network: nn.Module, folded: dict[str, Tensor], image_channels: int)
     wrong = []
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:  # each once, by its first name
         source = folded.get(name)
-        if name.startswith(HEADS):
+        if HEADS in name:
             report.missing.append(f"{name} (new output head)")
         elif source is not None and source.shape == tensor.shape:
             tensor.copy_(source)
@@ -77,7 +77,7 @@ def transfer(network: nn.Module, folded: dict[str, Tensor], image_channels: int)
             wrong.append(f"  {name}: denoiser {came}, network {tuple(tensor.shape)}")
     if wrong:
         raise UserError("the denoiser does not fit the planned network:\n" + "\n".join(wrong[:20]))
-    report.unexpected = [f"{name} (the denoiser's own output)" for name in folded if name.startswith(HEADS)]
+    report.unexpected = [f"{name} (the denoiser's own output)" for name in folded if HEADS in name]
     return report
 
 
