@@ -141,8 +141,8 @@ def annotated_values(description: Mapping, cases: Collection[str]) -> dict[str, 
 def suitable_reader(images: Unlabeled, file_ending: str, num_threads: int) -> tuple[dict[str, str], list[str]]:
     """Chooses nnU-Net's reader for these scans, if not its usual one, as dataset.json names it; and what to tell of it.
 
-    The usual reader takes voxels as they are stored: where scans are stored in different orientations, the network
-    would see patients lying on every side, and left for right.
+    The usual reader takes voxels as they are stored: where scans are stored in different orientations, also one that is
+    predicted later, the network would see patients lying on every side, and left for right.
 
     Args:
         images: {case: [path per channel]}.
@@ -151,12 +151,12 @@ def suitable_reader(images: Unlabeled, file_ending: str, num_threads: int) -> tu
     """
     found = each_case({case: (_orientation, paths[0]) for case, paths in images.items()}, "orientations", num_threads)
     orientations = sorted(set(filter(None, found.values())))
+    stored = f"scans are stored as {', '.join(orientations)}"
+    if file_ending in NIFTI_ENDINGS and orientations:
+        reader = {"overwrite_image_reader_writer": REORIENTING_READER}
+        return reader, [f"{stored}: {REORIENTING_READER} turns all to RAS"] if len(orientations) > 1 else []
     if len(orientations) < 2:
         return {}, []
-    stored = f"scans are stored as {', '.join(orientations)}"
-    if file_ending in NIFTI_ENDINGS:
-        reader = {"overwrite_image_reader_writer": REORIENTING_READER}
-        return reader, [f"{stored}: {REORIENTING_READER} turns all to RAS"]
     return {}, [f"WARNING: {stored}, and nnU-Net turns only NIfTI files to one orientation: convert them to .nii.gz"]
 
 
