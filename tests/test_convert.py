@@ -449,7 +449,7 @@ def test_flare22_in_any_folders(tmp_path, raw, training, pools):
 
 
 def test_scans_of_different_orientation_are_turned_to_one(source, raw, capsys):
-    """Otherwise what is left in one scan is right in the other; a later one may be stored otherwise than all of these."""
+    """Otherwise what is left in one scan is right in the other; a later one may be stored as none of these."""
     assert convert(source) == 0
     content = json.loads((raw / "Dataset005_Tiny" / "dataset.json").read_text())
     assert content["overwrite_image_reader_writer"] == "NibabelIOWithReorient"

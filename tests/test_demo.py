@@ -250,8 +250,8 @@ def test_a_folder_of_the_users_is_not_filled_with_links(tmp_path, capsys, is_lin
 def test_table_shows_arms_beside_each_other_and_their_difference():
     scratch = {"a": {"liver": 0.5, "spleen": math.nan}}
     ours = {"a": {"liver": 0.75, "spleen": math.nan}}
-    lines = arms_table({"from scratch": scratch, "pre-trained": ours}).splitlines()
-    assert lines[0].split() == ["Dice", "from", "scratch", "pre-trained", "difference"]
+    lines = arms_table({"labels alone": scratch, "all scans": ours}).splitlines()
+    assert lines[0].split() == ["Dice", "labels", "alone", "all", "scans", "difference"]
     assert lines[2].split() == ["liver", "0.500", "0.750", "+0.250"]
     assert lines[3].split() == ["spleen", "-", "-", "-"]
     assert lines[-1].split() == ["mean", "0.500", "0.750", "+0.250"]
@@ -260,9 +260,9 @@ def test_table_shows_arms_beside_each_other_and_their_difference():
 
 def test_verdict_says_who_is_ahead():
     low, high = {"a": {"liver": 0.5}, "b": {"liver": 0.7}}, {"a": {"liver": 0.8}, "b": {"liver": 0.6}}
-    assert "Pre-trained is ahead of its from-scratch control by 0.100 Dice, and better in 1 of 2" in verdict(low, high)
-    assert "Pre-trained is behind its from-scratch control by 0.100 Dice, and better in 1 of 2" in verdict(high, low)
-    assert "level with its from-scratch control by 0.000 Dice, and better in 0 of 2" in verdict(low, low)
+    assert "is ahead of what learned from the labels alone by 0.100 Dice, and better in 1 of 2" in verdict(low, high)
+    assert "is behind what learned from the labels alone by 0.100 Dice, and better in 1 of 2" in verdict(high, low)
+    assert "is level with what learned from the labels alone by 0.000 Dice, and better in 0 of 2" in verdict(low, low)
 
 
 def test_unset_folders_are_named_with_data(monkeypatch, capsys):
@@ -282,12 +282,12 @@ def test_demo_end_to_end_and_again(tmp_path, capsys):
     small = "--labeled 2 --unlabeled 2 --test 2 --epochs 1 --pretraining_epochs 1".split()
     assert main(["demo", "-o", str(tmp_path), *small]) == 0
     out = capsys.readouterr().out
-    assert "from scratch  pre-trained  difference" in out and "[8/8] report" in out
+    assert "labels alone  all scans  difference" in out and "[8/8] report" in out
     assert out.splitlines()[-1] == f"Report: {tmp_path / 'report.html'}"
     page = (tmp_path / "report.html").read_text()
-    assert "predictions/pre-trained/evaluation_nnunet.json" in page and "Cases of DiffusionPretrainedTrainer" in page
+    assert "predictions/all_scans/evaluation_nnunet.json" in page and "Cases of MeanTeacherTrainer" in page
     results = json.loads((tmp_path / "results.json").read_text())
-    assert set(results["arms"]) == {"from scratch", "pre-trained"} and len(results["seconds"]) == 7
+    assert set(results["arms"]) == {"labels alone", "all scans"} and len(results["seconds"]) == 7
     assert all(len(arm["cases"]) == 2 and 0 <= arm["mean"] <= 1 for arm in results["arms"].values())
     assert len(list((tmp_path / "overlays").glob("*.png"))) == 2
     assert main(["demo", "-o", str(tmp_path), *small]) == 0
@@ -307,8 +307,8 @@ def test_demo_on_a_users_data_set_holds_fold_0_out(tmp_path, monkeypatch, capsys
     assert main(arguments) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     held_out = json.loads((tmp_path / "preprocessed" / "Dataset007_Mine" / "splits_final.json").read_text())[0]["val"]
-    assert set(results["arms"]["pre-trained"]["cases"]) == set(held_out) and len(held_out) == 1
-    assert np.isfinite(results["arms"]["pre-trained"]["mean"]) and (tmp_path / "out" / "report.html").is_file()
+    assert set(results["arms"]["all scans"]["cases"]) == set(held_out) and len(held_out) == 1
+    assert np.isfinite(results["arms"]["all scans"]["mean"]) and (tmp_path / "out" / "report.html").is_file()
     plan = json.loads((tmp_path / "preprocessed" / "Dataset007_Mine" / "nnUNetCompactPlans.json").read_text())
     assert plan["plans_name"] == "nnUNetCompactPlans"  # the user's own plan is as it was planned
     assert "scratch" not in json.dumps(plan)

@@ -1,16 +1,17 @@
-"""`nnunet_diffusion demo`: from scans to segmentations and a report, beside the from-scratch control."""
+"""`nnunet_diffusion demo`: from scans to segmentations and a report, beside what the labels alone give."""
 
 import argparse
 import os
 import shlex
 import signal
 import sys
+from typing import NamedTuple
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.marks import mark, refuse_foreign
 
-HELP = "pre-train, fine-tune, predict and compare with training from scratch: on synthetic CTs, or on your data"
+HELP = "learn from all scans, predict and compare with the labels alone: on synthetic CTs, or on your data"
 EPILOG = """\
 Without --data it makes synthetic torso CTs and does everything in a folder of its own: a few minutes on two CPU
 cores. With --data it works in nnU-Net's own folders on your data set: the test cases are those with images in
@@ -23,11 +24,22 @@ example:
 """
 INTRODUCTION = """\
 Synthetic torso CTs: few are labeled, more are not. The network that nnU-Net plans is pre-trained on all of them by
-denoising, then trained on the few labels; the control is the same training from random weights.
+denoising, then trained on the few labels and on the others with labels that its own average makes; the control is
+trained on the few labels alone, from random weights.
 """
 PHANTOM = "Dataset900_Phantom"
-PRETRAINER, FINETUNER = "DenoisingDiffusionTrainer", "DiffusionPretrainedTrainer"
-ARMS = {"from scratch": "_demo_scratch", "pre-trained": "_demo"}  # -> what is added to the name of the plans
+PRETRAINER, WITHOUT_POOL = "DenoisingDiffusionTrainer", "DiffusionPretrainedTrainer"
+
+
+class Arm(NamedTuple):
+    """What is trained from where; `suffix` is added to the name of its plans."""
+
+    trainer: str
+    start: str
+    suffix: str
+
+
+ALONE, ALL = "labels alone", "all scans"
 CASES = {"labeled": 3, "unlabeled": 32, "test": 6}
 # budgets of the synthetic data: minutes on two CPU cores
 PRETRAINING = {
@@ -124,6 +136,7 @@ class Demo:
             os.path.join(self.steps.environment[f"nnUNet_{kind}"], name) for kind in ("raw", "preprocessed", "results")
         )
         self.test = {}  # case -> (images, label)
+        self.arms: dict[str, Arm] = {}
 
     def prepare(self) -> None:
         """Makes the synthetic data, plans and preprocesses, and decides what is held out."""
@@ -144,6 +157,8 @@ class Demo:
         self.steps.run(Step("plan and preprocess", command, plans_file, is_incremental=bool(self.args.data),
                             partly_done_if="everything else is done"))  # fmt: skip
         self.dataset_json = read_json(os.path.join(self.raw, "dataset.json"), Dataset)
+        trainer = "MeanTeacherTrainer" if self.dataset_json.get("unlabeled") else WITHOUT_POOL
+        self.arms = {ALONE: Arm(WITHOUT_POOL, "scratch", "_demo_scratch"), ALL: Arm(trainer, "denoiser", "_demo")}
         self.test = self.separate_test_cases()
         self.fold = "all" if self.test else "0"
         if not self.test and len(self.labeled_cases()) < 5:
@@ -171,11 +186,11 @@ class Demo:
         return test
 
     def train(self) -> None:
-        """Pre-trains once, then trains the very same network from both starts, with the same settings."""
+        """Pre-trains, then trains the very same network twice, with the same settings."""
         budget = self.write_plans()
-        self.train_step("pre-training", PRETRAINER, ARMS["pre-trained"], budget[PRETRAINER], "denoiser.pth")
-        for arm, suffix in ARMS.items():
-            self.train_step(f"training {arm}", FINETUNER, suffix, budget[FINETUNER], "checkpoint_final.pth")
+        self.train_step("pre-training", PRETRAINER, self.arms[ALL].suffix, budget[PRETRAINER], "denoiser.pth")
+        for name, arm in self.arms.items():
+            self.train_step(f"training, {name}", arm.trainer, arm.suffix, budget[arm.trainer], "checkpoint_final.pth")
 
     def train_step(self, title: str, trainer: str, suffix: str, epochs: int, output: str) -> None:
         """Trains one model; of the plans' settings only those of its trainer decide the result."""
@@ -208,18 +223,15 @@ class Demo:
         from nnunet_diffusion.trainers import settings_of
 
         plans = read_plans(self.preprocessed, self.plans_name)
-        settings = {PRETRAINER: {}, FINETUNER: {"seed": 0}}
-        if not self.args.data:
-            settings = {PRETRAINER: PRETRAINING, FINETUNER: settings[FINETUNER] | FINETUNING}
-        for trainer, epochs in ((PRETRAINER, self.args.pretraining_epochs), (FINETUNER, self.args.epochs)):
-            settings[trainer] = settings[trainer] | ({"num_epochs": epochs} if epochs else {})
+        pretraining, training = ({}, {"seed": 0}) if self.args.data else (PRETRAINING, {"seed": 0, **FINETUNING})
+        settings = {PRETRAINER: pretraining | _epochs(self.args.pretraining_epochs)}
+        settings |= {arm.trainer: training | _epochs(self.args.epochs) for arm in self.arms.values()}
         block = plans.setdefault("nnunet_diffusion", {})
-        for arm, suffix in ARMS.items():
-            start = "scratch" if arm == "from scratch" else "denoiser"
-            own = settings | {FINETUNER: settings[FINETUNER] | {"start": start}}
+        for arm in self.arms.values():
+            own = settings | {arm.trainer: settings[arm.trainer] | {"start": arm.start}}
             block |= {trainer: block.get(trainer, {}) | values for trainer, values in own.items()}
-            plans["plans_name"] = self.plans_name + suffix
-            write_json(os.path.join(self.preprocessed, self.plans_name + suffix + ".json"), plans)
+            plans["plans_name"] = self.plans_name + arm.suffix
+            write_json(os.path.join(self.preprocessed, self.plans_name + arm.suffix + ".json"), plans)
         return {trainer: settings_of(plans, trainer)["num_epochs"] for trainer in settings}
 
     def predict(self) -> None:
@@ -240,15 +252,15 @@ class Demo:
             link(label, os.path.join(self.references, case + ending))
             for channel, image in enumerate(images):
                 link(image, os.path.join(self.inputs, f"{case}_{channel:04d}{ending}"))
-        for arm, suffix in ARMS.items():
-            output = self.predictions(arm)
+        for name, arm in self.arms.items():
+            output = self.predictions(name)
             command = ["nnUNetv2_predict", "-i", self.inputs, "-o", output, "-d", self.id]
-            command += ["-c", self.args.configuration, "-f", self.fold, "-tr", FINETUNER]
-            command += ["-p", self.plans_name + suffix, "-device", self.args.device]
+            command += ["-c", self.args.configuration, "-f", self.fold, "-tr", arm.trainer]
+            command += ["-p", self.plans_name + arm.suffix, "-device", self.args.device]
             last = os.path.join(output, max(self.test) + ending)
             few = ["-npp", "1", "-nps", "1"] if self.args.device == "cpu" else []
             self.steps.run(
-                Step(f"prediction {arm}", command + few, last, r"done with ", len(self.test), replaces=output)
+                Step(f"prediction, {name}", command + few, last, r"done with ", len(self.test), replaces=output)
             )
 
     def predictions(self, arm: str) -> str:
@@ -260,7 +272,7 @@ class Demo:
         from nnunet_diffusion.evaluation.rules import NNUNET
         from nnunet_diffusion.tables import mean_over_organs, organ_means
 
-        evaluations = {arm: self.evaluate(arm) for arm in ARMS}
+        evaluations = {arm: self.evaluate(arm) for arm in self.arms}
         scores = {arm: found for arm, (found, _) in evaluations.items()}
         print(f"\n{arms_table(scores)}\n{len(self.test)} test cases, which chose nothing; {NNUNET.description}.")
         print(verdict(*scores.values()))
@@ -310,7 +322,7 @@ class Demo:
             predictions = {
                 f"{arm}, Dice {figure(mean(scores[arm][case].values()), digits=2)}":
                     os.path.join(self.predictions(arm), case + ending)
-                for arm in ARMS
+                for arm in self.arms
             }  # fmt: skip
             picture = os.path.join(folder, case + ".png")
             draw_overlay(picture, images[0], label, predictions, self.dataset_json["labels"], case, is_ct)
@@ -321,6 +333,10 @@ class Demo:
 
         command = ["nnunet_diffusion", "report", "-d", self.id, "-o", self.page, "--evaluation", *evaluations]
         self.steps.run(Step("report", command, self.page, is_incremental=True, partly_done_if="Wrote "))
+
+
+def _epochs(number: int | None) -> dict[str, int]:
+    return {"num_epochs": number} if number else {}
 
 
 def arms_table(scores: dict) -> str:
@@ -335,14 +351,15 @@ def arms_table(scores: dict) -> str:
     return text_table({"Dice": [*organs, "mean"], **columns, "difference": differences})
 
 
-def verdict(scratch: dict, pretrained: dict) -> str:
+def verdict(alone: dict, everything: dict) -> str:
     """Says what was measured, whichever arm is ahead, and what it is worth."""
     from nnunet_diffusion.tables import mean, mean_over_organs
 
-    gain = mean_over_organs(pretrained) - mean_over_organs(scratch)
-    ahead = sum(mean(pretrained[case].values()) > mean(scratch[case].values()) for case in scratch)
+    gain = mean_over_organs(everything) - mean_over_organs(alone)
+    ahead = sum(mean(everything[case].values()) > mean(alone[case].values()) for case in alone)
     who = "ahead of" if gain > 0 else "behind" if gain < 0 else "level with"
     return (
-        f"Pre-trained is {who} its from-scratch control by {abs(gain):.3f} Dice, and better in {ahead} of "
-        f"{len(scratch)} cases.\nIt is one run with few cases: for evidence, repeat it with several seeds and patients."
+        f"What learned from all scans is {who} what learned from the labels alone by {abs(gain):.3f} Dice, and better "
+        f"in {ahead} of {len(alone)} cases.\nIt is one run with few cases: for evidence, repeat it with several seeds "
+        "and patients."
     )
