@@ -1,14 +1,22 @@
-"""Few-label benchmark: stock nnU-Net, ours from scratch and the diffusion-pretrained strategies on the same few labels.
+"""Few-label benchmark: stock nnU-Net, ours from scratch, from a denoiser and with a pool, on the same few labels.
 
 Patients are split before anything else: the test patients choose nothing (the final weights are tested), and a default
-denoiser has not seen their images either. Every arm gets the same plan, training budget, labels and seeds. One JSON a
-run; finished runs are skipped, so the same command continues after a crash.
+denoiser has not seen their images either. Every arm gets the same plan, number of steps, labels and seeds. The pool is
+every image that is neither labeled nor tested on; with it a step has a second batch:
+
+  stock, scratch, full, decoder, linear   labels alone: plain nnU-Net; ours from random weights; from the denoiser
+  mean_teacher                            the pool, labeled by the average of the weights, with copy-paste
+  cross_pseudo                            the pool, labeled by a second network
+  co_training, co_training_gate           the pool, labeled by a diffusion teacher, without and with the gate
+  twin_supervised, twin, twin_gate        the same with the teacher's twin as student
+
+One JSON a run; finished runs are skipped, so the same command continues after a crash.
 
 example, from a preprocessed data set:
   python benchmarks/label_efficiency.py -d 501 -c 2d -p nnUNetCompactPlans --test_cases 20 --make_split
   nnUNetv2_train 501 2d 0 -tr DenoisingDiffusionTrainer -p nnUNetCompactPlans
   python benchmarks/label_efficiency.py -d 501 -c 2d -p nnUNetCompactPlans --budgets 2 8 10% 4slices --jobs 2
-An arm takes settings of its own after commas: --arms scratch full full,timestep=150 decoder,start=scratch
+An arm takes settings of its own after commas: --arms scratch full full,timestep=150 mean_teacher,start=scratch
 """
 
 import argparse
@@ -24,6 +32,7 @@ from report import write_figure
 from runs import (
     VALIDATION_ITERATIONS,
     argument_parser,
+    data_identifier,
     dataset_folder,
     output_folder,
     read_value,
@@ -35,6 +44,7 @@ from runs import (
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.plans import read_plans
+from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser
 from nnunet_diffusion.settings import effective
 from nnunet_diffusion.trainers import our_trainer
@@ -46,16 +56,26 @@ ARMS = {
     "decoder": ("DiffusionPretrainedDecoderTrainer", {}),
     "linear": ("DiffusionPretrainedLinearTrainer", {}),
 }
+POOL_ARMS = {
+    "mean_teacher": ("MeanTeacherTrainer", {}),
+    "cross_pseudo": ("DiffusionCoTrainingTrainer", {"method": "cross_pseudo", "gate": 0.0}),
+    "co_training": ("DiffusionCoTrainingTrainer", {"gate": 0.0}),
+    "co_training_gate": ("DiffusionCoTrainingTrainer", {}),
+    "twin_supervised": ("DiffusionCoTrainingTwinTrainer", {"method": "supervised"}),
+    "twin": ("DiffusionCoTrainingTwinTrainer", {"gate": 0.0}),
+    "twin_gate": ("DiffusionCoTrainingTwinTrainer", {}),
+}
 CONTROL = "scratch"  # the arm that the others are paired with
 
 
-def read_arm(text: str, settings: list[str], arms: dict[str, tuple[str, dict]] = ARMS) -> tuple[str, dict]:
+def read_arm(text: str, settings: list[str]) -> tuple[str, dict]:
     """Reads `full,timestep=150` and adds the `TRAINER.key=value` settings: the trainer's name and its settings.
 
     Raises:
         UserError: If there is no such arm, or a setting is not written as above.
     """
     name, *own = text.split(",")
+    arms = ARMS | POOL_ARMS
     if name not in arms:
         raise UserError(f"there is no arm {name!r}: choose from {', '.join(arms)}")
     trainer, fixed = arms[name]
@@ -111,11 +131,17 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
     }
     protocol = {"dataset": base.name, "configuration": args.c, "plans": args.p, **planned(args, base, trainer)}
     protocol["settings"] |= settings
-    if trainer != "nnUNetTrainer" and settings.get("start") != "scratch":
-        settings["start"] = str(find_pretrained(args, base, test, "DenoisingDiffusionTrainer", "denoiser.pth"))
-        protocol["denoiser_sha256"] = hashlib.sha256(Path(settings["start"]).read_bytes()).hexdigest()
-        training = load_denoiser(settings["start"])["training"]
+    everything = protocol["settings"]
+    files = {}
+    if everything.get("start") == "denoiser":
+        files["start"] = find_pretrained(args, base, test, "DenoisingDiffusionTrainer", "denoiser.pth")
+        training = load_denoiser(str(files["start"]))["training"]
         protocol["pretraining"] = {key: value for key, value in training.items() if key != "held_out_loss"}
+    if everything.get("method") == "co_training" and not args.no_teacher:
+        files["teacher_file"] = find_pretrained(args, base, test, "DiffusionTeacherTrainer", "teacher.pth")
+    for setting, file in files.items():
+        settings[setting] = str(file)
+        protocol[f"{setting.removesuffix('_file')}_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
     return {
         "arm": arm,
         "trainer": trainer,
@@ -148,17 +174,23 @@ def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]
     if unused:
         raise UserError(f"--setting {' '.join(unused)} belongs to no trainer of the chosen arms")
     arms = [describe_arm(args, arm, base, test) for arm in args.arms]
+    data = data_identifier(args, base)
+    pool = pool_folder(str(base), data)
     raw = {budget: str(dataset_folder(args, "nnUNet_raw")) for budget in args.budgets if budget.endswith("slices")}
     jobs = []
     for seed, budget, arm in product(args.seeds, args.budgets, arms):
-        name = f"{budget.replace('%', 'percent')}_{arm['arm']}_seed{seed}"
+        name, cases = f"{budget.replace('%', 'percent')}_{arm['arm']}_seed{seed}", draw(budget, rest, seed)
+        unlabeled = sorted({case for group in rest.values() for case in group} - set(cases))
+        others = {data: unlabeled, os.path.basename(pool): pool_identifiers(pool)}
+        if arm["arm"].split(",")[0] in POOL_ARMS:
+            arm = {**arm, "protocol": arm["protocol"] | {"pool": sum(map(len, others.values()))}, "pool": others}
         jobs.append(
             {
                 **arm,
                 "name": name,
                 "budget": budget,
                 "seed": seed,
-                "cases": draw(budget, rest, seed),
+                "cases": cases,
                 "raw": raw.get(budget),
                 "result": str(out / "runs" / f"{name}.json"),
             }
@@ -170,12 +202,14 @@ def parse_arguments() -> argparse.Namespace:
     """Reads the command line."""
     parser = argument_parser(__doc__)
     parser.add_argument("--budgets", nargs="+", default=["2", "8"], help="label budgets: 8, 10%% or 4slices")
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS)}")
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), help=f"of {', '.join(ARMS | POOL_ARMS)}")
     parser.add_argument(
         "--setting", nargs="+", default=[], metavar="TRAINER.KEY=VALUE", help="for every arm of that trainer"
     )
     parser.add_argument("--make_split", action="store_true", help="only hold out the test patients, and write fold 0")
     parser.add_argument("--denoiser", help="denoiser.pth of the pretrained arms (default: fold 0 of this data set)")
+    parser.add_argument("--teacher", help="teacher.pth of co-training (default: fold 0 of this data set)")
+    parser.add_argument("--no_teacher", action="store_true", help="let teachers start from random weights")
     return parser.parse_args()
 
 

@@ -37,32 +37,34 @@ from nnunet_diffusion.preprocessing.cases import UNLABELED_FILES, labeled_files
 from nnunet_diffusion.preprocessing.preprocess import preprocess_case
 
 STOCK, FINE_TUNING, PRE_TRAINING = "nnUNetTrainer", "DiffusionPretrainedTrainer", "DenoisingDiffusionTrainer"
-CO_TRAINING = {
-    "mean teacher step": {"method": "mean_teacher"},
-    "cross pseudo step": {"method": "cross_pseudo"},
-    "co-training step": {"method": "co_training"},
-    "co-training step, 3 rounds": {"method": "co_training", "rounds": 3},
+WITH_POOL = {
+    "mean teacher step": ("MeanTeacherTrainer", {"supervised_share": 0.0}),
+    "cross pseudo step": ("DiffusionCoTrainingTrainer", {"method": "cross_pseudo"}),
+    "co-training step": ("DiffusionCoTrainingTrainer", {}),
+    "co-training step, 3 rounds": ("DiffusionCoTrainingTrainer", {"rounds": 3}),
 }
 
 
-def load(dataset: str, plans: str, settings: dict | None = None) -> tuple[dict, dict]:
+def load(dataset: str, plans: str, trainer: str = FINE_TUNING, settings: dict | None = None) -> tuple[dict, dict]:
     """The plans, with fine-tuning from random weights (which costs the same), and dataset.json.
 
     Args:
         dataset: DatasetXXX_Name.
         plans: Their name.
-        settings: Of co-training.
+        trainer: Its name.
+        settings: Of it.
     """
     folder = Path(str(nnUNet_preprocessed), dataset)
     content = json.loads((folder / f"{plans}.json").read_text())
     content.setdefault("nnunet_diffusion", {}).setdefault(FINE_TUNING, {})["start"] = "scratch"
-    content["nnunet_diffusion"]["DiffusionCoTrainingTrainer"] = {"start": "scratch", **(settings or {})}
+    if settings is not None:
+        content["nnunet_diffusion"][trainer] = {"start": "scratch", **settings}
     return content, json.loads((folder / "dataset.json").read_text())
 
 
 def start_trainer(name: str, args: argparse.Namespace, settings: dict | None = None):
     """A trainer in the middle of its first epoch."""
-    plans, dataset_json = load(args.dataset, args.p, settings)
+    plans, dataset_json = load(args.dataset, args.p, name, settings)
     trainer = recursive_find_trainer_class_by_name(name)(
         plans={**plans, "continue_training": False},
         configuration=args.c,
@@ -71,6 +73,8 @@ def start_trainer(name: str, args: argparse.Namespace, settings: dict | None = N
         device=torch.device(args.device),
     )
     trainer.on_train_start()
+    if hasattr(trainer, "recognized"):  # the pool is not waited for
+        trainer.recognized[:] = True
     trainer.on_epoch_start()
     trainer.on_train_epoch_start()
     return trainer
@@ -184,13 +188,12 @@ def _peak_memory(args, what, prepare, *arguments) -> dict[str, float | str]:
     return {"what": what, "peak_mib": peak, "of_which_imports_mib": before}
 
 
-def measure_co_training(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
+def measure_pool(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
     """Steps with a pool against stock steps, which have one batch where these have two: rows of ratios, of memory."""
-    name = "DiffusionCoTrainingTrainer"
     memory = [peak_memory(args, "stock step", training, STOCK)]
-    memory += [peak_memory(args, what, training, name, settings) for what, settings in CO_TRAINING.items()]
+    memory += [peak_memory(args, what, training, *trainer) for what, trainer in WITH_POOL.items()]
     stock, rows = stepper(start_trainer(STOCK, args)), []
-    for title, settings in CO_TRAINING.items():
+    for title, (name, settings) in WITH_POOL.items():
         ours = stepper(start_trainer(name, args, settings))
         rows.append({"what": title, "goal": "", **interleave(ours, stock, args.rounds, args.device, warm_up=3)})
     return rows, memory
@@ -212,14 +215,10 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
         {"what": "fine-tuning step", "goal": 1.02, **steps(stepper(tuned))},
         {"what": "pre-training step", "goal": 1.15, **steps(stepper(denoiser))},
     ]
-    axes = stock.inference_allowed_mirroring_axes
-    rows.append(
-        {
-            "what": "prediction of a case",
-            "goal": 1.0,
-            **timed(predictor(tuned, axes), predictor(stock, axes), max(3, args.rounds // 5)),
-        }
-    )
+    axes, own = (trainer.inference_allowed_mirroring_axes for trainer in (stock, tuned))
+    for what, ours in (("prediction of a case", axes), ("prediction of a case, mirrored as trained", own)):
+        times = timed(predictor(tuned, ours), predictor(stock, axes), max(3, args.rounds // 5))
+        rows.append({"what": what, "goal": 1.0, **times})
     with tempfile.TemporaryDirectory() as folder:
         pool, nnunet = preprocessors(args, Path(folder, "pool"))
         rows.append(
@@ -254,7 +253,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=30, help="timed pairs of steps (default: %(default)s)")
     parser.add_argument("--cases", type=int, default=5, help="scans to preprocess (default: %(default)s)")
-    parser.add_argument("--co_training", action="store_true", help="the steps of teacher and student instead")
+    parser.add_argument("--pool", action="store_true", help="the steps of trainers that learn from the pool instead")
     parser.add_argument("-o", default="speed.json", help="JSON to write (default: %(default)s)")
     args = parser.parse_args()
     plug_in = find_spec("nnunet_diffusion.trainers").submodule_search_locations[0]
@@ -262,7 +261,7 @@ def main() -> None:
     args.dataset = maybe_convert_to_dataset_name(args.d)
     with tempfile.TemporaryDirectory() as results:
         os.environ["nnUNet_results"] = results
-        rows, memory = (measure_co_training if args.co_training else measure)(args)
+        rows, memory = (measure_pool if args.pool else measure)(args)
     write_json(
         args.o,
         {

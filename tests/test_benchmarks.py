@@ -5,12 +5,13 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import minimal
 import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import co_training  # noqa: E402
+import label_efficiency  # noqa: E402
 from flare22 import comparison, write_plans  # noqa: E402
 from flare22 import parse_arguments as flare22_arguments  # noqa: E402
 from label_efficiency import parse_arguments, read_arm  # noqa: E402
@@ -223,7 +224,7 @@ def test_help_is_quick_and_complete(monkeypatch, capsys):
     assert "--make_split" in capsys.readouterr().out
 
 
-def test_the_pool_of_co_training_is_what_is_neither_labeled_nor_tested_on(tmp_path, monkeypatch):
+def test_the_pool_is_what_is_neither_labeled_nor_tested_on(tmp_path, monkeypatch):
     base = tmp_path / "Dataset501_Neck"
     for folder, cases, endings in (
         ("data", CASES, (".b2nd", "_seg.b2nd", ".pkl")), ("data_unlabeled", ["u1", "u2"], (".b2nd", ".pkl")),
@@ -232,13 +233,22 @@ def test_the_pool_of_co_training_is_what_is_neither_labeled_nor_tested_on(tmp_pa
         for case in cases:
             for ending in endings:
                 (base / folder / f"{case}{ending}").touch()
-    (base / "p.json").write_text('{"configurations": {"2d": {"data_identifier": "data", "architecture": {}}}}')
-    monkeypatch.setattr(sys, "argv", [*"x -d 501 -c 2d -p p --test_cases 5 --budgets 4 --seeds 0 --no_teacher".split()])
-    jobs = co_training.describe_runs(co_training.parse_arguments(), base, tmp_path)
-    assert [job["arm"] for job in jobs] == list(co_training.ARMS)
+    plans = minimal.plans("2d", name="p") | {"dataset_name": base.name}
+    plans["configurations"]["2d"]["data_identifier"] = "data"
+    (base / "p.json").write_text(json.dumps(plans))
+    (tmp_path / "aside").write_text(f"{CASES[0]}\n")
+    arms = [f"{arm},start=scratch" for arm in label_efficiency.POOL_ARMS]
+    command = f"x -d 501 -c 2d -p p --test_cases 5 --budgets 4 --seeds 0 --no_teacher --set_aside {tmp_path / 'aside'}"
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--arms", *arms])
+    jobs = label_efficiency.describe_runs(label_efficiency.parse_arguments(), base, tmp_path)
+    assert [job["arm"] for job in jobs] == arms
     for job in jobs:
         pool, labeled, test = job["pool"], set(job["cases"]), set(job["test_cases"])
         assert len(labeled) == 4 and len(test) == 5 and not labeled & test
-        assert pool["data_unlabeled"] == ["u1", "u2"] and set(pool["data"]) == set(CASES) - labeled - test
-        assert job["protocol"]["pool"] == 13 and job["settings"]["start"] == "scratch"
+        assert pool["data_unlabeled"] == ["u1", "u2"] and set(pool["data"]) == set(CASES) - labeled - test - {CASES[0]}
+        assert (
+            CASES[0] not in labeled
+            and job["protocol"]["pool"] == 2 + len(pool["data"])
+            and job["settings"]["start"] == "scratch"
+        )
     assert {tuple(job["cases"]) for job in jobs} == {tuple(jobs[0]["cases"])}, "the same labels for every arm"

@@ -70,9 +70,11 @@ def test_partial_labels(home):
     assert arms_of(home / "out" / "partial_labels.json") == {"naive", "balanced_ramp"}
 
 
-def test_co_training(home):
-    benchmark(home, f"co_training.py {COMMON} {SHORT} --budgets 2 --arms supervised co_training_gate --no_teacher")
-    assert arms_of(home / "out" / "co_training.json") == {"supervised", "co_training_gate"}
+def test_label_efficiency_with_a_pool(home):
+    short = SHORT.replace("-o out", "-o pool")
+    benchmark(home, f"label_efficiency.py {COMMON} {short} --budgets 2 --arms scratch mean_teacher co_training_gate "
+              "--no_teacher")  # fmt: skip
+    assert arms_of(home / "pool" / "label_efficiency.json") == {"scratch", "mean_teacher", "co_training_gate"}
 
 
 def test_mutual(home):
@@ -96,10 +98,10 @@ def test_costs(home):
     """Speed and memory, of training with and without a pool, of the partial loss and of mutual learning."""
     benchmark(home, f"speed.py {COMMON} --rounds 2 --cases 1 -o speed.json")
     speed = json.loads((home / "speed.json").read_text())
-    assert len(speed["ratios"]) == 4 and all(row["ratio"] > 0 for row in speed["ratios"])
+    assert len(speed["ratios"]) == 5 and all(row["ratio"] > 0 for row in speed["ratios"])
     assert {m["what"].split(",")[0] for m in speed["memory"]} >= {"stock step", "prediction", "preprocessing"}
-    benchmark(home, f"speed.py {COMMON} --rounds 2 --co_training -o co_training.json")
-    assert len(json.loads((home / "co_training.json").read_text())["ratios"]) == 4
+    benchmark(home, f"speed.py {COMMON} --rounds 2 --pool -o pool.json")
+    assert len(json.loads((home / "pool.json").read_text())["ratios"]) == 4
     loss = json.loads(benchmark(home, "partial_loss.py --patch 8 --classes 3 --rounds 2"))
     assert loss["measured"][0]["time_ratio"] > 0
     plans = next(home.glob(f"nnUNet_preprocessed/*/{PLANS}.json"))
