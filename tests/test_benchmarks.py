@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
 import minimal
+import numpy as np
 import pytest
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 

@@ -276,6 +276,13 @@ def test_partial_labels(openkbp):
     assert (trained / "fold_0").is_dir()
 
 
+@pytest.mark.xdist_group("openkbp")
+def test_mean_teacher(openkbp):
+    write_scans(openkbp / "mean_teacher" / "scans", "kbp", range(10, 12), 5)
+    folder = run_page(openkbp, "docs/mean_teacher.md")
+    assert len(list((folder / "masks").glob("*.nii.gz"))) == 2
+
+
 def erase(path: Path, kept: list[int]) -> None:
     """Leaves only some labels in a label map."""
     seg = sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
