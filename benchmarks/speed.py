@@ -38,7 +38,7 @@ from nnunet_diffusion.preprocessing.preprocess import preprocess_case
 
 STOCK, FINE_TUNING, PRE_TRAINING = "nnUNetTrainer", "DiffusionPretrainedTrainer", "DenoisingDiffusionTrainer"
 WITH_POOL = {
-    "mean teacher step": ("MeanTeacherTrainer", {"supervised_share": 0.0}),
+    "mean teacher step": ("MeanTeacherTrainer", {"supervised_share": 0.0, "least_dice": 0.0}),
     "cross pseudo step": ("DiffusionCoTrainingTrainer", {"method": "cross_pseudo"}),
     "co-training step": ("DiffusionCoTrainingTrainer", {}),
     "co-training step, 3 rounds": ("DiffusionCoTrainingTrainer", {"rounds": 3}),
@@ -73,8 +73,6 @@ def start_trainer(name: str, args: argparse.Namespace, settings: dict | None = N
         device=torch.device(args.device),
     )
     trainer.on_train_start()
-    if hasattr(trainer, "recognized"):  # the pool is not waited for
-        trainer.recognized[:] = True
     trainer.on_epoch_start()
     trainer.on_train_epoch_start()
     return trainer

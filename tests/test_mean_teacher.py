@@ -5,7 +5,7 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunet_diffusion.mean_teacher.copy_paste import random_boxes, random_labeled_parts
-from nnunet_diffusion.mean_teacher.pseudo_labels import ClassThresholds, occurring, recognized, without_absent
+from nnunet_diffusion.mean_teacher.pseudo_labels import ClassThresholds, dice_of_counts, occurring, without_absent
 from nnunet_diffusion.mean_teacher.strong_view import with_strong_view
 
 
@@ -48,14 +48,11 @@ def test_running_means_survive_a_checkpoint():
     assert torch.equal(again.usual, thresholds.usual) and again.usual[1] < 1
 
 
-def test_what_occurs_and_what_is_recognized():
+def test_what_occurs_and_what_its_dice_is():
     target = torch.tensor([[[[0, 1], [2, 7]]], [[[0, 0], [2, 2]]]])
     assert occurring(target, 3).tolist() == [[True, True, True], [True, False, True]]
-    logits = torch.zeros(2, 3, 2, 2)
-    logits[:, 0] = 1  # background everywhere ...
-    logits[1, 2, 1, 0] = 2  # ... but for one voxel of class 2, where it is
-    logits[0, 1, 0, 0] = 2  # and one of class 1, where it is not
-    assert recognized(logits, target).tolist() == [True, False, True]
+    # 2 of 3 found and 1 too many; nothing there; there and not found
+    assert dice_of_counts([2, 0, 0], [1, 0, 0], [1, 0, 5]) == pytest.approx([4 / 6, 0, 0])
 
 
 def test_absent_classes_are_merged_into_the_background():

@@ -96,27 +96,55 @@ def test_it_trains_on_every_topology_and_is_stock(plans, ready, tmp_path, config
 def test_until_the_pool_is_let_in_it_is_supervised_training(plans, monkeypatch):
     """The student recognizes nothing, and the log says what the pool waits for."""
     name = plans("Waits", supervised_share=0.3)
-    monkeypatch.setattr(f"nnunet_diffusion.trainers.{NAME}.recognized", lambda *_: torch.zeros(4, dtype=torch.bool))
+    monkeypatch.setattr(f"nnunet_diffusion.trainers.{NAME}.hard_counts", lambda *_: np.zeros((3, 3)))
     ours = trained(name)
     control = tiny.trainer(DiffusionPretrainedTrainer, plans=name)
     control.num_epochs = 3
     control.run_training()
-    assert "The pool waits: the student does not recognize" in log_of(ours) and "Pool: loss" not in log_of(ours)
+    assert "The pool waits: on labeled patches the student does not recognize ['left ball', 'right" in log_of(ours)
+    assert "Pool: loss" not in log_of(ours)
     for key, weight in control.network.state_dict().items():
         torch.testing.assert_close(weight, ours.network.state_dict()[key], atol=1e-5, rtol=1e-4)
 
 
-def test_the_pool_is_let_in_when_every_class_is_recognized(plans):
+def test_the_pool_is_let_in_when_every_label_is_recognized(plans):
     trainer = tiny.trainer(MeanTeacherTrainer, plans=plans("Ready", supervised_share=0.5))
     trainer.initialize()
     trainer.current_epoch = 1
-    trainer.recognized[:] = True
+    trainer.counts[0] = 1
     assert not trainer.is_ready(), "1 of 3 epochs is less than half"
     trainer.current_epoch = 2
     assert trainer.is_ready()
-    trainer.recognized[2] = False
+    trainer.counts[2, 1] = 17  # a Dice of 2 / 19
+    assert trainer.is_ready()
+    trainer.counts[2, 1] = 19  # 2 / 21
     assert not trainer.is_ready()
-    assert "does not recognize ['right ball'] on labeled patches yet" in log_of(trainer)
+    assert "the student does not recognize ['right ball'] yet" in log_of(trainer)
+
+
+def test_what_is_recognized_is_counted_on_labeled_patches_of_an_epoch(plans, monkeypatch):
+    trainer = tiny.trainer(MeanTeacherTrainer, plans=plans("Counted", supervised_share=1.0))
+    trainer.on_train_start()
+    seen, forward = [], trainer.network.forward
+    monkeypatch.setattr(trainer.network, "forward", lambda x: seen.append(forward(x)) or seen[-1])
+    for epoch in range(2):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        seen.clear()
+        batches = [next(trainer.dataloader_train) for _ in range(2)]
+        for batch in batches:
+            trainer.train_step(batch)
+    expected = np.zeros((3, 3))
+    for output, batch in zip(seen, batches, strict=True):
+        predicted, target = output[0].argmax(1).numpy(), batch["target"][0][:, 0].numpy()
+        for c in (1, 2, 3):
+            of_class = (
+                (predicted == c) & (target == c),
+                (predicted == c) & (target != c),
+                (predicted != c) & (target == c),
+            )
+            expected[:, c - 1] += [voxels.sum() for voxels in of_class]
+    assert np.array_equal(trainer.counts, expected) and expected.any(), "of the last epoch alone"
 
 
 def test_the_teacher_is_the_average_and_learns_by_nothing_else(plans, ready):

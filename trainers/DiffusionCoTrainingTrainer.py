@@ -56,6 +56,7 @@ class DiffusionCoTrainingTrainer(MeanTeacherTrainer):
         """Builds the teacher of the chosen method, from random weights."""
         self.teacher = self.teacher_of_method().to(self.device)
         self.first_epoch_with_pool = 0 if self.needs_pool() else -1
+        self.counts = np.zeros(0)  # nothing is waited for
 
     def teacher_of_method(self) -> Teacher:
         """Returns a new teacher."""
@@ -133,7 +134,7 @@ class DiffusionCoTrainingTrainer(MeanTeacherTrainer):
         """Tells that the pool will never be learned from, if it is not from the first epoch on."""
         return False
 
-    def labeled_loss(self, images: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
+    def labeled_loss(self, images, targets, is_annotated) -> torch.Tensor:
         """Returns the loss of student and teacher on a labeled batch."""
         return self.teacher.labeled(self.network, images, self.supervised_loss(targets))
 

@@ -14,12 +14,13 @@ from torch.optim.swa_utils import AveragedModel
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.mean_teacher.copy_paste import random_labeled_parts
-from nnunet_diffusion.mean_teacher.pseudo_labels import ClassThresholds, occurring, recognized, without_absent
+from nnunet_diffusion.mean_teacher.pseudo_labels import ClassThresholds, dice_of_counts, occurring, without_absent
 from nnunet_diffusion.mean_teacher.strong_view import with_strong_view
 from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.optimization import ramp_up, warming_ema
 from nnunet_diffusion.partial.annotations import annotated_mask, group_map
 from nnunet_diffusion.partial.losses import annotated
+from nnunet_diffusion.partial.validation import hard_counts
 from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers
 from nnunet_diffusion.pretraining.images import ImageDataset, image_loader, refuse_other_channels
 from nnunet_diffusion.rounds.pseudo_labels import ignoring
@@ -33,11 +34,12 @@ class MeanTeacherTrainer(PartialLabelTrainer):
     A step has a labeled batch, as ever, and a mixed one: parts of labeled patches with their labels, parts of patches
     of the pool with the labels that the teacher, the average of the weights (Tarvainen and Valpola 2017), is sure of;
     it sees them as they are, the student with other intensities (Sohn et al. 2020). Copy-paste is Bai et al. 2023. The
-    teacher speaks when the student recognizes every class on labeled patches. The model folder is stock.
+    teacher speaks when the student recognizes every label on labeled patches. The model folder is stock.
     """
 
     start: str = "denoiser"  # this data set's own
-    supervised_share: float = 0.3  # of the epochs, in which there are only labels, and until every class is recognized
+    supervised_share: float = 0.3  # of the epochs, in which there are only labels, and until each is recognized
+    least_dice: float = 0.1  # of a label on labeled patches, with which it counts as recognized
     unlabeled_weight: float = 0.5  # of the mixed batch, when it is ramped up
     ramp: float = 0.0  # share of the epochs over which that weight grows, from the first with the pool on
     ema_decay: float = 0.99  # of the teacher
@@ -49,9 +51,8 @@ class MeanTeacherTrainer(PartialLabelTrainer):
     body_share: float = 0.67  # of the pool's patches are centered on the body
     allowed_values = {
         **dict.fromkeys(("unlabeled_weight", "ramp"), at_least(0)),
-        **dict.fromkeys(
-            ("supervised_share", "ema_decay", "confidence", "strong_probability", "body_share"), between(0, 1)
-        ),
+        **dict.fromkeys(("supervised_share", "least_dice", "ema_decay", "confidence"), between(0, 1)),
+        **dict.fromkeys(("strong_probability", "body_share"), between(0, 1)),
         "absent": one_of("unknown", "background"), "paste": one_of("both", "into_pool", "none"),
     }  # fmt: skip
 
@@ -91,7 +92,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         self.teacher.requires_grad_(False).eval()
         self.thresholds = ClassThresholds(len(self.channels), self.confidence, is_adaptive=self.adaptive)
         self.thresholds.to(self.device)
-        self.recognized = torch.zeros(len(self.channels), dtype=torch.bool, device=self.device)
+        self.counts = np.zeros((3, len(self.channels) - 1))  # voxels of labeled patches in an epoch: tp, fp, fn
         self.first_epoch_with_pool = -1  # not yet
 
     def on_train_start(self):
@@ -149,21 +150,24 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         if self.first_epoch_with_pool < 0 and self.is_ready():
             self.first_epoch_with_pool = self.current_epoch
             self.print_to_log_file("From this epoch on the teacher labels the pool")
+        self.counts[:] = 0
         self.uses_pool = self.first_epoch_with_pool >= 0
         since = self.current_epoch - self.first_epoch_with_pool
         self.pool_weight = self.unlabeled_weight * ramp_up(since, self.num_epochs, self.ramp)
 
     def is_ready(self) -> bool:
-        """Tells whether the student has had its supervised epochs and recognizes every class; all processes alike."""
+        """Tells whether the student has had its supervised epochs and, in the last, recognized every label."""
+        if self.current_epoch < math.ceil(self.supervised_share * self.num_epochs):
+            return False
+        counts = torch.from_numpy(self.counts)
         if self.is_ddp:
-            seen = self.recognized.int()
-            torch.distributed.all_reduce(seen)
-            self.recognized = seen > 0
-        is_early = self.current_epoch < math.ceil(self.supervised_share * self.num_epochs)
-        missing = [name for name, is_seen in zip(self.channels, self.recognized.tolist(), strict=True) if not is_seen]
-        if not is_early and missing:
-            self.print_to_log_file(f"The pool waits: the student does not recognize {missing} on labeled patches yet")
-        return not is_early and not missing
+            counts = counts.to(self.device)
+            torch.distributed.all_reduce(counts)
+        tp, fp, fn = counts.tolist()
+        dice = dice_of_counts(tp, fp, fn)
+        if missing := [name for name, d in zip(list(self.channels)[1:], dice, strict=True) if d < self.least_dice]:
+            self.print_to_log_file(f"The pool waits: on labeled patches the student does not recognize {missing} yet")
+        return not missing
 
     def train_step(self, batch: dict) -> dict:
         """Takes a labeled batch, then one with patches of the pool; their gradients add up."""
@@ -171,7 +175,8 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         targets = self.targets(batch)
         self.optimizer.zero_grad(set_to_none=True)
         with self.with_annotations(batch), self.mixed_precision():
-            loss = self.labeled_loss(images, targets)
+            is_annotated = annotated_mask(batch["keys"], self.annotations, self.channels)
+            loss = self.labeled_loss(images, targets, is_annotated)
         self.backward(loss)
         report = {"loss": loss.detach().cpu().numpy()}
         if self.uses_pool:
@@ -180,12 +185,14 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         self.update_teacher()
         return report
 
-    def labeled_loss(self, images: torch.Tensor, targets: list[torch.Tensor]) -> torch.Tensor:
-        """Returns the loss of a labeled batch; until the teacher speaks, what is recognized is remembered."""
+    def labeled_loss(
+        self, images: torch.Tensor, targets: list[torch.Tensor], is_annotated: torch.Tensor
+    ) -> torch.Tensor:
+        """Returns the loss of a labeled batch; until the teacher speaks, what the student recognizes is counted."""
         output = self.network(images)
         if not self.uses_pool:
             logits = output[0] if self.enable_deep_supervision else output
-            self.recognized |= recognized(logits.detach(), targets[0])
+            self.counts += hard_counts(logits.detach(), targets[0], is_annotated, self.label_manager)
         return self.loss(output, targets if self.enable_deep_supervision else targets[0])
 
     def update_teacher(self):
@@ -255,12 +262,12 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         """Adds the teacher and when it began to speak, so that a resumed run continues."""
         return {
             "teacher": self.teacher.state_dict(), "thresholds": self.thresholds.state_dict(),
-            "recognized": self.recognized, "first_epoch_with_pool": self.first_epoch_with_pool,
+            "counts": torch.from_numpy(self.counts), "first_epoch_with_pool": self.first_epoch_with_pool,
         }  # fmt: skip
 
     def restore(self, checkpoint: dict):
         """Continues the teacher."""
         self.teacher.load_state_dict(checkpoint["teacher"])
         self.thresholds.load_state_dict(checkpoint["thresholds"])
-        self.recognized = checkpoint["recognized"].to(self.device)
+        self.counts = checkpoint["counts"].numpy()
         self.first_epoch_with_pool = checkpoint["first_epoch_with_pool"]

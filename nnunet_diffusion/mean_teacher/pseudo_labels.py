@@ -1,5 +1,7 @@
 """Pseudo labels of a teacher, where it is sure enough; each class has a threshold of its own."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -55,18 +57,9 @@ def occurring(labels: Tensor, classes: int) -> Tensor:
     return torch.stack([(labels == c).flatten(1).any(1) for c in range(classes)], 1)
 
 
-def recognized(logits: Tensor, target: Tensor) -> Tensor:
-    """Tells which classes a network finds at least a voxel of, where they are.
-
-    Args:
-        logits: (B, C, X, Y[, Z]).
-        target: (B, 1, X, Y[, Z]) labels.
-
-    Returns:
-        (C,) bool.
-    """
-    labels = logits.argmax(1, keepdim=True)
-    return occurring(torch.where(labels == target, labels, -1), logits.shape[1]).any(0)
+def dice_of_counts(tp: Sequence[float], fp: Sequence[float], fn: Sequence[float]) -> list[float]:
+    """Computes the Dice of each class from counts of voxels; 0 where a class neither is nor is predicted."""
+    return [2 * t / (2 * t + p + n) if t else 0.0 for t, p, n in zip(tp, fp, fn, strict=True)]
 
 
 def without_absent(group: Tensor, labels: Tensor) -> Tensor:
