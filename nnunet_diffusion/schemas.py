@@ -61,6 +61,7 @@ class Dataset(EvaluatedDataset):
     channel_names: Annotated[dict[str, str], Field(min_length=1)]
     dataset: NotRequired[dict[str, LabeledFiles]]
     overwrite_image_reader_writer: NotRequired[str]
+    sources: NotRequired[dict[str, str]]
 
 
 class PlannableDataset(Dataset):

@@ -186,6 +186,7 @@ def test_nii_and_nii_gz_go_together(sets, raw, capsys):
     assert gzip.decompress(Path(labeled["LiTS_0"]["images"][0]).read_bytes()) == original
     assert np.unique(nibabel.load(labeled["LiTS_0"]["label"]).dataobj).tolist() == [0, 1]
     assert content["annotated_labels"] == {"LiTS_0": ["liver"]}  # FLARE's cases annotate all three
+    assert content["sources"]["LiTS_0"] == "LiTS" and set(content["sources"]) >= set(labeled)
     assert join(sets, sources, "--copy", labels=COMMON[:3]) == 0  # compares, and copies nothing again
     cut(Path(labeled["LiTS_0"]["images"][0]))
     assert join(sets, sources, "--copy", labels=COMMON[:3]) == 1

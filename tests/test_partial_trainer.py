@@ -180,6 +180,28 @@ def test_voxels_of_a_label_that_was_not_annotated_teach_nothing(world):
 
 
 @pytest.mark.slow
+def test_labels_are_dropped_in_training_alone_and_sources_are_drawn_equally_often(world):
+    cases = sorted(path.name.removesuffix(".nii.gz") for path in (world / "gt_segmentations").glob("*.nii.gz"))
+    settings = {"label_dropout": 1.0, "balanced_sources": True}
+    tables = {"sources": {cases[0]: "a", cases[1]: "a", cases[2]: "b"}}
+    trainer = partial(world, tables, PartialLabelTrainer=settings)
+    trainer.initialize()
+    train, _ = trainer.get_tr_and_val_datasets()
+    assert Counter(train.identifiers) == {cases[0]: 10, cases[1]: 10, cases[2]: 20}
+    batch = {"keys": cases[:2], "data": torch.randn(2, 1, 16, 16)}
+    batch["target"] = [torch.randint(0, 4, (2, 1, size, size)) for size in (16, 8)]
+    before = {name: tensor.clone() for name, tensor in trainer.network.state_dict().items()}
+    trainer.weight_decay = 0.0
+    assert float(trainer.train_step(batch)["loss"]) == pytest.approx(0, abs=1e-6), "all is background: nothing to learn"
+    moved = [
+        name for name, tensor in trainer.network.state_dict().items() if (tensor - before[name]).abs().max() > 1e-4
+    ]
+    assert moved == []
+    with torch.no_grad():
+        assert float(trainer.validation_step(batch)["loss"]) > 0.1
+
+
+@pytest.mark.slow
 def test_an_epoch_without_annotated_labels_does_not_spoil_the_moving_average(world):
     cases = sorted(path.name.removesuffix(".nii.gz") for path in (world / "gt_segmentations").glob("*.nii.gz"))
     trainer = partial(world, {"annotated_labels": {case: [] for case in cases}})

@@ -174,7 +174,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         images = batch["data"].to(self.device, non_blocking=True)
         targets = self.targets(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.with_annotations(batch), self.mixed_precision():
+        with self.with_annotations(batch, self.label_dropout), self.mixed_precision():
             is_annotated = annotated_mask(batch["keys"], self.annotations, self.channels)
             loss = self.labeled_loss(images, targets, is_annotated)
         self.backward(loss)

@@ -22,10 +22,11 @@ from nnunet_diffusion.partial.annotations import (
 )
 from nnunet_diffusion.partial.losses import PartialLabelLoss, PartialLoss, annotated
 from nnunet_diffusion.partial.region_loss import PartialRegionLoss
+from nnunet_diffusion.partial.sources import balanced_sources, drop_from_group, drop_from_mask
 from nnunet_diffusion.partial.validation import hard_counts, restrict_summary
 from nnunet_diffusion.pretraining.start import SCRATCH, find_start, load_first_weights, seen_images
 from nnunet_diffusion.pretraining.transfer import parameter_sums, report_loaded
-from nnunet_diffusion.settings import at_least, one_of
+from nnunet_diffusion.settings import at_least, between, one_of
 from nnunet_diffusion.trainers.ConfiguredTrainer import ConfiguredTrainer
 
 
@@ -48,11 +49,14 @@ class PartialLabelTrainer(ConfiguredTrainer):
     head_lr_factor: float = 1.0  # learning rate of the output heads, relative to initial_lr
     exclusion_weight: float = 2.0  # Shi et al. 2021
     exclusion_ramp: float = 1.0  # share of the epochs over which that weight grows from 0 (docs/partial_labels.md)
+    label_dropout: float = 0.0  # share of its labels that a case, each time it is drawn, is taken not to annotate
+    balanced_sources: bool = False  # draw cases so that each of dataset.json's `sources` is equally often drawn from
     balanced: bool = True  # draw cases so that each label is equally often the reason, however few cases annotate it
     allowed_values = {
         "optimizer_name": one_of("SGD", "AdamW"),
         **dict.fromkeys(("warmup_epochs", "head_lr_factor", "exclusion_weight", "exclusion_ramp"), at_least(0)),
-        "timestep": at_least(0), "start": lambda value, settings: "" if value else "scratch, denoiser or a path",
+        "label_dropout": between(0, 1), "timestep": at_least(0),
+        "start": lambda value, settings: "" if value else "scratch, denoiser or a path",
     }  # fmt: skip
     replaced_settings = {
         "denoiser": 'give its path with the setting start; "denoiser" there means the data set\'s own',
@@ -129,10 +133,13 @@ class PartialLabelTrainer(ConfiguredTrainer):
             return PartialRegionLoss(batch_dice, self.is_ddp, ignore_label is not None)
         return PartialLabelLoss(batch_dice, self.is_ddp, ignore_label, self.exclusion_weight)
 
-    def with_annotations(self, batch: dict):
-        """Returns a context in which the loss counts what was annotated in the batch."""
-        describe = annotated_mask if self.label_manager.has_regions else group_map
-        return annotated(self.loss, describe(batch["keys"], self.annotations, self.channels))
+    def with_annotations(self, batch: dict, dropout: float = 0.0):
+        """Returns a context in which the loss counts what was annotated in the batch, but for a share of the labels."""
+        describe, drop = (
+            (annotated_mask, drop_from_mask) if self.label_manager.has_regions else (group_map, drop_from_group)
+        )
+        annotation = describe(batch["keys"], self.annotations, self.channels)
+        return annotated(self.loss, drop(annotation, dropout) if dropout else annotation)
 
     def targets(self, batch: dict) -> list[torch.Tensor]:
         """Returns the target at each scale, on the device."""
@@ -140,10 +147,12 @@ class PartialLabelTrainer(ConfiguredTrainer):
         return [target.to(self.device, non_blocking=True) for target in targets]
 
     def get_tr_and_val_datasets(self):
-        """Repeats training cases of rare labels, if asked to."""
+        """Repeats training cases of rare labels and of small sources, if asked to."""
         train, validation = super().get_tr_and_val_datasets()
         if self.balanced:
             train.identifiers = balanced_cases(train.identifiers, self.annotations)
+        if self.balanced_sources:
+            train.identifiers = balanced_sources(train.identifiers, self.dataset_json.get("sources", {}))
         return train, validation
 
     def on_train_epoch_start(self):
@@ -156,7 +165,7 @@ class PartialLabelTrainer(ConfiguredTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """Takes nnU-Net's step, with a loss of what was annotated."""
-        with self.with_annotations(batch):
+        with self.with_annotations(batch, self.label_dropout):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:

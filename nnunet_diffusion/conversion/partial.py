@@ -23,7 +23,8 @@ def convert_partial(
     A case is called SOURCE_CASE. Images are referred to where they are; label maps are written into labelsTr with the
     values of the common table. What each case annotates goes into dataset.json: `annotated_labels`, {case: [label]} of
     the cases that do not annotate all, and `union_labels`, {case: [[label, label, ...], ...]}: voxels with the value
-    of a union's first label are any one of its labels. A case that annotates nothing joins the unlabeled ones.
+    of a union's first label are any one of its labels; and `sources`, {case: source}. A case that annotates nothing
+    joins the unlabeled ones.
 
     Args:
         mapping: A JSON file, {"labels": [common name, ...], "sources": [...]}: each source has a `name`, its files as
@@ -58,6 +59,7 @@ def convert_partial(
         **({"overwrite_image_reader_writer": reader} if reader else {}),
         "annotated_labels": joined.annotated,
         "union_labels": joined.unions,
+        "sources": joined.source_of,
         "converted_with": {"labels": common, "sources": entries},
     }
     folders = [folder for source in sources for folder in source.folders]

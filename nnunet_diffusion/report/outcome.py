@@ -38,13 +38,16 @@ def comparison_row(organs: Sequence[str], name: str, scores: Evaluated) -> list[
     return [name, str(len(scores.measures["DSC"])), *map(figure, values), figure(mean(values))]
 
 
-def scores_view(organs: Sequence[str], title: str, scores: Evaluated) -> dict[str, Any]:
-    """Describes scores: charts of every case, a table by organ and one by case, best first.
+def scores_view(
+    organs: Sequence[str], title: str, scores: Evaluated, source_of: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Describes scores: charts of every case, tables by organ, by source if there are several, and by case, best first.
 
     Args:
         organs: Of the data set, in its order.
         title: Above them.
         scores: Of a model or an evaluation.
+        source_of: {case: source}, of those that are joined from several.
     """
     dsc = scores.measures["DSC"]
     found = organ_means(dsc)
@@ -60,9 +63,21 @@ def scores_view(organs: Sequence[str], title: str, scores: Evaluated) -> dict[st
         "charts": [chart(f"{m} of {len(dsc)} cases", height, draw_strips, rows, m) for m, rows in values.items()],
         "organs": organs,
         "rows": [[organ, len(values["DSC"][organ]), *_cells(values, organ)] for organ in organs],
+        "sources": source_rows(organs, dsc, source_of or {}),
         "means": [figure(mean(map(mean, rows.values()))) for rows in values.values()],
         "cases": [[c, figure(means[c]), *(figure(dsc[c].get(organ)) for organ in organs)] for c in order],
     }
+
+
+def source_rows(organs: Sequence[str], dsc: Scores, source_of: Mapping[str, str]) -> list[list[str]]:
+    """Returns source, cases, mean DSC and that of each organ; nothing if all cases are of one source."""
+    sources: dict[str, Scores] = {}
+    for case in sorted(dsc):
+        sources.setdefault(source_of.get(case, "-"), {})[case] = dsc[case]
+    means = {source: organ_means(cases) for source, cases in sources.items()}
+    rows = [[name, str(len(cases)), figure(mean_over_organs(cases)), *(figure(means[name].get(o)) for o in organs)]
+            for name, cases in sorted(sources.items())]  # fmt: skip
+    return rows if len(rows) > 1 else []
 
 
 def _cells(values: Mapping[str, Mapping[str, list[float]]], organ: str) -> list[str]:

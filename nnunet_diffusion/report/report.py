@@ -67,7 +67,7 @@ def build_report(
         "trainings": [training(results, kinds, model) for model in results.models],
         "best": best_model(results, scores),
         "comparison": [comparison_row(results.organs, name, s) for name, _, s in views] if len(views) > 1 else [],
-        "scores": [scores_view(results.organs, title, s) for _, title, s in views],
+        "scores": [scores_view(results.organs, title, s, results.dataset_json.get("sources")) for _, title, s in views],
         "shown": [(model, found) for model, found in shown if found],
         "colors": [(name, to_hex(color)) for name, color in organ_colors(results.dataset_json["labels"]).values()],
         "rounds": {name: describe_run(results, run) for name, run in rounds.items()},
