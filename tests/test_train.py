@@ -63,7 +63,9 @@ def world(tmp_path_factory):
         for batch_dice in (False, True):
             plans["configurations"]["2d"]["batch_dice"] = batch_dice
             # plain SGD steps of this size tell gradients that differ; AdamW would take the sign of rounding errors
-            tiny.write_plans(plans, f"Dice{batch_dice}", PartialLabelTrainer={"seed": 1, "initial_lr": 0.1})
+            pool = {"start": "scratch", "supervised_share": 0.0, "least_dice": 0.0}  # from the first epoch on
+            block = {"PartialLabelTrainer": {"seed": 1, "initial_lr": 0.1}, "MeanTeacherTrainer": pool}
+            tiny.write_plans(plans, f"Dice{batch_dice}", **block)
         yield folder
 
 
@@ -98,10 +100,11 @@ def test_the_command_trains_and_validates_under_torchrun(world):
     path = os.path.join(os.environ["nnUNet_results"], "command.py")
     with open(path, "w") as f:
         f.write(f'if __name__ == "__main__":\n    {program}\n')
-    arguments = ["train", str(tiny.ID), "2d", "0", "-tr", "PartialLabelTrainer", "-p", "DiceTrue", "-device", "cpu"]
+    arguments = ["train", str(tiny.ID), "2d", "0", "-tr", "MeanTeacherTrainer", "-p", "DiceTrue", "-device", "cpu"]
     done = torchrun(PYTHON, 2, path, *arguments)
     assert done.returncode == 0, done.stderr[-3000:]
-    fold = os.path.join(os.environ["nnUNet_results"], tiny.NAME, "PartialLabelTrainer__DiceTrue__2d", "fold_0")
+    fold = os.path.join(os.environ["nnUNet_results"], tiny.NAME, "MeanTeacherTrainer__DiceTrue__2d", "fold_0")
+    assert "Pool: loss" in next(Path(fold).glob("training_log*")).read_text()
     for name in ("checkpoint_final.pth", "validation/tiny_003.nii.gz", "validation/summary.json"):
         assert os.path.isfile(os.path.join(fold, name)), name
 
