@@ -6,6 +6,7 @@ every image that is neither labeled nor tested on; with it a step has a second b
 
   stock, scratch, full, decoder, linear   labels alone: plain nnU-Net; ours from random weights; from the denoiser
   mean_teacher                            the pool, labeled by the average of the weights, with copy-paste
+  diffusion_mean_teacher                  the same, averaged with masks that a diffusion model draws
   cross_pseudo                            the pool, labeled by a second network
   co_training, co_training_gate           the pool, labeled by a diffusion teacher, without and with the gate
   twin_supervised, twin, twin_gate        the same with the teacher's twin as student
@@ -58,6 +59,7 @@ ARMS = {
 }
 POOL_ARMS = {
     "mean_teacher": ("MeanTeacherTrainer", {}),
+    "diffusion_mean_teacher": ("DiffusionMeanTeacherTrainer", {}),
     "cross_pseudo": ("DiffusionCoTrainingTrainer", {"method": "cross_pseudo", "gate": 0.0}),
     "co_training": ("DiffusionCoTrainingTrainer", {"gate": 0.0}),
     "co_training_gate": ("DiffusionCoTrainingTrainer", {}),

@@ -42,7 +42,7 @@ the output heads, of a denoiser those folded at the file's own timestep; it and 
 `CompactPlanner` writes such a block, with settings for short trainings on a laptop, into the plans that it makes.
 
 Inherited settings without effect: `weighting`, `min_snr_gamma`, `timestep`, `sample_steps` of DiffusionTeacherTrainer;
-`supervised_share`, `ema_decay`, `confidence`, `adaptive`, `absent`, `paste`, `strong_probability` of
+`supervised_share`, `least_dice`, `ema_decay`, `confidence`, `adaptive`, `absent`, `paste`, `strong_probability` of
 DiffusionCoTrainingTrainer.
 """
 

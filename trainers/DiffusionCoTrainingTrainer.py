@@ -136,7 +136,7 @@ class DiffusionCoTrainingTrainer(MeanTeacherTrainer):
 
     def labeled_loss(self, images, targets, is_annotated) -> torch.Tensor:
         """Returns the loss of student and teacher on a labeled batch."""
-        return self.teacher.labeled(self.network, images, self.supervised_loss(targets))
+        return self.teacher.labeled(self.network, images, self.loss_of_output(targets))
 
     def learn_from_pool(self, keys: list[str], images: torch.Tensor, target: torch.Tensor) -> dict:
         """Adds the gradient of a batch of the pool."""
@@ -144,15 +144,6 @@ class DiffusionCoTrainingTrainer(MeanTeacherTrainer):
             loss, figures = self.teacher.unlabeled(self.network, self.next_of_pool())
         self.backward(self.pool_weight * loss)
         return {name: value.detach().cpu().numpy() for name, value in {"pool_loss": loss, **figures}.items()}
-
-    def supervised_loss(self, targets: list[torch.Tensor]):
-        """Returns the loss of an output on the labels, with deep supervision if the output has it."""
-        whole = self.loss.loss if self.enable_deep_supervision else self.loss
-
-        def loss(output):
-            return self.loss(output, targets) if isinstance(output, (list, tuple)) else whole(output, targets[0])
-
-        return loss
 
     def update_teacher(self):
         """Does nothing: it learns by gradients."""

@@ -1,6 +1,7 @@
 """Trains on labeled cases and on the unlabeled pool, whose labels the average of the network's weights makes."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -195,6 +196,15 @@ class MeanTeacherTrainer(PartialLabelTrainer):
             self.counts += hard_counts(logits.detach(), targets[0], is_annotated, self.label_manager)
         return self.loss(output, targets if self.enable_deep_supervision else targets[0])
 
+    def loss_of_output(self, targets: list[torch.Tensor]) -> Callable:
+        """Returns the loss of an output on labels, with deep supervision if the output has it."""
+        whole = self.loss.loss if self.enable_deep_supervision else self.loss
+
+        def loss(output):
+            return self.loss(output, targets) if isinstance(output, (list, tuple)) else whole(output, targets[0])
+
+        return loss
+
     def update_teacher(self):
         """Averages the weights."""
         self.teacher.update_parameters(unwrap(self.network))
@@ -225,11 +235,15 @@ class MeanTeacherTrainer(PartialLabelTrainer):
     @torch.no_grad()
     def pseudo_labels(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the teacher's labels (B, 1, X, Y[, Z]) of images, the ignore label where it is not sure."""
-        with self.mixed_precision():
-            output = self.teacher(images)
-        probabilities = (output[0] if self.enable_deep_supervision else output).float().softmax(1)
+        probabilities = self.teacher_probabilities(images)
         self.thresholds.update(probabilities)
         return self.thresholds.labels(probabilities, self.label_manager.ignore_label)
+
+    def teacher_probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        """Returns what the teacher says of images, (B, C, X, Y[, Z])."""
+        with self.mixed_precision():
+            output = self.teacher(images)
+        return (output[0] if self.enable_deep_supervision else output).float().softmax(1)
 
     def at_all_scales(self, labels: torch.Tensor):
         """Returns labels (B, 1, X, Y[, Z]) as nnU-Net's loader would: at each scale of deep supervision."""
