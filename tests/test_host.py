@@ -32,6 +32,10 @@ NO_HOST = {"_asdict", "_fields", "_replace", "_exit"}  # Python's own
 
 # What our classes override, with the parameters that nnU-Net calls it with.
 OVERRIDDEN = {
+    "batchgeneratorsv2.transforms.base.basic_transform.BasicTransform": {
+        "__init__": "self",
+        "_apply_to_image": "self, img, params",
+    },
     "batchgenerators.dataloading.data_loader.DataLoader": {
         "__init__": (
             "self, data, batch_size, num_threads_in_multithreaded, seed_for_shuffle, return_incomplete, "
