@@ -60,6 +60,10 @@ def plan_like(name: str, theirs: dict[str, Any], channel_names: Mapping[str, str
     """
     plans_file = plans_file_like(name, theirs)
     made = moved(name, theirs)
+    reader, their_reader = (plans["image_reader_writer"] for plans in (made, theirs))
+    if reader != their_reader:
+        both = f"{reader} reads the scans of {name}, {their_reader} those of {theirs['dataset_name']}"
+        print(f"WARNING: {both}: they may lie otherwise in the arrays, mirrored or turned")
     adapt_channels(name, made, channel_names)
     check_plans(made, plans_file)
     made["nnunet_diffusion"].setdefault("DiffusionPretrainedTrainer", {})["start"] = start
