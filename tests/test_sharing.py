@@ -94,7 +94,7 @@ def test_the_folder_holds_what_somebody_else_needs_and_no_patient(nnunet_folders
     source = pretrained(nnunet_folders)
     folder = tmp_path / "given"
     assert main([*EXPORT, "--denoiser", str(folder)]) == 0
-    assert "denoiser of fold all, plan, fingerprint and model card; state the licence" in capsys.readouterr().out
+    assert "denoiser of fold all, plan, fingerprint and model card; state the license" in capsys.readouterr().out
     assert sorted(os.listdir(folder)) == [
         "README.md", "dataset_fingerprint.json", "denoiser.pth", "plans.json", "progress.png",
     ]  # fmt: skip
@@ -123,7 +123,7 @@ def test_the_card_says_what_it_was_trained_on(nnunet_folders, tmp_path):
         "| median spacing of the labeled scans | 4 x 2 x 3 mm |", "size of the labeled scans | 9 x 12 x 16 voxels |",
         "| spacing | 3 x 4 mm |", "| patch | 12 x 16 voxels |", "| normalization | CTNormalization |",
         "mean 40, std 200, percentile_00_5 -960, percentile_99_5 1040", "![Losses of the training](progress.png)",
-        "## Licence\n\n**Not stated yet.**", "Isensee, F.", "--like THIS_FOLDER",
+        "## License\n\n**Not stated yet.**", "Isensee, F.", "--like THIS_FOLDER",
         hashlib.sha256(path.read_bytes()).hexdigest(),
     ):  # fmt: skip
         assert said in card, said

@@ -196,6 +196,7 @@ def test_an_encoder_of_nnssl_is_taken_and_nothing_else(tmp_path, name):
     stayed = {entry.split(" (")[0] for entry in report.missing}
     assert stayed == {key for key in parameters if key.startswith("decoder.")}
     assert "decoder.stages.0.convs.0.conv.weight (of the decoder, the encoder alone is taken)" in report.missing
+    assert {entry.split(" (")[0] for entry in report.unexpected} == stayed, "what the file has for them is not used"
     assert report.citations == ["Masked Autoencoders (Pretraining Method): He, K., et al. (2022)."]
     assert "Please cite Masked Autoencoders" in str(report) and report.source.endswith("c.pth")
 

@@ -55,7 +55,7 @@ def run_denoiser(args: argparse.Namespace) -> int:
     source = get_output_folder(dataset_name(args.d), args.tr or PRETRAINER, args.p, args.c)
     with naming_full_disk(args.denoiser):
         fold = export_denoiser(source, args.f[0] if args.f else None, args.denoiser)
-    print(f"{args.denoiser}: denoiser of fold {fold}, plan, fingerprint and model card; state the licence in {CARD}")
+    print(f"{args.denoiser}: denoiser of fold {fold}, plan, fingerprint and model card; state the license in {CARD}")
     return 0
 
 

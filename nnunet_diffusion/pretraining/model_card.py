@@ -11,9 +11,9 @@ from nnunet_diffusion.pretraining.nnssl import readable_citations
 CARD = """\
 # Denoiser of {dataset_name}, {configuration}
 
-A denoising diffusion model: the very network that nnU-Net planned for `{dataset_name}` (`{plans_name}`,
-`{configuration}`), trained without labels by nnunet_diffusion. Segmentation networks of the same plan start from it,
-and images can be drawn from it.
+A denoising diffusion model: the very network that nnU-Net planned for `{dataset_name}` (`{plans_name}`), trained
+without labels by nnunet_diffusion. Segmentation networks of the same plan start from it, and images can be drawn from
+it.
 
 ## Trained on
 
@@ -39,9 +39,9 @@ network are this denoiser's. It says which training starts from the denoiser.
 
 `denoiser.pth` holds tensors and plain values; nothing in it is run. Its SHA-256 is `{digest}`.
 
-## Licence
+## License
 
-**Not stated yet.** Whoever shares this folder says here under which licence, and who may use it for what.
+**Not stated yet.** Whoever shares this folder says here under which license, and who may use it for what.
 
 ## Limits
 

@@ -104,10 +104,16 @@ def transfer(
         raise UserError(f"the {what} does not fit the planned network:\n" + "\n".join(shown))
     for part, source in copies:
         part.copy_(source)
-    report.unexpected = [f"{name} (the {what}'s own output)" for name in weights if name.startswith(HEADS)]
-    known = network.state_dict().keys()
-    report.unexpected += [name for name in weights if name not in known and not name.startswith(HEADS)]
+    report.unexpected = unused(network, weights, stays, what)
     return report
+
+
+def unused(network: nn.Module, weights: dict[str, Tensor], stays: Callable[[str], str], what: str) -> list[str]:
+    """Lists what of the weights goes nowhere; for the arguments see `transfer`."""
+    own = {name for name, _ in [*network.named_parameters(), *network.named_buffers()]}
+    aliases = network.state_dict().keys() - own
+    names = [name for name in weights if name not in aliases and (name not in own or stays(name))]
+    return [f"{name} (the {what}'s own output)" if name.startswith(HEADS) else name for name in names]
 
 
 def adapt(
