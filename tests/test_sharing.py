@@ -15,10 +15,12 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_diffusion.cli import main
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.preprocessing.planning_like import name_like, plan_like
+from nnunet_diffusion.preprocessing.planning_like import FROM_A_DENOISER, name_like, plan_like
 from nnunet_diffusion.pretraining.denoiser_file import load_denoiser, plan_identity
 from nnunet_diffusion.pretraining.exported import export_denoiser, read_exported
+from nnunet_diffusion.pretraining.start import DENOISER
 from nnunet_diffusion.pretraining.transfer import plan_differences
+from nnunet_diffusion.trainers import our_trainers
 
 FINGERPRINT = {
     "spacings": [[4.0, 2.0, 3.0], [4.0, 2.0, 3.0]], "shapes_after_crop": [[8, 12, 16], [10, 12, 16]],
@@ -145,7 +147,7 @@ def test_what_is_missing_or_there_already_is_named_and_nothing_written(nnunet_fo
     source = pretrained(nnunet_folders)
     command = [*EXPORT, "--denoiser", str(folder)]
     for arguments, message in (
-        (["-f", "4"], "there is no denoiser "),
+        (["-f", "4"], "fold_4/denoiser.pth: check -d, -p, -c and -f, or finish"),
         (["-f", "0", "1"], "of one fold: leave out -o and --member"),
         (["-o", "x"], "leave out -o and --member"),
         (["-c", "3d_fullres"], "__3d_fullres has no denoiser.pth of any fold: check -d, -p and -c"),
@@ -270,7 +272,10 @@ def test_the_plan_is_theirs_in_all_that_a_denoiser_needs(exported, raw, nnunet_f
     assert "planned: " in capsys.readouterr().out
     assert made["dataset_name"] == tiny_dataset.NAME and made["plans_name"] == "nnUNetTinyPlansLikeTiny_2d"
     assert first(made)["data_identifier"] == "nnUNetTinyPlansLikeTiny_2d"
-    assert made["nnunet_diffusion"]["DiffusionPretrainedTrainer"] == {"start": str(exported / "denoiser.pth")}
+    by_default = {cls.__name__ for cls in our_trainers() if vars(cls).get("start") == DENOISER}
+    assert by_default == set(FROM_A_DENOISER), "all that look for the data set's own denoiser unless told otherwise"
+    for trainer in by_default:
+        assert made["nnunet_diffusion"][trainer] == {"start": str(exported / "denoiser.pth")}
     assert made["nnunet_diffusion"]["PartialLabelTrainer"] == {"num_epochs": 3}
     trained = load_denoiser(str(exported / "denoiser.pth"))["plan"]
     now = plan_identity(PlansManager(made), "2d", json.loads((raw / "dataset.json").read_text()))

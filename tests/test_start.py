@@ -373,6 +373,7 @@ def test_multitalents_encoder_and_decoder_are_taken(tmp_path, many_stems):
         stays = "seg_layers" in key or (many_stems and ".stem." in key)
         assert torch.equal(value, before[key] if stays else weights[key]), key
     stems = [entry for entry in report.missing if "a stem for each of its data sets" in entry]
+    assert ("the stem is random" in str(report)) == many_stems
     assert bool(stems) == many_stems and all(entry.startswith("encoder.stem.") for entry in stems)
     assert any(name.startswith("decoder.seg_layers.221_0.") for name in report.unexpected)
 

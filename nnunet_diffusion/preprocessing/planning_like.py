@@ -18,11 +18,13 @@ from nnunet_diffusion.names import safe_name
 from nnunet_diffusion.plans import check_plans, read_plans_file
 from nnunet_diffusion.preprocessing.planning import copy_description
 from nnunet_diffusion.schemas import Dataset, Fingerprint
+from nnunet_diffusion.settings import BLOCK
 
 INTENSITIES = "foreground_intensity_properties_per_channel"
 ALIKE = ("transpose_forward", INTENSITIES)
 ALIKE_IN_CONFIGURATION = ("spacing", "normalization_schemes", "use_mask_for_norm", "architecture")
 BY_DATASET = "CTNormalization"  # the only one of nnU-Net's that takes its numbers from the whole data set
+FROM_A_DENOISER = ("DiffusionPretrainedTrainer", "DiffusionCoTrainingTrainer")  # by default, and what derives from them
 LONGEST = 60  # of each part of the plans' name
 
 
@@ -66,7 +68,8 @@ def plan_like(name: str, theirs: dict[str, Any], channel_names: Mapping[str, str
         print(f"WARNING: {both}: they may lie otherwise in the arrays, mirrored or turned")
     adapt_channels(name, made, channel_names)
     check_plans(made, plans_file)
-    made["nnunet_diffusion"].setdefault("DiffusionPretrainedTrainer", {})["start"] = start
+    for trainer in FROM_A_DENOISER:
+        made[BLOCK].setdefault(trainer, {})["start"] = start
     if not replan and os.path.isfile(plans_file):
         refuse_unlike(plans_file, made)
         print(f"{plans_file}: kept")

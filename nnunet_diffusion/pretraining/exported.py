@@ -66,6 +66,8 @@ def export_denoiser(model_folder: str, fold: str | None, destination: str) -> st
     """
     fold = fold or find_fold(model_folder)
     source = os.path.join(model_folder, f"fold_{fold}", DENOISER_FILE)
+    if not os.path.isfile(source):
+        raise UserError(f"there is no {source}: check -d, -p, -c and -f, or finish pre-training")
     content = load_denoiser(source)
     plans, fingerprint = read_descriptions(model_folder, content["plan"], "take the model folder as it was trained")
     with atomic_folder(destination) as temporary:

@@ -160,7 +160,8 @@ def load_first_weights(
         report = TransferReport(matched=[name for name, _ in network.named_parameters()])
     else:
         report = [transfer_model(path, weights, each, channels) for each in planned][0]
-    report.source, report.warnings = path, checkpoint_differences(content["init_args"], now)
+    report.source = path
+    report.warnings += checkpoint_differences(content["init_args"], now)
     return report
 
 
@@ -200,9 +201,12 @@ def transfer_model(path: str, weights: dict[str, Tensor], network: nn.Module, im
 
     own = {name: weight for name, weight in weights.items() if not name.startswith("decoder.encoder.")}
     try:
-        return transfer(network, own, image_channels, why_it_stays, "checkpoint")
+        report = transfer(network, own, image_channels, why_it_stays, "checkpoint")
     except UserError as error:
         raise UserError(f"{path}: {error}\ngive weights of the same plan, or plan as that model was planned") from error
+    if has_many_stems:
+        report.warnings.append("the stem is random: a trainer that freezes the encoder would never train it")
+    return report
 
 
 def checkpoint_differences(init_args: dict[str, Any], now: dict[str, Any]) -> list[str]:
