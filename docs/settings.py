@@ -31,7 +31,8 @@ give its path with the setting `start`.
 **Where the weights come from** is one setting, `start`: `denoiser` (the data set's own pre-training, of the same fold
 or of fold `all`), `scratch`, or the path of a denoiser.pth or of a checkpoint, absolute or below
 `nnUNet_results/DATASET`; `{fold}` stands for the fold. What the file is, its content says: a denoiser is folded at
-`timestep`, a checkpoint is taken as it is, output heads and all. Nothing silently starts from scratch, and
+`timestep`; a checkpoint of nnU-Net for the same labels is taken as it is, output heads and all, one for other labels
+without its heads; of one of nnssl the encoder ([sharing.md](sharing.md)). Nothing silently starts from scratch, and
 `transfer_report.json` says what became of every parameter. `-pretrained_weights` is nnU-Net's: it takes all weights but
 the output heads, of a denoiser those folded at the file's own timestep; it and `start` contradict each other.
 

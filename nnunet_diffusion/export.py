@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nnunet_diffusion import installation
 from nnunet_diffusion.errors import UserError
-from nnunet_diffusion.files import read_json, write_json
+from nnunet_diffusion.files import atomic_folder, read_json, write_json
 from nnunet_diffusion.model_folder import find_folds, load_checkpoint, load_predictor, trainers_of
 from nnunet_diffusion.plans import check_plans
 from nnunet_diffusion.schemas import Dataset
@@ -43,13 +43,8 @@ def export_stock(
         UserError: If `destination` exists, something is missing or unreadable, or the trainer's network is not the one
             that nnU-Net builds from the same plan.
     """
-    if os.path.lexists(destination):
-        raise UserError(f"{destination} exists already: remove it, or give another folder with -o")
     folds = find_folds(source, folds, checkpoint_name)
-    parent, name = os.path.split(os.path.abspath(destination))
-    os.makedirs(parent, exist_ok=True)
-    temporary = os.path.join(parent, f".tmp{os.getpid()}_{name}")
-    try:
+    with atomic_folder(destination) as temporary:
         for fold in folds:
             paths = (os.path.join(root, f"fold_{fold}", checkpoint_name) for root in (source, temporary))
             rewrite_checkpoint(*paths, member)
@@ -59,12 +54,6 @@ def export_stock(
         dataset_json = os.path.join(temporary, "dataset.json")
         write_json(dataset_json, without_cases(read_json(dataset_json, Dataset, REMEDY)))
         prove_same(source, temporary, folds, checkpoint_name, member)
-        try:
-            os.rename(temporary, destination)
-        except OSError as error:
-            raise UserError(f"{destination} was made meanwhile by another command ({error.strerror})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folds
 
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 import errno
 import json
@@ -42,6 +42,29 @@ def atomic(path: str | os.PathLike) -> Iterator[str]:
         with suppress(OSError):
             os.remove(temporary)
         raise
+
+
+@contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[str]:
+    """Yields a temporary folder beside `path`, which becomes `path` when the block ends without an error.
+
+    Raises:
+        UserError: If there is something at `path`, before the block or after.
+        OSError: If it cannot be made; `path` is then not there.
+    """
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already: remove it, or give another folder")
+    parent, name = os.path.split(os.path.abspath(path))
+    temporary = os.path.join(parent, f".tmp{os.getpid()}_{name}")
+    os.makedirs(temporary)
+    try:
+        yield temporary
+        try:
+            os.rename(temporary, os.path.join(parent, name))
+        except OSError as error:
+            raise UserError(f"{path} was made meanwhile by another command ({error.strerror})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -95,6 +95,16 @@ COMMANDS = {
     "train denoiser": Command(
         f"train 990 2d all -tr {DENOISER} -p {PLANS} -device cpu", (PLAN, COPY, POOL), trained(DENOISER, fold="all")
     ),
+    "plan like": Command(
+        f"plan_and_preprocess -d 990 --like {{box}}/{GIVEN}/shared -np 1",
+        tuple(f"{GIVEN}/shared/{name}" for name in ("denoiser.pth", "plans.json", "dataset_fingerprint.json")),
+        (f"{BASE}/*",),
+    ),
+    "export denoiser": Command(
+        f"export --denoiser {{box}}/{MADE}/shared -d 990 -p {PLANS} -c 2d -f 0",
+        (f"{DRAWER}/denoiser.pth", f"{RESULTS}/{DENOISER}__{PLANS}__2d/*.json"),
+        (f"{MADE}/shared/*",),
+    ),
     "train continued": Command(f"{TRAIN} -tr {MODEL} -p {PLANS} --c", (FINAL, PLAN), trained(MODEL)),
     "rounds": Command(
         ROUNDS,

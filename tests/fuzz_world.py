@@ -136,7 +136,8 @@ def build(box: Path) -> World:
         write_models(world)
         for command in COMMANDS.values():
             must(command.arguments(str(box)))
-        shutil.rmtree(world.made / "exported")  # it is refused where there is such a folder
+        for name in ("exported", "shared"):
+            shutil.rmtree(world.made / name)  # it is refused where there is such a folder
     return world
 
 
@@ -206,6 +207,9 @@ def write_denoisers(world: World) -> None:
     fold.mkdir(parents=True)
     for path in (world.given / "denoiser.pth", fold / "denoiser.pth"):
         denoisers.write(path, identity)
+    shutil.copyfile(world.preprocessed / f"{tiny.PLANS}.json", fold.parent / "plans.json")
+    shutil.copyfile(world.preprocessed / "dataset_fingerprint.json", fold.parent / "dataset_fingerprint.json")
+    must(["export", "--denoiser", str(world.given / "shared"), *f"-d 990 -p {tiny.PLANS} -c 2d -f 0".split()])
 
 
 def write_models(world: World) -> None:

@@ -219,8 +219,12 @@ def test_samples_follow_a_gaussian_whose_denoiser_is_known(prediction, eta, step
 
 def test_clipped_samples_stay_in_range():
     alpha_bar = process.alpha_bar_schedule("linear", 100)
-    samples = ddim(lambda x, t: torch.zeros_like(x), torch.randn(2, 1, 8, 8), alpha_bar, steps=10, clip=(-0.5, 0.5))
-    assert samples.abs().max() <= 0.5 + 1e-6
+    for most in (torch.tensor(0.5), torch.tensor([0.5, 5.0]).reshape(1, 2, 1, 1)):
+        x_T = torch.randn(2, 2, 8, 8)
+        samples = ddim(lambda x, t: torch.zeros_like(x), x_T, alpha_bar, steps=10, clip=(-most, most))
+        assert (samples.abs() <= most + 1e-6).all() and samples.abs().amax((0, 2, 3)).tolist() == pytest.approx(
+            most.expand(1, 2, 1, 1).flatten().tolist()
+        )
 
 
 def test_agrees_with_diffusers():

@@ -163,14 +163,19 @@ def test_tutorial(flare22):
 @pytest.mark.xdist_group("flare22")
 def test_sharing(flare22):
     folder = flare22 / "sharing"
-    folder.mkdir()
-    shutil.copy(model(flare22, "DenoisingDiffusionTrainer") / "fold_all" / "denoiser.pth", folder)
-    theirs = ["nnunet_diffusion convert flare22 ~/FLARE22 -d 122"]
-    run(flare22, folder, [*theirs, "nnunet_diffusion plan_and_preprocess -d 122 -pl CompactPlanner -c 2d"])
+    write_scans(folder / "kbp" / "imagesTr", "kbp", range(1, 4), 2, folder / "kbp" / "labelsTr")
+    write_scans(folder / "flare_example" / "imagesTs", "FLARE22_Ts", range(1, 4), 13, folder / "flare_example/labelsTs")
+    train = "nnUNetv2_train 501 2d all -tr DenoisingDiffusionTrainer -p nnUNetCompactPlans"
+    run(flare22, folder, ["nnunet_diffusion convert folder kbp/imagesTr kbp/labelsTr -d 501 -n OpenKBP --labels a b",
+                          "nnunet_diffusion plan_and_preprocess -d 501 -pl CompactPlanner -c 2d", train])  # fmt: skip
     run_page(flare22, "docs/sharing.md")
-    transferred = model(flare22, "DiffusionPretrainedTrainer", "TheirPlans", data="Dataset122_FLARE22") / "fold_0"
-    assert json.loads((transferred / "transfer_report.json").read_text())["matched"]
-    assert (flare22 / "model.zip").exists()
+    trained = model(
+        flare22, "DiffusionPretrainedTrainer", "nnUNetCompactPlansLikeOpenKBP_2d", "2d", "Dataset502_FlareExample"
+    )
+    report = json.loads((trained / "fold_all" / "transfer_report.json").read_text())
+    assert report["source"] == str(folder / "openkbp_denoiser" / "denoiser.pth")
+    assert report["matched"] and not report["adapted"] and not report["warnings"]
+    assert len(list((folder / "masks").glob("*.nii.gz"))) == 3 and (flare22 / "model.zip").exists()
 
 
 @pytest.mark.xdist_group("flare22")

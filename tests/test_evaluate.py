@@ -22,7 +22,7 @@ from nnunet_diffusion.evaluation.rules import (
     NNUNET,
     Score,
     Target,
-    flare22_organ,
+    flare22_organs,
     score,
 )
 from nnunet_diffusion.evaluation.surface import (
@@ -105,8 +105,10 @@ def test_flare22_rounds_and_gives_no_nsd_for_a_low_dsc():
 def test_flare22_knows_its_organs_in_other_spellings():
     names = {"RightKidney": "right kidney", "kidney_right": "right kidney", "IVC": "inferior vena cava"}
     names |= {"Oesophagus": "esophagus", "adrenal_gland_left": "left adrenal gland", "gall-bladder": "gallbladder"}
-    assert {name: flare22_organ(name) for name in names} == names
-    assert [flare22_organ(name) for name in ("kidney", "left lung", "")] == [None] * 3
+    names |= {"LK": "left kidney", "RKidney": "right kidney", "kidney_Rt": "right kidney", "lad": "left adrenal gland"}
+    names |= {"rad": "right adrenal gland", "RAG": "right adrenal gland", "leftadrenal": "left adrenal gland"}
+    assert flare22_organs(names) == names
+    assert set(flare22_organs(["kidney", "left lung", "", "LAD", "left liver"]).values()) == {None}
     assert len(FLARE22_TOLERANCES_MM) == 13
 
 

@@ -221,7 +221,7 @@ def test_existing_folder_is_refused_and_untouched(results, capsys):
     existing.mkdir()
     (existing / "mine").write_text("mine")
     assert main(COMMAND) == 1
-    assert "exists already: remove it, or give another folder with -o" in capsys.readouterr().err
+    assert "exists already: remove it, or give another folder" in capsys.readouterr().err
     assert [path.name for path in existing.iterdir()] == ["mine"]
 
 

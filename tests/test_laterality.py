@@ -19,14 +19,84 @@ from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pair
         ("lung_upper_lobe_left", "lung_upper_lobe_right"),
         ("left adrenal gland", "right adrenal gland"),
         ("L femur", "R femur"),
+        ("LK", "RK"),
+        ("LAG", "RAG"),
+        ("lad", "rad"),
+        ("lkid", "rkid"),
+        ("LKidney", "RKidney"),
+        ("lkidney", "RKIDNEY"),
+        ("Parotid_Lt", "Parotid_Rt"),
+        ("Lt Parotid", "Rt Parotid"),
+        ("leftkidney", "rightkidney"),
+        ("kidneyleft", "kidneyright"),
+        ("OpticNrvL", "OpticNrvR"),
+        ("L1", "R1"),
+        ("rib_l12", "rib_r12"),
     ],
 )
 def test_pairs_are_found_in_any_notation(left, right):
     assert lateral_pairs(["background", right, "liver", left]) == [(left, right)]
 
 
-def test_half_pairs_and_letters_inside_words_are_no_pairs():
-    assert lateral_pairs(["left kidney", "spleen", "right lung", "brightness", "leftover", "l", "larynx"]) == []
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["left kidney", "spleen", "right lung", "brightness", "leftover", "l", "larynx", "upright"],
+        ["lung", "rung", "liver", "river", "lobe", "robe", "lectum", "rectum", "lens", "rib", "lib"],
+        ["LAD", "LCX", "RCA", "left main"],  # coronary arteries
+        ["vertebra L1", "vertebra R1", "vertebra T12"],
+        ["L1", "L2", "R1", "T12", "S1"],
+        ["RK", "LAG", "Lt Parotid", "rightkidney"],
+    ],
+)
+def test_half_pairs_and_letters_inside_words_are_no_pairs(names):
+    assert lateral_pairs(["background", *names]) == []
+
+
+def test_ribs_are_pairs_beside_vertebrae():
+    names = ["rib_L1", "rib_R1", "vertebrae_L1", "vertebrae_T12"]
+    assert lateral_pairs(names) == [("rib_L1", "rib_R1")]
+
+
+SIDED = """adrenal_gland atrial_appendage autochthon brachiocephalic_vein clavicula common_carotid_artery femur
+gluteus_maximus gluteus_medius gluteus_minimus hip humerus iliac_artery iliac_vena iliopsoas kidney kidney_cyst
+lung_lower_lobe lung_upper_lobe scapula subclavian_artery""".split()
+TOTALSEGMENTATOR = [  # v2, task `total`
+    *(f"{organ}_{side}" for organ in SIDED if organ != "atrial_appendage" for side in ("left", "right")),
+    *(f"rib_{side}_{number}" for side in ("left", "right") for number in range(1, 13)),
+    *(f"vertebrae_{level}" for level in ["S1", *(f"L{i}" for i in range(1, 6)), *(f"T{i}" for i in range(1, 13)),
+                                         *(f"C{i}" for i in range(1, 8))]),
+    "lung_middle_lobe_right", "atrial_appendage_left", "spleen", "gallbladder", "liver", "stomach", "pancreas",
+    "esophagus", "trachea", "thyroid_gland", "small_bowel", "duodenum", "colon", "urinary_bladder", "prostate",
+    "sacrum", "heart", "aorta", "pulmonary_vein", "brachiocephalic_trunk", "superior_vena_cava", "inferior_vena_cava",
+    "portal_vein_and_splenic_vein", "spinal_cord", "brain", "skull", "sternum", "costal_cartilages",
+]  # fmt: skip
+AMOS = """spleen,right kidney,left kidney,gall bladder,esophagus,liver,stomach,arota,postcava,pancreas,
+right adrenal gland,left adrenal gland,duodenum,bladder,prostate/uterus"""
+BTCV = "spleen,rkid,lkid,gall,eso,liver,sto,aorta,IVC,veins,pancreas,rad,lad"
+FLARE22 = "Liver,RK,Spleen,Pancreas,Aorta,IVC,RAG,LAG,Gallbladder,Esophagus,Stomach,Duodenum,LK"
+OPENKBP = "Brainstem,SpinalCord,RightParotid,LeftParotid,Mandible,Larynx,Esophagus"
+
+
+@pytest.mark.parametrize(
+    ("names", "pairs"),
+    [
+        (AMOS, [("left kidney", "right kidney"), ("left adrenal gland", "right adrenal gland")]),
+        (BTCV, [("lkid", "rkid"), ("lad", "rad")]),
+        (FLARE22, [("LK", "RK"), ("LAG", "RAG")]),
+        (OPENKBP, [("LeftParotid", "RightParotid")]),
+    ],
+)
+def test_public_label_tables(names, pairs):
+    assert lateral_pairs(name.strip() for name in names.split(",")) == pairs
+
+
+def test_totalsegmentators_labels():
+    """All that its own words say, and no vertebra."""
+    expected = {(n, n.replace("left", "right")) for n in TOTALSEGMENTATOR if n.replace("left", "right") in
+                set(TOTALSEGMENTATOR) - {n}}  # fmt: skip
+    assert len(TOTALSEGMENTATOR) == 117 and len(expected) == 32
+    assert set(lateral_pairs(TOTALSEGMENTATOR)) == expected
 
 
 def image_with_axes(folder, letters):

@@ -122,8 +122,7 @@ def test_a_circle_is_told_with_its_path(monkeypatch):
 # that it never touches what this program did not make and mark.
 REMOVES = {
     "nnunet_diffusion/commands.py": {"link"},
-    "nnunet_diffusion/export.py": {"export_stock"},
-    "nnunet_diffusion/files.py": {"atomic"},
+    "nnunet_diffusion/files.py": {"atomic", "atomic_folder"},
     "nnunet_diffusion/marks.py": {"remove_marked"},
     "nnunet_diffusion/preprocessing/planning.py": {"make_plan"},
     "nnunet_diffusion/preprocessing/preprocess.py": {

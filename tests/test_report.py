@@ -252,6 +252,14 @@ def test_names_are_escaped(root):
     assert "<img src=x" not in page and page.count("&lt;img src=x onerror=alert(1)&gt;") > 5
 
 
+def test_weights_that_are_no_denoisers_are_shown_without_a_timestep(root):
+    fold = make_results(root, files=0)[2] / MODEL / "fold_0"
+    transfer = {key: [] for key in ("matched", "adapted", "missing", "unexpected", "warnings", "citations")}
+    (fold / "transfer_report.json").write_text(json.dumps({**transfer, "source": "/a/b/c/d.pth", "timestep": None}))
+    page = report(root)[1]
+    assert "b/c/d.pth" in page and "folded at" not in page and "transfer_report.json:" not in page
+
+
 SAMPLES = "../DenoisingDiffusionTrainer__P__2d/fold_all/samples"
 STATE = "../../../nnUNet_preprocessed/Dataset995_Report/P_2d_pseudo/P__2d__fold_0/state.json"
 SPLITS = "../../../nnUNet_preprocessed/Dataset995_Report/splits_final.json"

@@ -74,6 +74,22 @@ def test_the_nth_image_does_not_depend_on_the_batch(tmp_path, sampler, dim):
     assert (draw([0], 1, seed=6) - alone[0]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("dim", [2, 3])
+def test_each_channel_is_clipped_to_the_range_of_the_images(tmp_path, dim):
+    """In the plan's normalization, whatever noise is in a channel; by the mean of both it would be 6 and 0.03."""
+    path = denoisers.write(tmp_path / "d.pth", denoisers.plan(dim, channels=2), image_range=(-3.0, 3.0))
+    denoiser = build(load_denoiser(path)).eval()
+    denoiser.input_scale.copy_(torch.tensor([2.0, 0.01]))
+    with torch.no_grad():
+        for parameter in denoiser.network.decoder.seg_layers.parameters():
+            parameter.zero_()  # it finds no noise: what it takes for x_0 is many times the images
+        denoiser.network.decoder.seg_layers[-1].bias.copy_(torch.tensor([-100.0, 100.0]))
+    (images,) = draw_images(denoiser, Diffusion("linear", 20), [8] * dim, range(2), steps=20)
+    assert images[:, 0].unique().tolist() == pytest.approx([3.0]) and images[:, 1].unique().tolist() == pytest.approx(
+        [-3.0]
+    )
+
+
 def test_a_file_alone_rebuilds_its_denoiser(tmp_path):
     torch.manual_seed(1)
     path = denoisers.write(tmp_path / "d.pth")

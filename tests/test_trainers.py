@@ -90,6 +90,7 @@ def test_denoiser_holds_what_the_contract_says(world):
     assert adaptation["architecture_plans"]["arch_class_name"].endswith("PlainConvUNet")
     for place in (adaptation["key_to_encoder"], adaptation["key_to_stem"], *adaptation["keys_to_in_proj"]):
         assert any(key.startswith(f"{place}.") for key in weights), place
+    assert adaptation["key_to_lpe"] is None and content["citations"][0]["apa_citations"]
 
 
 def test_samples_are_drawn_at_intervals(plans):
@@ -579,7 +580,7 @@ def test_any_trainer_starts_from_a_checkpoint(plans):
             list(trainer.network.parameters())
         )
     name = plans("WiderModel", change=wider, PartialLabelTrainer={"start": path})
-    with pytest.raises(UserError, match="(?s)checkpoint_final.pth does not fit the network of .*-pretrained_weights"):
+    with pytest.raises(UserError, match=r"(?s)checkpoint_final.pth: the checkpoint does not fit .*\(8, 6, .*same plan"):
         tiny.trainer(PartialLabelTrainer, plans=name).on_train_start()
 
 

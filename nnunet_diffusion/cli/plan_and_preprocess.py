@@ -3,20 +3,43 @@
 import importlib
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 from nnunet_diffusion.errors import UserError
 
 HELP = "plan the network, preprocess the labeled cases, then the pool of unlabeled scans"
 NEEDS = ("nnUNet_raw", "nnUNet_preprocessed")
 LOCK = "plan_and_preprocess.lock"
+DEFAULT_PLANNER = "DiffusionPlanner"
 EPILOG = """\
 Only what is missing is done: killed at any point, the same command continues. An existing plan is kept as it is
 (your edits too) unless --replan is given. A scan of the pool that cannot be used is skipped and listed at the
 end, with exit code 1; a labeled case that cannot be used stops the command before anything is written.
 
+--like plans like another data set, whose exported denoiser then fits: its spacing, normalization, patch and network.
+
 example:
   nnunet_diffusion plan_and_preprocess -d 22 -c 2d 3d_fullres -pl DiffusionPlanner -np 8
+  nnunet_diffusion plan_and_preprocess -d 502 --like openkbp_denoiser
 """
+
+
+class Recipe(NamedTuple):
+    """What is planned, and how.
+
+    Attributes:
+        plans_file: Where the plans are, or will be.
+        make: Plans, anew if asked to.
+        measures_pool: Whether the geometry of unlabeled scans counts.
+        configurations: To preprocess, if none are asked for.
+    """
+
+    plans_file: str
+    make: Callable[[bool], str]
+    measures_pool: bool
+    configurations: list[str] | None = None
 
 
 def add_arguments(parser):
@@ -34,9 +57,11 @@ def add_arguments(parser):
         "-pl",
         dest="planner",
         metavar="PLANNER",
-        default="DiffusionPlanner",
         help="DiffusionPlanner (default), DiffusionPlannerL, DiffusionPlannerXL, CompactPlanner or one of nnU-Net's "
         "(ExperimentPlanner, nnUNetPlannerResEncL, ...)",
+    )
+    parser.add_argument(
+        "--like", metavar="FOLDER", help="plan like the data set of an exported denoiser (export --denoiser FOLDER)"
     )
     parser.add_argument("-np", dest="num_processes", metavar="N", type=int, help="processes; default: nnU-Net's")
     parser.add_argument("--replan", action="store_true", help="replace an existing plan")
@@ -62,13 +87,15 @@ def run(args):
         raise UserError(f"--part_id {args.part_id}: must be from 0 to {args.num_parts - 1}")
     if args.num_parts is not None and (args.replan or args.no_pool):
         raise UserError("--replan and --no_pool: plan first with them, then do the parts without")
+    if args.like and args.planner:
+        raise UserError("--like and -pl: give one of them; the plan to be like is made already")
     name = find_dataset(args.dataset)
-    planner_class = find_planner(args.planner)
+    recipe = recipe_like(name, args.like) if args.like else recipe_of(name, args.planner or DEFAULT_PLANNER)
     folder = os.path.join(nnUNet_preprocessed, name)
     are_beside_each_other = (args.num_parts or 1) > 1
     with locked(os.path.join(folder, WORK, LOCK), f"the folder {folder}", are_beside_each_other):
         args.num_processes = args.num_processes or default_num_processes
-        failed = do_pool_part(args, name, planner_class) if args.num_parts else do_all(args, name, planner_class)
+        failed = do_pool_part(args, name, recipe) if args.num_parts else do_all(args, name, recipe)
     for case in sorted(failed):
         print(f"skipped {case}: {failed[case]}", file=sys.stderr)
     if failed:
@@ -76,40 +103,62 @@ def run(args):
     return 1 if failed else 0
 
 
-def do_all(args, name: str, planner_class: type) -> dict[str, str]:
+def recipe_of(name: str, planner: str) -> Recipe:
+    """Plans a data set by the class of a planner; UserError if there is no such class."""
+    from nnunet_diffusion.preprocessing.planning import plan, plans_file_of
+
+    planner_class = find_planner(planner)
+    measures_pool = getattr(planner_class, "uses_unlabeled_geometry", False)
+    make = partial(plan, name, planner_class)
+    return Recipe(plans_file_of(name, planner_class), make, measures_pool)
+
+
+def recipe_like(name: str, folder: str) -> Recipe:
+    """Plans a data set like that of an exported denoiser; UserError if the folder does not hold one."""
+    from nnunet_diffusion.preprocessing.planning_like import plan_like, plans_file_like
+    from nnunet_diffusion.pretraining.exported import read_exported
+
+    exported = read_exported(folder)
+    make = partial(plan_like, name, exported.plans, exported.channel_names, exported.denoiser)
+    return Recipe(plans_file_like(name, exported.plans), make, False, [exported.configuration])
+
+
+def do_all(args, name: str, recipe: Recipe) -> dict[str, str]:
     """Plans and preprocesses what is missing; returns what is wrong with the scans that were skipped."""
     from nnunetv2.paths import nnUNet_raw
 
     from nnunet_diffusion.preprocessing.cases import labeled_cases, unlabeled_cases
     from nnunet_diffusion.preprocessing.fingerprint import fingerprint_labeled, fingerprint_unlabeled
-    from nnunet_diffusion.preprocessing.planning import plan, plans_file_of
     from nnunet_diffusion.preprocessing.preprocess import copy_labels, preprocess_labeled, preprocess_pool
     from nnunet_diffusion.preprocessing.supervision import check_annotations
 
     num_processes = args.num_processes
     unlabeled_cases(os.path.join(nnUNet_raw, name), labeled_cases(name)[0])  # all tables are sound before anything else
-    if not args.replan and os.path.isfile(plans_file_of(name, planner_class)):
-        chosen(args, name, planner_class)  # a plan that cannot be worked with is told before hours of measuring
+    if not args.replan and os.path.isfile(recipe.plans_file):
+        chosen(args, recipe)  # a plan that cannot be worked with is told before hours of measuring
     fingerprint_labeled(name, num_processes)
     check_annotations(name, num_processes)
     failed = {}
-    if getattr(planner_class, "uses_unlabeled_geometry", False):
+    if recipe.measures_pool:
         failed |= fingerprint_unlabeled(name, num_processes)
-    plan(name, planner_class, args.replan)
-    plans_manager, configurations = chosen(args, name, planner_class)
+    recipe.make(args.replan)
+    plans_manager, configurations = chosen(args, recipe)
     for configuration in configurations:
         preprocess_labeled(name, plans_manager, configuration, num_processes)
         if not args.no_pool:
             failed |= preprocess_pool(name, plans_manager, configuration, num_processes)
     copy_labels(name)
+    if args.like:
+        print(f"fine-tune from the denoiser: nnUNetv2_train {name} {configurations[0]} FOLD "
+              f"-tr DiffusionPretrainedTrainer -p {plans_manager.plans_name}")  # fmt: skip
     return failed
 
 
-def do_pool_part(args, name: str, planner_class: type) -> dict[str, str]:
+def do_pool_part(args, name: str, recipe: Recipe) -> dict[str, str]:
     """Preprocesses one part of the pool; returns what is wrong with the scans that were skipped."""
     from nnunet_diffusion.preprocessing.preprocess import preprocess_pool
 
-    plans_manager, configurations = chosen(args, name, planner_class)
+    plans_manager, configurations = chosen(args, recipe)
     failed = {}
     for configuration in configurations:
         parts = (args.num_parts, args.part_id)
@@ -117,16 +166,16 @@ def do_pool_part(args, name: str, planner_class: type) -> dict[str, str]:
     return failed
 
 
-def chosen(args, name: str, planner_class: type) -> tuple:
+def chosen(args, recipe: Recipe) -> tuple:
     """Reads the plan that there is, and chooses its configurations; UserError if either cannot be used."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunet_diffusion.preprocessing.planning import choose, existing_plan
     from nnunet_diffusion.preprocessing.preprocess import refuse_shared_folders
 
-    plans_manager = PlansManager(existing_plan(name, planner_class))
+    plans_manager = PlansManager(existing_plan(recipe.plans_file))
     refuse_shared_folders(plans_manager)
-    return plans_manager, choose(args.configurations, plans_manager)
+    return plans_manager, choose(args.configurations or recipe.configurations, plans_manager)
 
 
 def find_planner(name: str) -> type:

@@ -1,11 +1,12 @@
 """The rules that decide what a segmentation scores: those of FLARE22, and nnU-Net's own."""
 
-import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 
 from nnunet_diffusion.evaluation.surface import hausdorff_distance, surface_dice, surface_distances
+from nnunet_diffusion.sides import sided, sides_of
 
 
 class Rules(NamedTuple):
@@ -71,25 +72,29 @@ FLARE22_TOLERANCES_MM = {
     "left kidney": 3.0,
 }
 FLARE22_CUT = ("aorta", "inferior vena cava", "esophagus")
-# Names of these organs in other public data sets; the order of the words is free.
+# Names of these organs in other public data sets, without their side; the order of the words is free.
 ALIASES = {
     "inferior vena cava": ("ivc", "postcava"),
-    "right adrenal gland": ("right adrenal", "rag"),
-    "left adrenal gland": ("left adrenal", "lag"),
+    "adrenal gland": ("adrenal",),
     "gallbladder": ("gall bladder",),
     "esophagus": ("oesophagus",),
-    "right kidney": ("rk",),
-    "left kidney": ("lk",),
 }
 
 
-def flare22_organ(name: str) -> str | None:
-    """Finds FLARE22's name for an organ, however a data set writes it (`RightKidney`, `kidney_right`), or None."""
-    words = re.findall(r"[a-z0-9]+", re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower())
+def flare22_organs(names: Iterable[str]) -> dict[str, str | None]:
+    """Finds FLARE22's names for organs, however a data set writes them: `RightKidney`, `kidney_right`, `RK`.
+
+    Args:
+        names: All labels of the data set.
+
+    Returns:
+        {name: FLARE22's name, or None}.
+    """
+    known = {}
     for organ in FLARE22_TOLERANCES_MM:
-        if any(sorted(words) == sorted(alias.split()) for alias in (organ, *ALIASES.get(organ, ()))):
-            return organ
-    return None
+        side, plain = sided(organ)
+        known |= {(side, *sorted(alias.split())): organ for alias in (plain, *ALIASES.get(plain, ()))}
+    return {name: known.get((side, *sorted(plain.split()))) for name, (side, plain) in sides_of(names).items()}
 
 
 def score(

@@ -10,7 +10,7 @@ from nnunet_diffusion.evaluation.rules import (
     NNUNET_TOLERANCE_MM,
     Rules,
     Target,
-    flare22_organ,
+    flare22_organs,
 )
 from nnunet_diffusion.partial.annotations import Annotation, Channels, is_annotated
 
@@ -41,7 +41,7 @@ def organ_targets(dataset_json: Mapping, rules: Rules, tolerance_mm: float | Non
     if rules is not FLARE22:
         tolerance_mm = NNUNET_TOLERANCE_MM if tolerance_mm is None else tolerance_mm
         return {name: Target(name, labels, tolerance_mm) for name, labels in organs.items()}
-    known = {name: flare22_organ(name) for name in organs}
+    known = flare22_organs(organs)
     if tolerance_mm is None and (others := [name for name in organs if known[name] is None]):
         raise UserError(
             f"FLARE22's rules have no tolerance for {', '.join(others)}: give theirs with --tolerance MM, or take "

@@ -1,33 +1,27 @@
 """Left and right: which array axes must not be mirrored, because labels differ by side only."""
 
-import re
 from collections.abc import Iterable
 
 import numpy as np
 
+from nnunet_diffusion.sides import LEFT, RIGHT, sides_of
 from nnunet_diffusion.views import axis_directions
-
-_SIDE = re.compile(r"(?<![a-z])(left|right)(?![a-z])|(?<![a-z])([lr])(?![a-z])")
 
 
 def lateral_pairs(names: Iterable[str]) -> list[tuple[str, str]]:
-    """Finds labels that differ in their side only: `left kidney` and `right kidney`, `LeftParotid`, `lung_l`.
+    """Finds labels that differ in their side only: `left kidney` and `right kidney`, `LeftParotid`, `lung_l`, RK.
 
     Args:
-        names: Label names in any notation: words, snake_case, kebab-case, CamelCase.
+        names: All labels of a data set, in any notation.
 
     Returns:
         (left, right) names.
     """
-    sides: dict[str, dict[str, str]] = {}
-    for name in names:
-        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name).lower()
-        words = re.sub(r"[^a-z0-9]+", " ", words).strip()
-        match = _SIDE.search(words)
-        if match:
-            rest = " ".join((words[: match.start()] + " " + words[match.end() :]).split())
-            sides.setdefault(rest, {})[match.group().strip()[0]] = name
-    return [(pair["l"], pair["r"]) for pair in sides.values() if len(pair) == 2]
+    pairs: dict[str, dict[str, str]] = {}
+    for name, (side, organ) in sides_of(names).items():
+        if side:
+            pairs.setdefault(organ, {})[side] = name
+    return [(pair[LEFT], pair[RIGHT]) for pair in pairs.values() if len(pair) == 2]
 
 
 def left_right_axis(properties: dict) -> int | None:

@@ -51,13 +51,12 @@ def plans_file_of(name: str, planner_class: type) -> str:
     return os.path.join(nnUNet_preprocessed, name, default_plans_name(planner_class) + ".json")
 
 
-def existing_plan(name: str, planner_class: type) -> dict:
-    """Reads the plans that a planner has made.
+def existing_plan(path: str) -> dict:
+    """Reads plans that were made before.
 
     Raises:
         UserError: If there are none, or they cannot be worked with.
     """
-    path = plans_file_of(name, planner_class)
     if not os.path.isfile(path):
         raise UserError(f"{path}: no plan yet: run the command with --no_pool first, then the parts")
     return read_plans_file(path)
@@ -76,13 +75,18 @@ def plan(name: str, planner_class: type, replan: bool) -> str:
         with naming_full_disk(plans_file):
             make_plan(planner, plans_file)
         print(f"planned: {plans_file}")
-    elif is_outdated(existing_plan(name, planner_class), planner):
+    elif is_outdated(existing_plan(plans_file), planner):
         print(f"{plans_file}: kept, but the data have changed since it was made: --replan replaces it")
     else:
         print(f"{plans_file}: kept")
-    with atomic(os.path.join(folder, "dataset.json")) as temporary:
-        shutil.copyfile(os.path.join(nnUNet_raw, name, "dataset.json"), temporary)
+    copy_description(name)
     return plans_file
+
+
+def copy_description(name: str) -> None:
+    """Puts dataset.json beside the plans, where trainings read it."""
+    with atomic(os.path.join(nnUNet_preprocessed, name, "dataset.json")) as temporary:
+        shutil.copyfile(os.path.join(nnUNet_raw, name, "dataset.json"), temporary)
 
 
 def make_plan(planner, plans_file: str) -> None:

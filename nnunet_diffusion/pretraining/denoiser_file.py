@@ -11,6 +11,7 @@ from torch import nn
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, check_shape
 from nnunet_diffusion.model_folder import load_plain
+from nnunet_diffusion.pretraining import nnssl
 from nnunet_diffusion.pretraining.conditioning import Denoiser, condition, fold
 from nnunet_diffusion.pretraining.schemas import Denoiser as DenoiserContent
 
@@ -69,7 +70,8 @@ def save_denoiser(path: str, denoiser: Denoiser, timestep: int, process: dict, p
         "process": process,
         "plan": plan,
         "training": training,
-        "nnssl_adaptation_plan": _nnssl_adaptation_plan(denoiser, plan),
+        nnssl.KEY: nnssl.adaptation_plan(denoiser, plan),
+        "citations": nnssl.citations(plan),
     }
     save_own(path, FORMAT, FORMAT_VERSION, content)
 
@@ -178,8 +180,8 @@ def refuse_other_topology(what: str, weights: dict, expected: dict, plan: dict) 
     if table := differing_weights(what, weights, expected):
         raise UserError(
             f"the {what} was made for another topology ({plan['dataset_name']}, {plan['plans_name']}, "
-            f"{plan['configuration']}): {table}\npre-train with this plan, or move the pre-training plan to this data "
-            "set (nnUNetv2_move_plans_between_datasets)"
+            f"{plan['configuration']}): {table}\npre-train with this plan, or plan this data set like "
+            "that one (nnunet_diffusion plan_and_preprocess --like)"
         )
 
 
@@ -230,25 +232,3 @@ def build(content: dict[str, Any]) -> Denoiser:
 
 def _shape(tensor: Any) -> str:
     return "missing" if tensor is None else str(tuple(tensor.shape)) if hasattr(tensor, "shape") else repr(tensor)
-
-
-def _nnssl_adaptation_plan(denoiser: Denoiser, plan: dict) -> dict[str, Any]:
-    """Returns the description of the backbone that nnssl's checkpoints carry, for tools that read theirs."""
-    return {
-        "architecture_plans": {
-            "arch_class_name": plan["network_class"],
-            "arch_kwargs": plan["network_kwargs"],
-            "arch_kwargs_requiring_import": plan["network_kwargs_requiring_import"],
-        },
-        "pretrain_plan": {
-            "plans_name": plan["plans_name"],
-            "configurations": {
-                plan["configuration"]: {key: plan[key] for key in ("spacing", "patch_size", "normalization_schemes")}
-            },
-        },
-        "pretrain_num_input_channels": len(denoiser.input_scale),
-        "recommended_downstream_patchsize": plan["patch_size"],
-        "key_to_encoder": getattr(denoiser.network, "key_to_encoder", "encoder"),
-        "key_to_stem": getattr(denoiser.network, "key_to_stem", None),
-        "keys_to_in_proj": list(getattr(denoiser.network, "keys_to_in_proj", ())),
-    }

@@ -61,7 +61,8 @@ def draw_images(
         (B, C, X, Y[, Z]) on the CPU, in the plan's normalization.
     """
     device = denoiser.input_scale.device
-    clip = tuple((denoiser.image_range / denoiser.input_scale.mean()).tolist())
+    # the range of the images, for each channel in its own units of x_0
+    clip = tuple(denoiser.scaled(bound.reshape([1] * (2 + len(patch_size)))) for bound in denoiser.image_range)
     batches = [numbers[i : i + batch_size] for i in range(0, len(numbers), batch_size)]
     with tqdm(total=len(batches) * steps, desc="sampling", unit="step", disable=not progress) as bar:
 

@@ -16,7 +16,7 @@ def ddim(
     prediction: str = "epsilon",
     steps: int = 50,
     eta: float = 0.0,
-    clip: tuple[float, float] | None = None,
+    clip: tuple[Tensor, Tensor] | None = None,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
     """Draws images by DDIM (Song et al. 2021, Eq. 12 and 16); eta = 1 over all steps is DDPM's ancestral sampler.
@@ -28,7 +28,8 @@ def ddim(
         prediction: "epsilon" or "v".
         steps: How many of the T noise levels are visited, evenly from the noisiest to 0.
         eta: Share of fresh noise, 0 is deterministic.
-        clip: Range that estimates of x_0 are kept in, in units of x_0.
+        clip: Lowest and highest value that estimates of x_0 may have, in units of x_0; each one number, or one a
+            channel, (1, C, 1, 1[, 1]).
         generator: Source of the fresh noise; with one for each sample, its noise does not depend on the batch.
 
     Returns:

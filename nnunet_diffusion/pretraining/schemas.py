@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from typing_extensions import NotRequired
 
-from nnunet_diffusion.schemas import Count, Index, Size, Spacing, Strict
+from nnunet_diffusion.schemas import Checkpoint, Count, Index, Size, Spacing, Strict
 
 
 def _is_weight(value: Any) -> Any:
@@ -19,6 +19,12 @@ def _is_weight(value: Any) -> Any:
 
 
 Weights = dict[str, Annotated[Any, AfterValidator(_is_weight)]]
+
+
+class FirstWeights(Checkpoint):
+    """A checkpoint of nnU-Net that a training starts from."""
+
+    network_weights: Weights
 
 
 class SampledPlan(Strict):

@@ -1,6 +1,7 @@
-"""Where a training's first weights come from: a denoiser, a checkpoint of nnU-Net, or nothing but chance."""
+"""Where a training's first weights come from: a denoiser, a checkpoint of nnU-Net or nnssl, or nothing but chance."""
 
 import os
+import re
 from collections.abc import Sequence
 from os.path import basename, dirname
 from typing import Any
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
 from nnunet_diffusion.model_folder import load_plain
-from nnunet_diffusion.plans import without_round
+from nnunet_diffusion.plans import check_plans, without_round
+from nnunet_diffusion.pretraining import nnssl
 from nnunet_diffusion.pretraining.conditioning import fold
 from nnunet_diffusion.pretraining.denoiser_file import (
     check_denoiser,
@@ -22,10 +24,12 @@ from nnunet_diffusion.pretraining.denoiser_file import (
     plan_identity,
     rebuild,
 )
-from nnunet_diffusion.pretraining.transfer import TransferReport, plan_differences, transfer
-from nnunet_diffusion.schemas import Checkpoint
+from nnunet_diffusion.pretraining.schemas import FirstWeights
+from nnunet_diffusion.pretraining.transfer import TransferReport, new_head, plan_differences, transfer
+from nnunet_diffusion.schemas import Dataset
 
 DENOISER, SCRATCH = "denoiser", "scratch"  # values of the setting `start`; anything else is a path
+REMEDY = "give a denoiser.pth, or a checkpoint that nnU-Net or nnssl wrote"
 
 
 def find_start(start: str, plans: PlansManager, configuration: str, fold: int | str) -> str:
@@ -118,12 +122,13 @@ def load_first_weights(
     dataset_json: dict,
     timestep: int,
 ) -> TransferReport:
-    """Loads a denoiser into planned networks, or a checkpoint into the network that trains.
+    """Loads a denoiser or others' weights into planned networks, or a checkpoint into the network that trains.
 
     Args:
         path: Of the file; what it is, its content says.
-        network: The network that trains, whose weights a checkpoint holds, output heads included.
-        planned: What of it, or beside it, has the planned topology: each starts from a denoiser, with its own heads.
+        network: The network that trains, whose weights a checkpoint of the same labels holds, output heads included.
+        planned: What of it, or beside it, has the planned topology: each starts from a denoiser, from an encoder of
+            nnssl or from a model of other labels, with its own heads.
         plans: Of the training.
         configuration: Its name.
         dataset_json: The content of dataset.json.
@@ -133,31 +138,91 @@ def load_first_weights(
         What became of every parameter; of several planned networks, of the first one.
 
     Raises:
-        UserError: If the file is neither, is damaged or holds code, or does not fit.
+        UserError: If the file is none of these, is damaged or holds code, or does not fit.
     """
-    content = load_plain(path, "give a denoiser.pth, or a checkpoint that nnU-Net wrote")
-    if not is_denoiser(content):
-        check_shape(content, Checkpoint, path, "give a denoiser.pth, or a checkpoint that nnU-Net wrote")
-        return load_checkpoint_weights(path, content["network_weights"], network)
-    check_denoiser(content, path)
-    folded = fold_for_plan(path, content, plans, configuration, timestep)
-    reports = [transfer(each, folded, len(dataset_json["channel_names"])) for each in planned]
+    content = load_plain(path, REMEDY)
     now = plan_identity(plans, configuration, dataset_json)
-    reports[0].source, reports[0].timestep = path, timestep
-    reports[0].warnings = plan_differences(content["plan"], now)
-    return reports[0]
-
-
-def load_checkpoint_weights(path: str, weights: dict[str, Tensor], network: nn.Module) -> TransferReport:
-    """Loads all weights of a checkpoint; raises UserError if they are not those that the network has."""
-    try:
+    if is_denoiser(content):
+        check_denoiser(content, path)
+        folded = fold_for_plan(path, content, plans, configuration, timestep)
+        reports = [transfer(each, folded, len(dataset_json["channel_names"])) for each in planned]
+        reports[0].source, reports[0].timestep = path, timestep
+        reports[0].warnings = plan_differences(content["plan"], now)
+        return reports[0]
+    if nnssl.is_nnssl(content):
+        kind = now["network_class"].split(".")[-1]
+        return [nnssl.transfer_encoder(path, content, each, now, kind) for each in planned][0]
+    refuse_earlier_nnunet(content, path)
+    check_shape(content, FirstWeights, path, REMEDY)
+    weights, channels = content["network_weights"], len(dataset_json["channel_names"])
+    if is_model_of(content, network, dataset_json):
         network.load_state_dict(weights)
-    except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} does not fit the network of this training: {error}\nA model of other labels can be given with "
-            "-pretrained_weights, which leaves its output heads out"
-        ) from error
-    return TransferReport(matched=[name for name, _ in network.named_parameters()], source=path)
+        report = TransferReport(matched=[name for name, _ in network.named_parameters()])
+    else:
+        report = [transfer_model(path, weights, each, channels) for each in planned][0]
+    report.source = path
+    report.warnings += checkpoint_differences(content["init_args"], now)
+    return report
+
+
+def refuse_earlier_nnunet(content: Any, path: str) -> None:
+    """Refuses by name what nnU-Net v1 wrote, the models of the MultiTalent paper among it."""
+    if isinstance(content, dict) and "state_dict" in content and "network_weights" not in content:
+        raise UserError(f"{path} holds a state_dict, as models of nnU-Net v1 do, of other networks: {REMEDY}")
+
+
+def is_model_of(content: dict[str, Any], network: nn.Module, dataset_json: dict) -> bool:
+    """Says whether a checkpoint is of just this network, and its outputs mean the same labels."""
+    expected = {name: weight.shape for name, weight in network.state_dict().items()}
+    found = {name: weight.shape for name, weight in content["network_weights"].items()}
+    return found == expected and content["init_args"]["dataset_json"].get("labels") == dataset_json["labels"]
+
+
+def transfer_model(path: str, weights: dict[str, Tensor], network: nn.Module, image_channels: int) -> TransferReport:
+    """Copies encoder and decoder of a model of other labels into a planned network, whose output heads are new.
+
+    MultiTalent's models are among these: their heads are those of many data sets. Where they have a stem for each data
+    set (`encoder.stem.ID.`), none of which is this one's, the stem stays as it was initialized.
+
+    Args:
+        path: Of the checkpoint.
+        weights: Its weights.
+        network: The planned network, changed in place.
+        image_channels: How many of its input channels are images.
+
+    Raises:
+        UserError: If they do not fit.
+    """
+    has_many_stems = any(re.match(r"encoder\.stem\.(?!convs\.)[^.]+\.convs\.", name) for name in weights)
+
+    def why_it_stays(name: str) -> str:
+        is_stem = has_many_stems and name.startswith("encoder.stem.")
+        return new_head(name) or ("the file has a stem for each of its data sets" if is_stem else "")
+
+    own = {name: weight for name, weight in weights.items() if not name.startswith("decoder.encoder.")}
+    try:
+        report = transfer(network, own, image_channels, why_it_stays, "checkpoint")
+    except UserError as error:
+        raise UserError(f"{path}: {error}\ngive weights of the same plan, or plan as that model was planned") from error
+    if has_many_stems:
+        report.warnings.append("the stem is random: a trainer that freezes the encoder would never train it")
+    return report
+
+
+def checkpoint_differences(init_args: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Lists differences of a checkpoint's plan to this training's, see `plan_differences`, if it says what it was.
+
+    Args:
+        init_args: What its trainer was built from.
+        now: The `plan_identity` of this training.
+    """
+    try:
+        check_plans(init_args.get("plans"), "plans")
+        check_shape(init_args["dataset_json"], Dataset, "dataset.json")
+        trained = plan_identity(PlansManager(init_args["plans"]), init_args["configuration"], init_args["dataset_json"])
+        return plan_differences(trained, now)
+    except Exception:  # of whatever kind: other programs and other versions write plans of their own
+        return ["the checkpoint does not say which spacing and normalization it was trained with"]
 
 
 def fold_for_plan(

@@ -51,7 +51,7 @@ class EvaluationFile(Strict):
 class Transfer(TransferSource):
     """transfer_report.json, as the report shows it."""
 
-    timestep: Index
+    timestep: Index | None
     matched: list[str]
     adapted: list[str]
     missing: list[str]

@@ -78,7 +78,8 @@ def fold_row(results: Results, kinds: Kinds, model: Model, fold: Fold) -> list[s
     state = "finished" if fold.is_finished else "not finished"
     start = model.settings.get("start") or "not recorded"
     if fold.transfer:
-        start = f"{fold.transfer['source']}, folded at t* = {fold.transfer['timestep']}"
+        timestep = fold.transfer["timestep"]  # None of what is no denoiser
+        start = fold.transfer["source"] + ("" if timestep is None else f", folded at t* = {timestep}")
     elif fold.denoiser is not None or start == "scratch" or model.settings.get("scratch"):
         start = "random weights"
     return [fold.name, trained_on(results, kinds, model, fold), short(str(start)), str(epochs or "no log"), state]
