@@ -1,12 +1,14 @@
 """The process by hand and by slow second routes; the sampler on data whose denoiser is known in closed form."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from nnunet_diffusion.pretraining import pictures, process
+from nnunet_diffusion.pretraining.conditioning import Denoiser
 from nnunet_diffusion.pretraining.diffusion import Diffusion
 from nnunet_diffusion.pretraining.images import ImageStatistics
 from nnunet_diffusion.pretraining.sampler import ddim
@@ -144,6 +146,7 @@ def test_what_is_known_of_images_by_hand():
     """Two patches of means 2 and 6 with noise of 0.5 * 4: means of 1 and 3 in units of noise."""
     diffusion, network = Diffusion(), torch.nn.Module()
     network.input_scale, network.image_range = torch.ones(1), torch.zeros(2)
+    network.calibrate = partial(Denoiser.calibrate, network)
     patches = [torch.full((1, 1, 2, 2), 2.0), torch.full((1, 1, 2, 2), 6.0)]
     diffusion.calibrate([network], ImageStatistics(np.array([0.5]), -1.0, 9.0), patches, 4)
     assert network.input_scale.tolist() == [2] and network.image_range.tolist() == [-1, 9]

@@ -24,7 +24,7 @@ INTENSITIES = "foreground_intensity_properties_per_channel"
 ALIKE = ("transpose_forward", INTENSITIES)
 ALIKE_IN_CONFIGURATION = ("spacing", "normalization_schemes", "use_mask_for_norm", "architecture")
 BY_DATASET = "CTNormalization"  # the only one of nnU-Net's that takes its numbers from the whole data set
-FROM_A_DENOISER = ("DiffusionPretrainedTrainer", "DiffusionCoTrainingTrainer")  # by default, and what derives from them
+FROM_A_DENOISER = ("DiffusionPretrainedTrainer", "MeanTeacherTrainer")  # by default, and what derives from them
 LONGEST = 60  # of each part of the plans' name
 
 
