@@ -1,4 +1,4 @@
-"""What `rounds` and `mutual` are both told: the data, the plan, the fold, the machine, and the limits of the filter."""
+"""What several commands are told: the data, the plan, the fold, the limits of the filter, where cases are worked on."""
 
 import argparse
 
@@ -15,6 +15,32 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-num_gpus", "--num_gpus", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("-device", choices=("cuda", "cpu"), default="cuda", help="default: %(default)s")
     parser.add_argument("--gate", nargs="+", default=[], metavar="KEY=VALUE", help="limits: see docs/rounds.md")
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser, what: str, default: int | None = None) -> None:
+    """Declares the arguments that `workers_of` reads: where `what` is done."""
+    told = "nnU-Net's (nnUNet_def_n_proc)" if default is None else default
+    parser.add_argument(
+        "-np", dest="num_processes", type=int, default=default, metavar="N",
+        help=f"processes for {what}, or jobs that a batch system runs at most; default: {told}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scheduler", default="", metavar="WHERE",
+        help=f"do {what} on a Dask cluster: its address or scheduler file, or slurm, lsf, pbs, sge: see docs/cluster.md",
+    )  # fmt: skip
+
+
+def workers_of(args: argparse.Namespace):
+    """Builds the `Workers` of the arguments; raises UserError for a number that is none."""
+    from nnunet_diffusion.workers import Workers
+
+    if args.num_processes is None:
+        from nnunetv2.configuration import default_num_processes
+
+        args.num_processes = default_num_processes
+    if args.num_processes < 1:
+        raise UserError(f"-np {args.num_processes}: at least 1")
+    return Workers(args.num_processes, args.scheduler)
 
 
 def check_usage(args: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 
+from nnunet_diffusion.cli.arguments import add_worker_arguments, workers_of
 from nnunet_diffusion.errors import UserError
 
 HELP = "plan the network, preprocess the labeled cases, then the pool of unlabeled scans"
@@ -38,7 +39,7 @@ def add_arguments(parser):
         help="DiffusionPlanner (default), DiffusionPlannerL, DiffusionPlannerXL, CompactPlanner or one of nnU-Net's "
         "(ExperimentPlanner, nnUNetPlannerResEncL, ...)",
     )
-    parser.add_argument("-np", dest="num_processes", metavar="N", type=int, help="processes; default: nnU-Net's")
+    add_worker_arguments(parser, "measuring and preprocessing")
     parser.add_argument("--replan", action="store_true", help="replace an existing plan")
     parser.add_argument("--no_pool", action="store_true", help="leave out the unlabeled scans")
     parser.add_argument(
@@ -49,7 +50,6 @@ def add_arguments(parser):
 
 def run(args):
     """Runs the command."""
-    from nnunetv2.configuration import default_num_processes
     from nnunetv2.paths import nnUNet_preprocessed
 
     from nnunet_diffusion.locks import locked
@@ -67,8 +67,8 @@ def run(args):
     folder = os.path.join(nnUNet_preprocessed, name)
     are_beside_each_other = (args.num_parts or 1) > 1
     with locked(os.path.join(folder, WORK, LOCK), f"the folder {folder}", are_beside_each_other):
-        args.num_processes = args.num_processes or default_num_processes
-        failed = do_pool_part(args, name, planner_class) if args.num_parts else do_all(args, name, planner_class)
+        do = do_pool_part if args.num_parts else do_all
+        failed = do(args, name, planner_class, workers_of(args))
     for case in sorted(failed):
         print(f"skipped {case}: {failed[case]}", file=sys.stderr)
     if failed:
@@ -76,7 +76,7 @@ def run(args):
     return 1 if failed else 0
 
 
-def do_all(args, name: str, planner_class: type) -> dict[str, str]:
+def do_all(args, name: str, planner_class: type, workers) -> dict[str, str]:
     """Plans and preprocesses what is missing; returns what is wrong with the scans that were skipped."""
     from nnunetv2.paths import nnUNet_raw
 
@@ -86,26 +86,25 @@ def do_all(args, name: str, planner_class: type) -> dict[str, str]:
     from nnunet_diffusion.preprocessing.preprocess import copy_labels, preprocess_labeled, preprocess_pool
     from nnunet_diffusion.preprocessing.supervision import check_annotations
 
-    num_processes = args.num_processes
     unlabeled_cases(os.path.join(nnUNet_raw, name), labeled_cases(name)[0])  # all tables are sound before anything else
     if not args.replan and os.path.isfile(plans_file_of(name, planner_class)):
         chosen(args, name, planner_class)  # a plan that cannot be worked with is told before hours of measuring
-    fingerprint_labeled(name, num_processes)
-    check_annotations(name, num_processes)
+    fingerprint_labeled(name, workers)
+    check_annotations(name, workers)
     failed = {}
     if getattr(planner_class, "uses_unlabeled_geometry", False):
-        failed |= fingerprint_unlabeled(name, num_processes)
+        failed |= fingerprint_unlabeled(name, workers)
     plan(name, planner_class, args.replan)
     plans_manager, configurations = chosen(args, name, planner_class)
     for configuration in configurations:
-        preprocess_labeled(name, plans_manager, configuration, num_processes)
+        preprocess_labeled(name, plans_manager, configuration, workers)
         if not args.no_pool:
-            failed |= preprocess_pool(name, plans_manager, configuration, num_processes)
+            failed |= preprocess_pool(name, plans_manager, configuration, workers)
     copy_labels(name)
     return failed
 
 
-def do_pool_part(args, name: str, planner_class: type) -> dict[str, str]:
+def do_pool_part(args, name: str, planner_class: type, workers) -> dict[str, str]:
     """Preprocesses one part of the pool; returns what is wrong with the scans that were skipped."""
     from nnunet_diffusion.preprocessing.preprocess import preprocess_pool
 
@@ -113,7 +112,7 @@ def do_pool_part(args, name: str, planner_class: type) -> dict[str, str]:
     failed = {}
     for configuration in configurations:
         parts = (args.num_parts, args.part_id)
-        failed |= preprocess_pool(name, plans_manager, configuration, args.num_processes, *parts)
+        failed |= preprocess_pool(name, plans_manager, configuration, workers, *parts)
     return failed
 
 
