@@ -90,8 +90,10 @@ def work_on(
         tqdm.write(f"{case}: its worker died ({how}): tried again alone")
         for _, result in run(work, {case: tasks[case]}, workers):
             if isinstance(result, Died):
-                found[case] = f"its worker died, also when it worked on nothing else ({result.how}): most likely it "\
+                found[case] = (
+                    f"its worker died, also when it worked on nothing else ({result.how}): most likely it "
                     "needs more memory than there is"
+                )
             else:
                 yield case, result
     if killed is None and found:
@@ -264,7 +266,7 @@ def _ended(done: queue.SimpleQueue, case: str, future) -> None:
 
 
 def refuse_lost(client, workers: Workers) -> None:
-    """Raises UserError if the scheduler of a cluster does not answer; says so if none of its workers can be given work."""
+    """Raises UserError if a cluster's scheduler does not answer; says so if none of its workers can be given work."""
     try:
         found = client.run_on_scheduler(_offers)
     except Exception as error:  # of Dask's connections: many kinds

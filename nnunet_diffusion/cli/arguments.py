@@ -26,8 +26,20 @@ def add_worker_arguments(parser: argparse.ArgumentParser, what: str, default: in
     )  # fmt: skip
     parser.add_argument(
         "--scheduler", default="", metavar="WHERE",
-        help=f"do {what} on a Dask cluster: its address or scheduler file, or slurm, lsf, pbs, sge: see docs/cluster.md",
+        help=f"do {what} on a Dask cluster: its address or file, or slurm, lsf, pbs, sge: see docs/cluster.md",
     )  # fmt: skip
+
+
+def add_status_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the arguments of a command that can say how far it is."""
+    parser.add_argument("--status", action="store_true", help="say what is done, failed and left, and how fast")
+    parser.add_argument("--json", action="store_true", help="with --status: for a program to read")
+
+
+def check_status_usage(args: argparse.Namespace) -> None:
+    """Raises UserError for --json alone."""
+    if args.json and not args.status:
+        raise UserError("--json: goes with --status")
 
 
 def workers_of(args: argparse.Namespace):
@@ -59,4 +71,4 @@ def request_of(args: argparse.Namespace, dataset: str, **more):
 
     gate = GateSettings.from_pairs(args.gate)
     return Request(dataset, args.configuration, args.fold, args.plans, gate=gate, device=args.device,
-                   num_gpus=args.num_gpus, settings_of=settings_of, **more)  # fmt: skip
+                   num_gpus=args.num_gpus, settings_of=settings_of, workers=workers_of(args), **more)  # fmt: skip

@@ -1,10 +1,11 @@
 """`nnunet_diffusion plan_and_preprocess`: nnU-Net's planning and preprocessing, for the unlabeled scans as well."""
 
 import importlib
+import json
 import os
 import sys
 
-from nnunet_diffusion.cli.arguments import add_worker_arguments, workers_of
+from nnunet_diffusion.cli.arguments import add_status_arguments, add_worker_arguments, check_status_usage, workers_of
 from nnunet_diffusion.errors import UserError
 
 HELP = "plan the network, preprocess the labeled cases, then the pool of unlabeled scans"
@@ -46,6 +47,7 @@ def add_arguments(parser):
         "--num_parts", metavar="N", type=int, help="only preprocess a part of the pool, after --no_pool"
     )
     parser.add_argument("--part_id", metavar="I", type=int, help="which part, 0 to N-1; all may run at the same time")
+    add_status_arguments(parser)
 
 
 def run(args):
@@ -56,6 +58,7 @@ def run(args):
     from nnunet_diffusion.marks import WORK
     from nnunet_diffusion.preprocessing.planning import find_dataset
 
+    check_status_usage(args)
     if (args.num_parts is None) != (args.part_id is None):
         raise UserError("--num_parts and --part_id: give both or none")
     if args.num_parts is not None and not 0 <= args.part_id < args.num_parts:
@@ -64,6 +67,8 @@ def run(args):
         raise UserError("--replan and --no_pool: plan first with them, then do the parts without")
     name = find_dataset(args.dataset)
     planner_class = find_planner(args.planner)
+    if args.status:
+        return tell_status(args, name, planner_class)
     folder = os.path.join(nnUNet_preprocessed, name)
     are_beside_each_other = (args.num_parts or 1) > 1
     with locked(os.path.join(folder, WORK, LOCK), f"the folder {folder}", are_beside_each_other):
@@ -74,6 +79,18 @@ def run(args):
     if failed:
         print(f"{len(failed)} unlabeled scans were skipped, everything else is done", file=sys.stderr)
     return 1 if failed else 0
+
+
+def tell_status(args, name: str, planner_class: type) -> int:
+    """Says how far each configuration is; returns 1 if a case failed."""
+    from nnunet_diffusion.preprocessing.status import status
+
+    found = status(name, *chosen(args, name, planner_class))
+    if args.json:
+        print(json.dumps([entry.as_dict() for entry in found], indent=2))
+    else:
+        print("\n".join(entry.told() for entry in found))
+    return 1 if any(entry.failed for entry in found) else 0
 
 
 def do_all(args, name: str, planner_class: type, workers) -> dict[str, str]:

@@ -37,7 +37,7 @@ from nnunet_diffusion.records import Journal
 from nnunet_diffusion.schemas import Dataset, PreprocessedConfiguration
 from nnunet_diffusion.workers import HERE, Workers, work_on
 
-FAILED = "failed.jsonl"
+FAILED_FILES = "failed*.jsonl"
 
 
 def preprocess_pool(
@@ -137,7 +137,7 @@ def _preprocess(
 
 
 def _collect(work, tasks, workers: Workers, description: str, file: str, may_fail: bool) -> dict[str, str]:
-    """Preprocesses cases; returns what is wrong with those that were left out, which is in the file as soon as known."""
+    """Preprocesses cases; returns what is wrong with those left out, which is in the file as soon as it is known."""
     with suppress(FileNotFoundError):
         os.remove(file)
     killed = {} if may_fail else None
@@ -157,7 +157,7 @@ def _later(killed: dict[str, str] | None) -> Iterator[tuple[str, str]]:
 def failed_file(folder: str, part: tuple[int, int] = (1, 0)) -> str:
     """Names the journal of the scans that a command, or a part of one, could not preprocess into a folder."""
     num_parts, part_id = part
-    return join(folder, WORK, f"failed_{part_id}_of_{num_parts}.jsonl" if num_parts > 1 else FAILED)
+    return join(folder, WORK, f"failed_{part_id}_of_{num_parts}.jsonl" if num_parts > 1 else "failed.jsonl")
 
 
 def _refuse_unknown_classes(plans_manager, configuration_manager) -> None:
@@ -238,6 +238,9 @@ def preprocess_case(case, images, label, folder, endings, plan) -> str | None:
         UserError: If nnU-Net cannot preprocess the labeled case.
         OSError: If the files cannot be written.
     """
+    is_complete = all(exists(join(folder, case + ending)) for ending in endings)
+    if is_complete and not _has_changed(join(folder, case + ".b2nd"), (images, label)):
+        return None  # by a worker that was lost before it could say so
     temporary = mkdtemp(prefix=f"{case}@", dir=join(folder, WORK))  # another worker's, that is lost, may be there
     try:
         made = _run(images, label, plan)
