@@ -224,9 +224,9 @@ def _call(work: _Work, arguments: _Arguments) -> Any:
 
 def _on_cluster(work: Callable, tasks: Mapping[str, tuple], workers: Workers) -> Iterator[tuple[str, Any]]:
     """Works on a cluster: Dask gives each case to a free worker, and again if that is lost."""
+    client, name = connected(workers.scheduler, workers.number), uuid.uuid4().hex
     from distributed import CancelledError, KilledWorker
 
-    client, name = connected(workers.scheduler, workers.number), uuid.uuid4().hex
     environment = {key: os.path.abspath(os.environ[key]) for key in FOLDERS if key in os.environ}
     resources = {"GPU": 1 / workers.at_once} if workers.needs_gpu else None
     options = {"pure": False, "retries": RETRIES, "resources": resources}

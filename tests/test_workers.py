@@ -2,11 +2,13 @@
 
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from running import PYTHON, run_command
 
 from nnunet_diffusion import workers
 from nnunet_diffusion.errors import UserError
@@ -100,6 +102,21 @@ def test_a_worker_that_is_killed_names_its_case_which_is_tried_once_alone_then_l
     assert "b: its worker died (signal SIGKILL): tried again alone" in said and "a: " not in said
     with pytest.raises(UserError, match="(?s)dying: everything else is done, but not\n  c: its worker died"):
         list(work_on(die_if_new, tasks, Workers(2), "dying"))
+
+
+def test_dask_is_imported_for_a_scheduler_alone():
+    code = (
+        "import sys; from nnunet_diffusion import workers; done = workers.work_on(abs, {'a': (-1,)}, workers.HERE, '')"
+    )
+    code += "; print(list(done), {'dask', 'distributed'} & {name.split('.')[0] for name in sys.modules})"
+    assert run_command([PYTHON, "-c", code]).stdout == "[('a', 1)] set()\n"
+
+
+def test_dask_that_is_not_installed_is_named(monkeypatch):
+    workers.connected.cache_clear()
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    with pytest.raises(UserError, match=r"--scheduler needs Dask .*: pip install 'nnunet_diffusion\[cluster\]'"):
+        list(work_on(square, TASKS, Workers(1, "slurm"), "nowhere"))
 
 
 def test_a_worker_that_cannot_start_is_an_error_not_a_hang(monkeypatch):
