@@ -101,6 +101,7 @@ def do_all(args, name: str, planner_class: type, workers) -> dict[str, str]:
     from nnunet_diffusion.preprocessing.fingerprint import fingerprint_labeled, fingerprint_unlabeled
     from nnunet_diffusion.preprocessing.planning import plan, plans_file_of
     from nnunet_diffusion.preprocessing.preprocess import copy_labels, preprocess_labeled, preprocess_pool
+    from nnunet_diffusion.preprocessing.room import told_room
     from nnunet_diffusion.preprocessing.supervision import check_annotations
 
     unlabeled_cases(os.path.join(nnUNet_raw, name), labeled_cases(name)[0])  # all tables are sound before anything else
@@ -116,6 +117,8 @@ def do_all(args, name: str, planner_class: type, workers) -> dict[str, str]:
     for configuration in configurations:
         preprocess_labeled(name, plans_manager, configuration, workers)
         if not args.no_pool:
+            if said := told_room(name, plans_manager, configuration):
+                print(said, flush=True)
             failed |= preprocess_pool(name, plans_manager, configuration, workers)
     copy_labels(name)
     return failed
