@@ -247,7 +247,7 @@ def _on_cluster(work: Callable, tasks: Mapping[str, tuple], workers: Workers) ->
             try:
                 result = futures[case].result()
             except KilledWorker as error:
-                result = Died(f"{error.allowed_failures + 1} workers were lost with it")
+                result = Died(f"{error.allowed_failures + 1} worker(s) were lost with it")
             except CancelledError as error:
                 refuse_lost(client, workers)
                 raise UserError(f"--scheduler {workers.scheduler}: {case} was cancelled there: {AGAIN}") from error

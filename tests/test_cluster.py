@@ -34,7 +34,8 @@ OURS = "import sys; from nnunet_diffusion.cli import main; sys.exit(main())"
 class Cluster:
     """A scheduler and workers, each a process of its own."""
 
-    def __init__(self, folder: Path, number: int):
+    def __init__(self, folder: Path, number: int, allowed_failures: str = "3"):
+        self.allowed_failures = allowed_failures
         self.folder, self.file = folder, folder / "scheduler.json"
         self.scheduler = self.start("scheduler", "--port", "0", "--scheduler-file", self.file)
         until = time.monotonic() + 60
@@ -43,14 +44,15 @@ class Cluster:
             time.sleep(0.05)
         self.workers = [self.start_worker() for _ in range(number)]
 
-    def start_worker(self, *options: str) -> subprocess.Popen:
+    def start_worker(self, *options: str, nanny: str = "--no-nanny") -> subprocess.Popen:
         """Starts one; without a nanny, so that a kill is a kill."""
-        return self.start("worker", "--scheduler-file", self.file, "--nthreads", "1", "--no-nanny", *options)
+        return self.start("worker", "--scheduler-file", self.file, "--nthreads", "1", nanny, *options)
 
     def start(self, kind: str, *arguments: object) -> subprocess.Popen:
         """Starts a command of Dask with its log in the folder, warm."""
         command = [sys.executable, "-m", f"distributed.cli.dask_{kind}", "--no-dashboard", *map(str, arguments)]
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        environment["DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES"] = self.allowed_failures
         with open(self.folder / f"{kind}.log", "a") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
@@ -91,6 +93,22 @@ def test_a_cluster_works_on_each_case_once_and_says_what_went_wrong(cluster, cap
     kill(cluster.scheduler)
     with pytest.raises(UserError, match="(does not answer any more|was cancelled).*: run the same command again"):
         list(work_on(test_workers.square, test_workers.TASKS, there, "lost"))
+
+
+def test_a_scan_that_takes_more_memory_than_a_worker_has_is_tried_once_alone_then_listed(tmp_path, capsys):
+    """Dask's nanny kills the worker at its limit and starts it again."""
+    workers.connected.cache_clear()
+    cluster = Cluster(tmp_path, 0, allowed_failures="0")
+    nanny, killed = cluster.start_worker("--memory-limit", "1.5GB", nanny="--nanny"), {}
+    try:
+        tasks = {"a": (1,), "too large": (1600,), "b": (1,)}
+        done = dict(work_on(test_workers.eat, tasks, Workers(1, str(cluster.file)), "eating", killed))
+    finally:
+        for process in (nanny, cluster.scheduler):
+            kill(process)
+    assert done == {"a": 1, "b": 1} and list(killed) == ["too large"]
+    assert "also when it worked on nothing else (1 worker(s) were lost with it)" in killed["too large"]
+    assert "too large: its worker died (1 worker(s) were lost with it): tried again alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["tcp://127.0.0.1:9", "nonsense"])

@@ -48,6 +48,16 @@ def die_if_new(folder, case, times):
     return case
 
 
+def eat(megabytes):
+    """Takes memory, and keeps it for long enough to be seen."""
+    taken = []
+    for _ in range(megabytes // 100):
+        taken.append(bytearray(os.urandom(1) * 100_000_000))
+        time.sleep(0.05)
+    time.sleep(5 if taken else 0)
+    return megabytes
+
+
 def meet(folder, name, others):
     """Returns when so many others are in it at the same time."""
     Path(folder, name).touch()

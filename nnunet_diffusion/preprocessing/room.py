@@ -20,7 +20,7 @@ SAMPLE = 20  # scans that are looked at
 
 
 def told_room(dataset_name: str, plans_manager: PlansManager, configuration: str) -> str:
-    """Says how much disk the scans that are not there yet take at most, and what is free; nothing if all are there."""
+    """Says how much disk the scans that are not there take at most, and what is free; nothing if all are there."""
     raw = join(nnUNet_raw, dataset_name)
     dataset_json = read_json(join(raw, "dataset.json"), Dataset)
     plan = plans_manager.get_configuration(configuration)
@@ -33,7 +33,7 @@ def told_room(dataset_name: str, plans_manager: PlansManager, configuration: str
     most = sum(found) / len(found) * len(todo) * len(dataset_json["channel_names"]) * VOXEL_BYTES
     free = shutil.disk_usage(nnUNet_preprocessed).free
     return (
-        f"disk: {len(todo)} scans of the pool take at most {most / 1e9:.3g} GB for {configuration}, before compression; "
+        f"disk: {len(todo)} scans of the pool take at most {most / 1e9:.3g} GB for {configuration}, not compressed; "
         f"{free / 1e9:.3g} GB are free"
     )
 
