@@ -1,7 +1,8 @@
 """Time and memory of the pool and of a round by the number of scans, here and on Dask workers of this machine.
 
-Small scans, and the planned network, made narrow, with random weights in a real model folder: what is measured is what
-is done for each scan beside the work on its voxels, and whether any of it grows faster than the number of scans.
+Commands run one after the other in this process, and work in it, or to predict in one beside it. Small scans, and the
+planned network, made narrow, with random weights in a real model folder: what is measured is what is done for each scan
+beside the work on its voxels, and whether any of it grows faster than the number of scans.
 
 example, on two cores:
   python benchmarks/scale.py FOLDER --scans 200 2000 20000 --dask_scans 200 2000 -o benchmarks/results/scale.json
@@ -10,20 +11,24 @@ example, on two cores:
 import argparse
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+import torch
 
 NAME, ID, CONFIGURATION, PLANS, SMALL = "Dataset970_Scale", 970, "3d_fullres", "nnUNetCompactPlans", "Small"
 SHAPE = (8, 16, 16)  # voxels along z, y, x
 LABELED = 4
-OURS = "import sys; from nnunet_diffusion.cli import main; sys.exit(main())"
-GATE = ["organ_confidence=0", "volume_factor=1e9", "position_margin=1", "min_organs=0.1"]  # random weights
+GATE = ["is_open=true"]  # of random weights nothing else would be kept
 
 
 def write_raw(raw: Path, scans: int, shape: tuple[int, ...] = SHAPE, classes: int = 1) -> None:
@@ -51,33 +56,48 @@ def write_raw(raw: Path, scans: int, shape: tuple[int, ...] = SHAPE, classes: in
     (raw / "dataset.json").write_text(json.dumps(content))
 
 
-def measured(command: list[str], environment: dict[str, str], log: Path) -> dict[str, float]:
-    """Runs a command of ours; returns its seconds, its own largest memory, and what it wrote itself.
+def measured(command: list[str], log: Path, processes: list[int] = ()) -> dict[str, float]:
+    """Runs a command of ours in this process, so that no import is measured.
+
+    Returns:
+        Seconds; seconds of computation, of this process, of those that it started and of `processes`; this process's
+        largest memory; what this process wrote.
 
     Raises:
         RuntimeError: If it fails, with the end of its log.
     """
-    start, found = time.monotonic(), {}
-    with open(log, "a") as f:
-        process = subprocess.Popen([sys.executable, "-c", OURS, *command], env=environment, stdout=f, stderr=f)
-        while process.poll() is None:
-            try:
-                status = Path(f"/proc/{process.pid}/status").read_text()
-                written = Path(f"/proc/{process.pid}/io").read_text()
-                found["memory_mb"] = int(status.split("VmHWM:")[1].split()[0]) / 1000
-                found["written_mb"] = int(written.split("wchar:")[1].split()[0]) / 1e6
-            except (OSError, IndexError):  # it is just ending
-                pass
-            time.sleep(0.05)
-    if process.returncode:
-        raise RuntimeError(f"{command}: exit code {process.returncode}\n{log.read_text()[-3000:]}")
-    return {"seconds": round(time.monotonic() - start, 2), **{key: round(value, 1) for key, value in found.items()}}
+    from nnunet_diffusion.cli import main
+
+    Path("/proc/self/clear_refs").write_text("5")  # the largest memory so far is forgotten
+    before, start = (computed(processes), written()), time.monotonic()
+    with open(log, "a") as f, redirect_stdout(f), redirect_stderr(f):
+        code = main(command)
+    if code:
+        raise RuntimeError(f"{command}: exit code {code}\n{log.read_text()[-3000:]}")
+    peak = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+    return {
+        "seconds": round(time.monotonic() - start, 2),
+        "computed_s": round(computed(processes) - before[0], 2),
+        "memory_mb": round(int(peak) / 1000, 1),
+        "written_mb": round((written() - before[1]) / 1e6, 2),
+    }
+
+
+def computed(processes: list[int]) -> float:
+    """Returns the seconds of computation of this process, of those that it started and that ended, and of others."""
+    own = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    ticks = [Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[11:13] for process in processes]
+    others = sum(int(tick) for pair in ticks for tick in pair) / os.sysconf("SC_CLK_TCK")
+    return others + sum(usage.ru_utime + usage.ru_stime for usage in own)
+
+
+def written() -> int:
+    """Returns the bytes that this process wrote, to files and to others."""
+    return int(Path("/proc/self/io").read_text().split("wchar:")[1].split()[0])
 
 
 def make_model(preprocessed: Path) -> str:
     """Leaves the planned network, made narrow, with random weights in a model folder; returns that folder."""
-    import torch
-
     from nnunet_diffusion.trainers import our_trainer
 
     plans = json.loads((preprocessed / f"{PLANS}.json").read_text()) | {"plans_name": SMALL}
@@ -105,7 +125,7 @@ class Cluster:
         while not self.file.exists():
             time.sleep(0.1)
         for _ in range(workers):
-            self.start(environment, "worker", "--nthreads", "1")
+            self.start(environment, "worker", "--nthreads", "1", "--no-nanny")
 
     def start(self, environment: dict[str, str], kind: str, *options: str) -> None:
         """Starts one of them."""
@@ -120,61 +140,78 @@ class Cluster:
             process.wait()
 
 
-def run(folder: Path, scans: int, where: list[str]) -> dict[str, dict[str, float]]:
-    """Measures each command on so many scans; `where` says where cases are worked on."""
-    home, log = folder / "data", folder / "log.txt"
+def set_up(folder: Path, scans: int, *how) -> Path:
+    """Writes a data set of so many scans below a folder; returns where it is preprocessed."""
+    home = folder / "data"
     shutil.rmtree(home, ignore_errors=True)
-    environment = os.environ | {f"nnUNet_{kind}": str(home / kind) for kind in ("raw", "preprocessed", "results")}
-    os.environ.update(environment)
-    write_raw(home / "raw" / NAME, scans)
-    preprocessed = home / "preprocessed" / NAME
+    os.environ.update({f"nnUNet_{kind}": str(home / kind) for kind in ("raw", "preprocessed", "results")})
+    write_raw(home / "raw" / NAME, scans, *how)
+    return home / "preprocessed" / NAME
+
+
+def run(folder: Path, scans: int, where: list[str], processes: list[int] = ()) -> dict[str, dict[str, float]]:
+    """Measures each command on so many scans; `where` says where cases are worked on."""
+    preprocessed, log = set_up(folder, scans), folder / "log.txt"
     plan = ["plan_and_preprocess", "-d", str(ID), "-c", CONFIGURATION, "-pl", "CompactPlanner", *where]
-    found = {"measure, plan, labeled cases": measured([*plan, "--no_pool"], environment, log)}
-    found["pool"] = measured(plan, environment, log)
-    found["preprocess again, nothing to do"] = measured(plan, environment, log)
-    found["preprocess --status"] = measured([*plan, "--status", "--json"], environment, log)
+    found = {"measure, plan, labeled cases": measured([*plan, "--no_pool"], log, processes)}
+    found["pool"] = measured(plan, log, processes)
+    found["preprocess again, nothing to do"] = measured(plan, log, processes)
+    found["preprocess --status"] = measured([*plan, "--status", "--json"], log, processes)
+    with open(log, "a") as f, redirect_stdout(f):
+        model = make_model(preprocessed)
     rounds = ["rounds", "-d", str(ID), "-c", CONFIGURATION, "-f", "all", "-p", SMALL, "-device", "cpu", *where]
-    rounds += ["--from", make_model(preprocessed), "--start", "scratch", "--rounds", "1", "--disable_tta"]
-    for stage in ("train", "predict", "gate"):
-        told = {"train": "check the model, fix the round's cases", "predict": "predict", "gate": "filter and report"}
-        command = [*rounds, "--stop_after", stage, "--gate", *GATE]
-        found[told[stage]] = measured(command, environment, log)
-    found["rounds --status"] = measured([*rounds, "--status", "--json", "--gate", *GATE], environment, log)
-    state = next(home.rglob("state.json"))
-    report = json.loads(next(home.rglob("report.json")).read_text())
-    assert sum(report["decisions"].values()) == scans, report["decisions"]
-    found["files"] = {"state_mb": round(state.stat().st_size / 1e6, 2), "most_in_a_folder": most_in_a_folder(home)}
-    shutil.rmtree(home)
+    rounds += ["--from", model, "--start", "scratch", "--rounds", "1", "--disable_tta", "--gate", *GATE]
+    told = {"train": "check the model, fix the round's cases", "predict": "predict", "gate": "filter and report"}
+    for stage, name in told.items():
+        found[name] = measured([*rounds, "--stop_after", stage], log, processes)
+    found["rounds --status"] = measured([*rounds, "--status", "--json"], log, processes)
+    state, report = (next(folder.rglob(name)) for name in ("state.json", "report.json"))
+    decisions = json.loads(report.read_text())["decisions"]
+    assert decisions["keep"] == scans, decisions
+    found["files"] = {"state_mb": round(state.stat().st_size / 1e6, 2), "most_in_a_folder": most_in_a_folder(folder)}
+    shutil.rmtree(folder / "data")
     return found
 
 
 def overlap(folder: Path, classes: int = 14, shape: tuple[int, ...] = (96, 128, 128), scans: int = 8) -> dict:
-    """Measures what it brings that the host works on scans while the network takes the next: threads, one model.
+    """Measures what it brings that the host works on scans while the network takes the next.
+
+    The network is one of another device, emulated: it takes as long as the host needs for a scan, and nothing of the
+    host; its output is that of random weights for a first scan.
 
     Returns:
         The seconds a scan with one scan in a worker's hands and with as many as rounds give it, twice each, in turn.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
+    from nnunet_diffusion.preprocessing.case_files import read_preprocessed
     from nnunet_diffusion.rounds.loop import Rounds, predict_name
     from nnunet_diffusion.rounds.places import Request
     from nnunet_diffusion.rounds.teacher import AT_ONCE, Model, loaded
 
-    home = folder / "data"
-    shutil.rmtree(home, ignore_errors=True)
-    os.environ.update({f"nnUNet_{kind}": str(home / kind) for kind in ("raw", "preprocessed", "results")})
-    write_raw(home / "raw" / NAME, scans, shape, classes)
+    preprocessed, home = set_up(folder, scans, shape, classes), folder / "data"
     plan = ["plan_and_preprocess", "-d", str(ID), "-c", CONFIGURATION, "-pl", "CompactPlanner", "-np", "1"]
-    measured(plan, dict(os.environ), folder / "log.txt")
-    model = Model(make_model(home / "preprocessed" / NAME), ("all",), "random", "cpu", mirroring=False)
+    measured(plan, folder / "log.txt")
+    model = Model(make_model(preprocessed), ("all",), "random", "cpu", mirroring=False)
     cases = Rounds(Request(NAME, CONFIGURATION, "all", SMALL, model=model.folder, start="scratch", device="cpu")).cases
-    loaded(model)
-    found: dict[str, list[float]] = {}
-    for number, hands in enumerate((1, AT_ONCE) * 2):
-        start, target = time.monotonic(), str(home / f"predicted_{number}")
+    predictor, pause_s = loaded(model).predictor, 0.0
+    image = torch.from_numpy(read_preprocessed(cases.case(cases.pool[0]).image))
+    with torch.inference_mode():
+        logits = predictor.predict_sliding_window_return_logits(image)
+
+    def wait(_: torch.Tensor) -> torch.Tensor:
+        time.sleep(pause_s)
+        return logits.clone()
+
+    def seconds_a_scan(hands: int) -> float:
+        start, target = time.monotonic(), tempfile.mkdtemp(dir=home)
         with ThreadPoolExecutor(hands) as pool:
-            list(pool.map(lambda case, to=target: predict_name(model, cases, to, "", case), cases.pool))
-        found.setdefault(f"{hands} in hands", []).append(round((time.monotonic() - start) / len(cases.pool), 2))
+            list(pool.map(lambda case: predict_name(model, cases, target, "", case), cases.pool))
+        return round((time.monotonic() - start) / len(cases.pool), 2)
+
+    predictor.predict_sliding_window_return_logits = wait
+    pause_s = host_s = seconds_a_scan(1)
+    found = {"host alone": host_s}
+    for hands in (1, AT_ONCE) * 2:
+        found.setdefault(f"{hands} in hands", []).append(seconds_a_scan(hands))
     shutil.rmtree(home)
     return {"classes": classes, "shape": shape, "scans": scans, "seconds_a_scan": found}
 
@@ -190,7 +227,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="for data and logs: is created")
     parser.add_argument("--scans", type=int, nargs="*", default=[200, 2000], help="numbers of scans, here")
     parser.add_argument("--dask_scans", type=int, nargs="*", default=[], help="numbers of scans, on Dask workers")
-    parser.add_argument("--processes", type=int, default=2, help="here; default: 2")
     parser.add_argument("--workers", type=int, default=4, help="of Dask; default: 4")
     parser.add_argument("--overlap", action="store_true", help="measure the host's work beside the network's, too")
     parser.add_argument("-o", dest="output", type=Path, required=True, help="JSON file")
@@ -200,20 +236,22 @@ def main() -> None:
 
     found = json.loads(args.output.read_text()) if args.output.exists() else {"here": {}, "dask": {}}
     found["machine"] = {**describe_machine("cpu"), "cores": len(os.sched_getaffinity(0))}
-    found["processes"], found["workers"] = args.processes, args.workers
+    found["workers"] = args.workers
     if args.overlap:
         found["overlap"] = overlap(args.folder)
         args.output.write_text(json.dumps(found, indent=2) + "\n")
     for scans in args.scans:
-        found["here"][str(scans)] = run(args.folder, scans, ["-np", str(args.processes)])
+        found["here"][str(scans)] = run(args.folder, scans, ["-np", "1"])
         args.output.write_text(json.dumps(found, indent=2) + "\n")
-    for scans in args.dask_scans:
+    if args.dask_scans:
         cluster = Cluster(args.folder, args.workers, dict(os.environ))
+        where, processes = ["-np", "1", "--scheduler", str(cluster.file)], [p.pid for p in cluster.processes]
         try:
-            found["dask"][str(scans)] = run(args.folder, scans, ["-np", "1", "--scheduler", str(cluster.file)])
+            for scans in args.dask_scans:
+                found["dask"][str(scans)] = run(args.folder, scans, where, processes)
+                args.output.write_text(json.dumps(found, indent=2) + "\n")
         finally:
             cluster.end()
-        args.output.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def cluster(tmp_path) -> Iterator[Cluster]:
         kill(process)
 
 
-def test_a_cluster_works_on_each_case_once_and_says_what_went_wrong(cluster, capsys, monkeypatch):
+def test_a_cluster_works_on_each_case_once_and_says_what_went_wrong(cluster, tmp_path, capsys, monkeypatch):
     import dask
 
     monkeypatch.setattr(workers, "SILENCE_S", 1.0)
@@ -87,9 +87,14 @@ def test_a_cluster_works_on_each_case_once_and_says_what_went_wrong(cluster, cap
     assert "Dask's dashboard: http" in capsys.readouterr().out
     with pytest.raises(UserError, match="two is no number"):
         list(work_on(test_workers.fail_at_two, test_workers.TASKS, there, "failing"))
-    cluster.workers.append(cluster.start_worker("--resources", "GPU=1"))
-    found = dict(work_on(test_workers.where, test_workers.TASKS, Workers(1, there.scheduler, 2, True), "with a GPU"))
-    assert len(set(found.values())) == 1, "one worker offers one"
+    with_gpu = Workers(1, there.scheduler, at_once=3, needs_gpu=True)
+    workers.refuse_lost(workers.connected(there.scheduler, 1), with_gpu)
+    assert "no worker of the cluster offers a GPU" in capsys.readouterr().out
+    cluster.workers.append(cluster.start_worker("--resources", "GPU=1", "--nthreads", "3"))
+    tasks = {name: (str(tmp_path / "meeting"), name, 3) for name in "abcdef"}
+    (tmp_path / "meeting").mkdir()
+    found = dict(work_on(test_workers.meet, tasks, with_gpu, "three at once"))
+    assert len({process for process, _ in found.values()}) == 1, "one worker offers one"
     kill(cluster.scheduler)
     with pytest.raises(UserError, match="(does not answer any more|was cancelled).*: run the same command again"):
         list(work_on(test_workers.square, test_workers.TASKS, there, "lost"))
