@@ -186,7 +186,9 @@ def _serve(connection: Connection, work: Callable, number: int, at_once: int) ->
         with lock, contextlib.suppress(OSError):  # nobody asks any more
             try:
                 connection.send((case, result, error))
-            except (TypeError, AttributeError, ValueError):  # an error that cannot be pickled
+            except OSError:
+                raise
+            except Exception:  # an error that cannot be pickled: pickle raises many kinds
                 connection.send((case, None, (RuntimeError(repr(error or result)), traceback.format_exc())))
 
     with ThreadPoolExecutor(at_once) as threads, contextlib.suppress(EOFError, OSError):

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.installation import dataset_name, usable_device
     from nnunet_diffusion.mutual.stages import STAGES, MutualLearning
 
-    usable_device(args.device)
+    if not args.scheduler:  # whose workers have GPUs, which the machine that asks them may lack
+        usable_device(args.device)
     request = request_of(args, dataset_name(args.dataset))
     learning = MutualLearning(request)
     check_settings(learning.content, STAGES)

@@ -91,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
         look = partial(status, as_json=args.json) if args.status else plan_of_work
         print(look(rounds, args.rounds))
         return 0
-    usable_device(args.device)
+    if not args.scheduler:  # whose workers have GPUs, which the machine that asks them may lack
+        usable_device(args.device)
     if args.num_parts:
         Rounds(request).predict_part(args.rounds, args.num_parts, args.part_id)
     else:

@@ -25,7 +25,7 @@ from nnunet_diffusion.workers import HERE, Workers, work_on
 FINGERPRINT_FILE = "dataset_fingerprint.json"  # nnU-Net's
 UNLABELED_FILE = "unlabeled_fingerprint.json"
 MEASURED_FILE = "labeled_files.json"  # what dataset_fingerprint.json was measured from
-SECONDS_BETWEEN_SAVES = 10
+SECONDS_BETWEEN_SAVES, GROWTH = 10, 1.05  # the file is written whole: so often that all of it stays proportional
 
 
 def fingerprint_labeled(dataset_name: str, workers: Workers = HERE) -> None:
@@ -80,12 +80,12 @@ def fingerprint_unlabeled(dataset_name: str, workers: Workers = HERE) -> dict[st
     known = {c: entry for c, entry in saved.items() if entry.get("files") == stamps.get(c) and "problem" not in entry}
     reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
     tasks = {case: (reader, images) for case, images in cases.items() if case not in known}
-    last, killed = time.monotonic(), {}
+    last, number, killed = time.monotonic(), len(known), {}
     for case, measures in work_on(measure, tasks, workers, "Measuring unlabeled scans", killed):
         known[case] = {"files": stamps[case]} | measures
-        if time.monotonic() - last > SECONDS_BETWEEN_SAVES:
+        if time.monotonic() - last > SECONDS_BETWEEN_SAVES and len(known) > GROWTH * number:
             write_json(file, known)
-            last = time.monotonic()
+            last, number = time.monotonic(), len(known)
     known |= {case: {"files": stamps[case], "problem": problem} for case, problem in killed.items()}
     if known != saved:
         write_json(file, {case: known[case] for case in cases})
