@@ -29,5 +29,5 @@ $(VENV)/.installed: setup.py pyproject.toml
 
 $(VENV)/.installed-dev: setup.py pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -e ".[dev,reference]"
+	$(BIN)/python -m pip install -e ".[dev,reference,cluster]"
 	touch $(VENV)/.installed $@

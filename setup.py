@@ -69,6 +69,8 @@ if __name__ == "__main__":
                 "ruff==0.17.6",  # another one formats otherwise
                 "setuptools",
             ],
+            # Many scans on many machines: --scheduler.
+            "cluster": ["dask[distributed]", "dask-jobqueue"],
             # Other implementations of the diffusion process and of figures: tests compare ours with them.
             "reference": [
                 "diffusers; python_version >= '3.11'",

@@ -12,20 +12,20 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from train_and_test import build_trainer, describe_machine, end_with_parent, prepare, test
 
 from nnunet_diffusion.files import write_json
 from nnunet_diffusion.model_folder import unwrap
-from nnunet_diffusion.mutual.completion import complete_cases, describe_cases
+from nnunet_diffusion.mutual.completion import Setup, complete_cases, describe_cases
 from nnunet_diffusion.mutual.dataset import completed_folder
 from nnunet_diffusion.partial.annotations import output_channels
 from nnunet_diffusion.records import sha256
 from nnunet_diffusion.rounds.gate import GateSettings
-from nnunet_diffusion.rounds.prediction import Teacher, load_prediction
+from nnunet_diffusion.rounds.prediction import load_prediction
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label
+from nnunet_diffusion.rounds.teacher import Model
 
 
 def dice(predicted: np.ndarray, true: np.ndarray) -> float | None:
@@ -83,10 +83,11 @@ def stage_1(job: dict, trainer) -> dict:
     trainer.disable_checkpointing = False
     checkpoint = os.path.join(trainer.output_folder, "checkpoint_final.pth")
     trainer.save_checkpoint(checkpoint)
-    teacher = Teacher(trainer.output_folder_base, ["0"], sha256(checkpoint), torch.device(job["device"]))
+    model = Model(trainer.output_folder_base, ("0",), sha256(checkpoint), job["device"])
+    setup = Setup(base, trainer.plans_manager, trainer.configuration_manager, trainer.dataset_json)
     folder = completed_at(job, job["completed"], trainer.configuration_manager.data_identifier)
-    cases = describe_cases(base, teacher, sorted(job["cases"]))
-    report = complete_cases(teacher, cases, folder, GateSettings(**job["gate"]))
+    cases = describe_cases(setup, sorted(job["cases"]))
+    report = complete_cases(model, setup, cases, folder, GateSettings(**job["gate"]))
     ignored = sum(entry["ignored_voxels"] for entry in report["cases"].values())
     voxels = sum(entry["voxels"] for entry in report["cases"].values())
     return {**score_completion(job, folder, output_channels(trainer.label_manager)), "ignored": ignored / voxels}

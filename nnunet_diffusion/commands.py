@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import NO_ROOM_SAID, naming_full_disk, read_json, write_json
 from nnunet_diffusion.marks import mark, remove_marked
-from nnunet_diffusion.processes import ENDS_WITH
+from nnunet_diffusion.processes import ENDS_WITH, number_of_cores
 from nnunet_diffusion.records import differs, made_from, refuse_other
 
 LOSS = re.compile(r"\b(?:train_loss|train loss)\s+(-?\d+\.\d+)")
@@ -274,11 +274,6 @@ def command_environment(root: str | None, device: str) -> dict[str, str]:
         limits |= {"OMP_WAIT_POLICY": "passive", "nnUNet_compile": "f"}
         environment |= {name: os.environ.get(name, value) for name, value in limits.items()}
     return environment
-
-
-def number_of_cores() -> int:
-    """Counts the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def find_program(name: str, environment: Mapping[str, str]) -> str:

@@ -1,50 +1,14 @@
-"""Work on many cases, in other processes if there is to be more than one."""
+"""Processes that end with the one that started them, however that ended; how many the machine has room for."""
 
 import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-
-from tqdm import tqdm
-
-from nnunet_diffusion.errors import UserError
 
 ENDS_WITH = "nnunet_diffusion_ends_with"  # environment variable: the process that a command must not outlive
 
 
-def run_in_processes(work, tasks: dict[str, tuple], num_processes: int, description: str) -> Iterator[tuple]:
-    """Calls `work(*arguments)` for each case of `tasks`, in other processes if there is to be more than one.
-
-    Yields:
-        The case and what `work` returned for it, in the order in which they end.
-
-    Raises:
-        UserError: If a process died; what is finished stays.
-    """
-    if not tasks:
-        return
-    if num_processes <= 1:
-        yield from ((case, work(*arguments)) for case, arguments in tqdm(tasks.items(), description))
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_processes, len(tasks)), context, initializer=_end_with_parent) as pool:
-        futures = {pool.submit(work, *arguments): case for case, arguments in tasks.items()}
-        try:
-            for future in tqdm(as_completed(futures), description, total=len(tasks)):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"{description}: a worker process died. If it said nothing above, it was killed, most likely for want "
-                "of memory: run the same command again with fewer processes (-np)"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Ends a worker with its parent: it would hold memory and write under the next command."""
 
     def watch():
@@ -71,3 +35,8 @@ def end_with_starter() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def number_of_cores() -> int:
+    """Counts the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

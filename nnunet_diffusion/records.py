@@ -212,11 +212,22 @@ def read_journal(path: str, seal: str, schema: Any, remedy: str) -> dict[str, An
 
 def _whole_lines(path: str) -> list[list]:
     """Reads the lines [text, value] of a journal, which is cut after the last whole one."""
-    lines: list[list] = []
+    lines, whole = read_lines(path)
+    if os.path.isfile(path) and whole < os.path.getsize(path):
+        os.truncate(path, whole)
+    return lines
+
+
+def read_lines(path: str) -> tuple[list[list], int]:
+    """Reads the whole lines [text, value] of a journal, which another process may be writing; none if there is no file.
+
+    Returns:
+        The lines; how many bytes they are.
+    """
+    lines, whole = [], 0
     if not os.path.isfile(path):
-        return lines
-    with open(path, "rb+") as f:
-        whole = 0
+        return lines, whole
+    with open(path, "rb") as f:
         for line in f:
             try:
                 case, entry = json.loads(line) if line.endswith(b"\n") else ()
@@ -224,6 +235,4 @@ def _whole_lines(path: str) -> list[list]:
                 break
             lines.append([case, entry])
             whole += len(line)
-        if whole < os.path.getsize(path):
-            f.truncate(whole)
-    return lines
+    return lines, whole

@@ -138,15 +138,14 @@ def test_value_that_is_not_declared_is_named():
         check_counts({"d": {5: 5, 9: 1}}, annotations, CHANNELS)
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_label_files_are_counted(tmp_path, num_threads):
+def test_label_files_are_counted(tmp_path):
     files = {}
     for i, case in enumerate(CASES):
         files[case] = str(tmp_path / f"{case}.nii.gz")
         voxels = np.zeros((3, 4, 5), np.uint8)
         voxels.flat[: i + 1] = 3
         sitk.WriteImage(sitk.GetImageFromArray(voxels), files[case])
-    counts = count_labels({"file_ending": ".nii.gz"}, files, num_threads)
+    counts = count_labels({"file_ending": ".nii.gz"}, files)
     assert counts == {case: {0: 59 - i, 3: 1 + i} for i, case in enumerate(CASES)}
 
 

@@ -109,6 +109,13 @@ def test_costs(home):
     assert [line.split("|")[2].strip() for line in table.splitlines()[2:]] == ["plain", "checkpointing", "alternate"]
 
 
+def test_scale(tmp_path):
+    benchmark(tmp_path, "scale.py work --scans 5 -o scale.json")
+    found = json.loads((tmp_path / "scale.json").read_text())["here"]["5"]
+    assert found["files"]["most_in_a_folder"] == 12, "three files of each of four labeled cases"
+    assert all(found[stage]["seconds"] > 0 for stage in ("pool", "predict", "filter and report"))
+
+
 def test_feature_probe(home):
     denoiser = next(home.glob(f"nnUNet_results/*/DenoisingDiffusionTrainer__{PLANS}__2d/fold_0/denoiser.pth"))
     benchmark(home, f"feature_probe.py 501 2d {PLANS} {denoiser} --timesteps 0 300 --cases 2 --batches 2 -o probe.json")

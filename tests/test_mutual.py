@@ -11,7 +11,6 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,16 +274,15 @@ def faked(world, tmp_path, monkeypatch):
         Path(step.output).write_bytes(b"weights")
         return 0, []
 
-    def complete(teacher, cases, to, gate):
+    def complete(model, setup, cases, to, gate, *workers):
         Path(to).mkdir(parents=True, exist_ok=True)
         for case in cases:
             Path(to, f"{case}_seg.b2nd").write_bytes(b"completed")
-        origin = made_from({"teacher": teacher.identity, "gate": gate.as_dict()})
+        origin = made_from({"teacher": model.identity, "gate": gate.as_dict()})
         Path(to, "completed.json").write_text(json.dumps({"made_from": origin, "cases": {}}))
 
     monkeypatch.setattr(mutual.Steps, "_execute", execute)
-    monkeypatch.setattr(mutual, "Teacher", lambda folder, folds, identity, device: SimpleNamespace(identity=identity))
-    monkeypatch.setattr(mutual, "describe_cases", lambda base, teacher, names: names)
+    monkeypatch.setattr(mutual, "describe_cases", lambda setup, names: names)
     monkeypatch.setattr(mutual, "complete_cases", complete)
     monkeypatch.setattr(mutual, "completion_table", lambda *_: "")
     return folder, commands
@@ -541,7 +539,7 @@ def test_ignored_voxels_stay_ignored_under_the_gate_as_it_comes(world, tmp_path,
         (data / f"{case}_seg.b2nd").unlink()
         chunks = (1, *true[case].shape[1:])
         nnUNetDatasetBlosc2.save_seg(true[case], str(data / f"{case}_seg"), chunks, chunks)
-    assert main(COMMAND) == 0
+    assert main([*COMMAND, "-np", "2"]) == 0
     completed = next(folder.glob("*_pseudo/mutual__*__fold_0"))
     for case in ("tiny_000", "tiny_001", "tiny_002"):
         label = open_pseudo_label(str(completed), case)

@@ -125,7 +125,7 @@ REMOVES = {
     "nnunet_diffusion/files.py": {"atomic", "atomic_folder"},
     "nnunet_diffusion/marks.py": {"remove_marked"},
     "nnunet_diffusion/preprocessing/planning.py": {"make_plan"},
-    "nnunet_diffusion/preprocessing/preprocess.py": {
+    "nnunet_diffusion/preprocessing/preprocess.py": {"_collect", 
         "_preprocess", "_remove_unlisted", "preprocess_case",
     },
     "nnunet_diffusion/preprocessing/replacement.py": {"_finish_replacing", "replace"},
@@ -166,7 +166,9 @@ def test_every_package_that_we_import_is_a_dependency():
     required = {re.match("[A-Za-z0-9_-]+", text)[0].lower() for text in ast.literal_eval(given["install_requires"])}
     top_level = {name.partition(".")[0] for file in (*LIBRARY, *PLUG_IN_FILES) for name in imports(file)}
     distributions = importlib.metadata.packages_distributions()
-    others = top_level - sys.stdlib_module_names - {"nnunet_diffusion"}
+    others = top_level - sys.stdlib_module_names - {"nnunet_diffusion", "distributed", "dask_jobqueue"}
+    (cluster,) = re.findall('"cluster": (.*),', (ROOT / "setup.py").read_text())
+    assert ast.literal_eval(cluster) == ["dask[distributed]", "dask-jobqueue"]
     assert {name for name in others if not {d.lower() for d in distributions[name]} & required} == set()
     assert ast.literal_eval(given["python_requires"]) == ">=3.10,<3.14"  # as the classifiers and README.md say
 

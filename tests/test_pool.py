@@ -41,7 +41,7 @@ from nnunet_diffusion.pretraining.images import (
     image_statistics,
     in_body,
 )
-from nnunet_diffusion.processes import run_in_processes
+from nnunet_diffusion.workers import HERE, Workers
 
 INTENSITIES = {"mean": 200.0, "std": 30.0, "percentile_00_5": 120.0, "percentile_99_5": 280.0}
 
@@ -101,9 +101,9 @@ def plans() -> dict:
     }
 
 
-def preprocess(plans_manager, num_processes=1) -> tuple[str, dict]:
+def preprocess(plans_manager, number=1) -> tuple[str, dict]:
     """Makes the pool; returns its folder and the failures."""
-    failures = preprocess_pool(tiny_dataset.NAME, plans_manager, "3d_fullres", num_processes)
+    failures = preprocess_pool(tiny_dataset.NAME, plans_manager, "3d_fullres", Workers(number))
     base = join(os.environ["nnUNet_preprocessed"], tiny_dataset.NAME)
     return pool_folder(base, "Plans_3d_fullres"), failures
 
@@ -153,7 +153,7 @@ def test_pool_holds_what_the_plans_preprocessor_makes(dataset):
 @pytest.mark.slow
 def test_labeled_cases_are_nnunets_own(dataset, nnunet_folders, monkeypatch):
     _, preprocessed, plans_manager = dataset
-    preprocess_labeled(tiny_dataset.NAME, plans_manager, "3d_fullres", 1)
+    preprocess_labeled(tiny_dataset.NAME, plans_manager, "3d_fullres")
     stock_folder = nnunet_folders / "stock" / tiny_dataset.NAME
     os.makedirs(stock_folder)
     for name in ("Plans.json", "dataset.json"):
@@ -306,7 +306,7 @@ def test_a_folder_that_is_not_ours_stays_as_it_is(dataset, mark_it, message, par
     mark_it(folder)
     open(join(folder, "u9.b2nd"), "w").close()
     with pytest.raises(UserError, match=f"Plans_3d_fullres_unlabeled: {message}.*: move it away, or remove it"):
-        preprocess_pool(tiny_dataset.NAME, plans_manager, "3d_fullres", 1, *part)
+        preprocess_pool(tiny_dataset.NAME, plans_manager, "3d_fullres", HERE, *part)
     assert files(folder) == ["u9.b2nd"]
 
 
@@ -351,13 +351,13 @@ def test_a_plan_that_nnunet_cannot_preprocess_by_costs_nothing(dataset, key, val
 
 def test_damaged_files_of_ours_are_measured_anew(dataset, capsys):
     _, preprocessed, _ = dataset
-    assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {}
+    assert fingerprint_unlabeled(tiny_dataset.NAME) == {}
     file = join(preprocessed, "unlabeled_fingerprint.json")
     whole = open(file).read()
     for left in ("", whole[:200], "[]", '{"u0": {"files": 3}}'):
         with open(file, "w") as f:
             f.write(left)
-        assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {} and open(file).read() == whole
+        assert fingerprint_unlabeled(tiny_dataset.NAME) == {} and open(file).read() == whole
         assert "unlabeled_fingerprint.json: " in (said := capsys.readouterr().out) and ": measured anew" in said
 
 
@@ -378,14 +378,14 @@ def test_labeled_cases_are_measured_anew_only_if_need_be(dataset, capsys, monkey
 
     monkeypatch.setattr("nnunet_diffusion.preprocessing.fingerprint.DatasetFingerprintExtractor.run", run)
     for _ in range(2):
-        fingerprint_labeled(tiny_dataset.NAME, 1)
+        fingerprint_labeled(tiny_dataset.NAME)
     assert runs == [True] and capsys.readouterr().out == ""
     for damaged in (file, join(preprocessed, "labeled_files.json")):
         whole = open(damaged).read()
         for number, left in enumerate(("", whole[: len(whole) // 2], "{}"), 2):
             with open(damaged, "w") as f:
                 f.write(left)
-            fingerprint_labeled(tiny_dataset.NAME, 1)
+            fingerprint_labeled(tiny_dataset.NAME)
             assert open(damaged).read() == whole and len(runs) == number
             assert f"{damaged}: " in (said := capsys.readouterr().out) and ": measured anew" in said
         runs[1:] = []
@@ -416,7 +416,7 @@ def test_bad_scan_is_skipped_and_named(dataset, how):
     assert list(failures) == ["u1"] and "u1.nii.gz: " in failures["u1"]
     assert pool_identifiers(folder) == ["u0", "u2", "u3"]
     assert {name[:2] for name in files(folder)} == {"u0", "u2", "u3"}
-    measured = fingerprint_unlabeled(tiny_dataset.NAME, 1)
+    measured = fingerprint_unlabeled(tiny_dataset.NAME)
     assert measured == failures
     assert json.load(open(join(preprocessed, "unlabeled_fingerprint.json")))["u1"]["problem"] == failures["u1"]
 
@@ -451,20 +451,20 @@ def test_labeled_case_that_cannot_be_preprocessed_is_not_blamed_on_the_disk(data
         "save_case": (NotWritten, "^l0 was not written to .*MB are free: of torch or blosc2; make room"),
     }[where]
     with pytest.raises(kind, match=message):
-        preprocess_labeled(tiny_dataset.NAME, plans_manager, "3d_fullres", 1)
+        preprocess_labeled(tiny_dataset.NAME, plans_manager, "3d_fullres")
 
 
 def test_scan_that_could_not_be_read_is_tried_again(dataset, monkeypatch):
     """Permissions and a network drive that was away change neither its size nor its time."""
     with monkeypatch.context() as patch:
         patch.setattr("nnunet_diffusion.preprocessing.fingerprint.measure", lambda *_: {"problem": "Permission denied"})
-        assert set(fingerprint_unlabeled(tiny_dataset.NAME, 1)) == {"u0", "u1", "u2", "u3"}
-    assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {}
+        assert set(fingerprint_unlabeled(tiny_dataset.NAME)) == {"u0", "u1", "u2", "u3"}
+    assert fingerprint_unlabeled(tiny_dataset.NAME) == {}
 
 
 def test_scans_are_measured_once(dataset, monkeypatch):
     raw, preprocessed, _ = dataset
-    assert fingerprint_unlabeled(tiny_dataset.NAME, 1) == {}
+    assert fingerprint_unlabeled(tiny_dataset.NAME) == {}
     found = json.load(open(join(preprocessed, "unlabeled_fingerprint.json")))
     assert found["u1"]["spacing"] == [2.5, 2, 2] and found["u1"]["shape_after_crop"] == [24, 32, 32]
     spoil(raw, "u2", "NaN")
@@ -472,7 +472,7 @@ def test_scans_are_measured_once(dataset, monkeypatch):
     monkeypatch.setattr(
         "nnunet_diffusion.preprocessing.fingerprint.measure", lambda *args: measured.append(args[1]) or measure(*args)
     )
-    assert list(fingerprint_unlabeled(tiny_dataset.NAME, 1)) == ["u2"]
+    assert list(fingerprint_unlabeled(tiny_dataset.NAME)) == ["u2"]
     assert measured == [[str(raw / "scans" / "u2.nii.gz")]]
 
 
@@ -494,12 +494,6 @@ def test_regions_and_ignore_label_declare_all_their_values():
 
 
 @pytest.mark.slow
-def test_worker_that_dies_is_an_error_not_a_hang():
-    with pytest.raises(UserError, match="a worker process died.*fewer processes"):
-        list(run_in_processes(os._exit, {"a": (9,), "b": (9,)}, 2, "Dying"))
-
-
-@pytest.mark.slow
 def test_killed_and_continued_is_as_if_never_killed(dataset):
     raw, preprocessed, plans_manager = dataset
     folder, _ = preprocess(plans_manager)
@@ -509,9 +503,10 @@ def test_killed_and_continued_is_as_if_never_killed(dataset):
         "import sys\n"
         "if __name__ == '__main__':\n"
         "    from nnunet_diffusion.preprocessing.preprocess import preprocess_pool\n"
+        "    from nnunet_diffusion.workers import Workers\n"
         "    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager\n"
         "    plans_manager = PlansManager(sys.argv[1])\n"
-        f"    preprocess_pool({tiny_dataset.NAME!r}, plans_manager, '3d_fullres', 2)\n"
+        f"    preprocess_pool({tiny_dataset.NAME!r}, plans_manager, '3d_fullres', Workers(2))\n"
     )
     script_file = raw / "make_pool.py"
     script_file.write_text(script)
@@ -546,11 +541,11 @@ def test_parts_of_the_pool_are_done_beside_each_other(dataset):
     shutil.rmtree(folder)
 
     def part(part_id, plan=plans_manager):
-        return preprocess_pool(tiny_dataset.NAME, plan, "3d_fullres", 1, 2, part_id)
+        return preprocess_pool(tiny_dataset.NAME, plan, "3d_fullres", HERE, 2, part_id)
 
     assert part(1) == {} and pool_identifiers(folder) == whole[1::2]
     busy = join(folder, ".nnunet_diffusion", "another machine works here")
-    for name in (busy, join(folder, ".nnunet_diffusion", whole[0])):  # the second is what a dead part left
+    for name in (busy, join(folder, ".nnunet_diffusion", f"{whole[0]}@1a2b")):  # the second is what a dead part left
         os.makedirs(name)
     assert part(0) == {} and pool_identifiers(folder) == whole and os.path.isdir(busy)
     assert all(np.array_equal(blosc2.open(join(folder, c + ".b2nd"))[:], arrays[c]) for c in whole)
@@ -565,11 +560,12 @@ PART = f"""
 import os, sys, time
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_diffusion.preprocessing.preprocess import preprocess_pool
+from nnunet_diffusion.workers import Workers
 plans, part, started = PlansManager(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 open(os.path.join(started, str(part)), "w").close()
 while len(os.listdir(started)) < 2:
     time.sleep(0.0005)
-assert preprocess_pool({tiny_dataset.NAME!r}, plans, "3d_fullres", 1, 2, part) == {{}}
+assert preprocess_pool({tiny_dataset.NAME!r}, plans, "3d_fullres", Workers(), 2, part) == {{}}
 """
 
 

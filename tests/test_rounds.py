@@ -33,6 +33,7 @@ from nnunet_diffusion.pretraining.start import find_start
 from nnunet_diffusion.records import digest
 from nnunet_diffusion.rounds import places
 from nnunet_diffusion.rounds.constrained import most_probable
+from nnunet_diffusion.rounds.disk import mark_predictions, remove_rounds
 from nnunet_diffusion.rounds.evidence import (
     Evidence,
     OrganPrior,
@@ -42,13 +43,15 @@ from nnunet_diffusion.rounds.evidence import (
     organ_priors,
     pairwise_dice,
 )
+from nnunet_diffusion.rounds.filtering import filter_round, read_verdicts
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, Verdict, filter_case, objections
 from nnunet_diffusion.rounds.given_model import INTENSITIES, check_model, refuse_other_data, refuse_unusable_start
 from nnunet_diffusion.rounds.outcome import publish
 from nnunet_diffusion.rounds.places import Places, Request
 from nnunet_diffusion.rounds.prediction import (
     Case,
-    Teacher,
+    confidence_folder,
+    load_confidence,
     load_prediction,
     network_spacing,
     predict_case,
@@ -58,7 +61,9 @@ from nnunet_diffusion.rounds.prediction import (
 from nnunet_diffusion.rounds.pseudo_labels import open_pseudo_label, pseudo_cases, save_pseudo_label, write_array
 from nnunet_diffusion.rounds.stale import remove_stale
 from nnunet_diffusion.rounds.state import Round, State, cases_of_round, fallen, last_good, load_state, waited
+from nnunet_diffusion.rounds.teacher import AT_ONCE, Model, Teacher
 from nnunet_diffusion.rounds.training import denoiser_of, validation_dice, write_plans
+from nnunet_diffusion.workers import Workers
 
 KILLS = int(os.environ.get("NNUNET_DIFFUSION_KILLS", "2"))
 
@@ -382,7 +387,7 @@ def test_the_folds_of_a_given_model_are_those_that_are_finished(tmp_path, monkey
     ],
 )
 def test_a_damaged_prediction_is_named(tmp_path, about, message):
-    write_array(str(tmp_path / "a.b2nd"), np.zeros((2, 4, 8, 8), np.int16), (8, 8), about)
+    write_array(str(tmp_path / "a.b2nd"), np.zeros((1, 4, 8, 8), np.int16), (8, 8), about)
     for read in (read_evidence, load_prediction):
         with pytest.raises(UserError, match=f"a.b2nd: {message}.*: remove it and run the same command again"):
             read(str(tmp_path), "a")
@@ -590,7 +595,7 @@ def test_an_ensemble_teaches_with_its_mean_and_its_disagreement(world, results, 
     arguments = [*arguments[: arguments.index("--gate")], "--gate", *gate, "--from", str(model)]
     assert main([*arguments, "--rounds", "1", "--stop_after", "gate"]) == 0
     run = folder / "nnUNetCompactPlans_2d_pseudo" / "R__2d__fold_all"
-    teachers = [Teacher(str(model), [fold], "one", torch.device("cpu")) for fold in ("0", "1")]
+    teachers = [Teacher(Model(str(model), (fold,), "one", "cpu")) for fold in ("0", "1")]
     image = read_preprocessed(str(folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_100.b2nd"))
     logits = [teacher.logits(torch.from_numpy(image))[0] for teacher in teachers]
     prediction = load_prediction(str(run / "round_1" / "predicted"), "tiny_100")
@@ -673,22 +678,25 @@ def test_what_changed_is_named_and_not_mixed(world, results, tmp_path, capsys):
 
 PART = """import os, signal, sys
 from nnunet_diffusion.cli import main
-replace, predicted, last = os.replace, [], int(sys.argv[1])
+from nnunet_diffusion.rounds import loop
+work_on, last = loop.work_on, int(sys.argv[1])
 
-def replace_or_die(source, target):
-    predicted.extend([target] * (os.path.basename(os.path.dirname(target)) == "predicted"))
-    if len(predicted) == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(source, target)
+def work_or_die(*arguments):
+    for number, found in enumerate(work_on(*arguments), 1):
+        if number == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield found
 
-os.replace = replace_or_die
-sys.exit(main(sys.argv[2:]))"""  # its first argument: which prediction it writes and is killed before it is there
+loop.work_on = work_or_die
+sys.exit(main(sys.argv[2:]))"""  # its first argument: after which prediction it is killed
 
 
 def predictions(folder):
-    """All files of a folder as plain values; how blosc2 orders the blocks in a file may differ between processes."""
-    read = {path.name: load_prediction(str(folder), path.name.removesuffix(".b2nd")) for path in folder.iterdir()}
-    return {name: (p.labels.tolist(), p.confidence.tolist(), p.evidence, p.teacher) for name, p in read.items()}
+    """All of a folder as plain values; how blosc2 orders the blocks in a file may differ between processes."""
+    names = [path.name.removesuffix(".b2nd") for path in folder.glob("*.b2nd") if path.name[0] != "."]
+    confidence = {name: load_confidence(str(folder), name) for name in names}
+    read = {name: load_prediction(str(folder), name) for name in names}
+    return {n: (p.labels.tolist(), confidence[n].tolist(), p.evidence, p.teacher) for n, p in read.items()}
 
 
 @pytest.mark.slow
@@ -705,18 +713,21 @@ def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world
         entry = rounds.begin(2)
         assert entry.cases == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
         arguments, predicted = [*COMMAND, "--num_parts", "2", "--part_id"], Path(rounds.places.predicted(2))
-        commands = [[sys.executable, "-c", PART, last, *arguments, part] for last, part in (("9", "0"), ("2", "1"))]
+        commands = [[sys.executable, "-c", PART, last, *arguments, part] for last, part in (("9", "0"), ("1", "1"))]
         with ThreadPool(2) as both:
             done = both.map(run_command, commands)
         assert [part.returncode for part in done] == [0, -signal.SIGKILL], [part.stderr for part in done]
-        assert sorted(p.name[5:8] for p in predicted.glob("tiny_*")) == ["001", "100", "101", "200"]
-        (left,), kept = predicted.glob(".tmp*_tiny_102.b2nd"), (predicted / "tiny_100.b2nd").stat().st_mtime_ns
+        there = {path: path.stat().st_mtime_ns for path in predicted.glob("tiny_*")}
+        assert {"001", "101", "200"} < {path.name[5:8] for path in there}
+        left = predicted / ".tmp999999999_tiny_102.b2nd"  # as a worker that was killed in the middle
+        left.touch()
         assert main([*arguments, "1"]) == 0
-        assert (predicted / "tiny_100.b2nd").stat().st_mtime_ns == kept and left.exists()
+        assert {path: path.stat().st_mtime_ns for path in there} == there and left.exists()
         os.utime(left, (time.time() - 4000,) * 2)
         remove_stale(rounds.places.folder)
         by_parts = predictions(predicted)
         shutil.rmtree(predicted)
+        shutil.rmtree(confidence_folder(str(predicted)))
         rounds.predict(entry)
         assert predictions(predicted) == by_parts and len(by_parts) == 5
         rounds.filter(entry)
@@ -790,7 +801,7 @@ def test_looking_changes_nothing(world, capsys):
 
 @pytest.mark.slow
 def test_a_scan_that_the_plan_cannot_hold_is_named(world, results, tmp_path):
-    teacher = Teacher(str(results / "DiffusionPretrainedTrainer__R__2d"), ["0"], "one", torch.device("cpu"))
+    teacher = Teacher(Model(str(results / "DiffusionPretrainedTrainer__R__2d"), ("0",), "one", "cpu"))
     path = str(tmp_path / "odd.b2nd")
     blosc2.asarray(np.zeros((2, 4, 16, 16), np.float32), urlpath=path)
     with pytest.raises(UserError, match="odd.b2nd is .2, 4, 16, 16.: the plan holds .channel, x, y, z. with 1"):
@@ -834,10 +845,11 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     for before, after in ((first, second), (second, last)):
         assert str(before / "checkpoint_final.pth") in next(after.glob("training_log*")).read_text()
     image = torch.from_numpy(read_preprocessed(str(folder / "nnUNetCompactPlans_2d_unlabeled" / "tiny_100.b2nd")))
-    teachers = [Teacher(str(first.parent), ["0"], "", torch.device("cpu"), mirroring) for mirroring in (False, True)]
-    plain, mirrored = (most_probable(t.logits(image)[0], t.label_manager)[1].numpy() for t in teachers)
-    confidence = load_prediction(str(run / "round_1" / "predicted"), "tiny_100").confidence
-    assert np.abs(confidence - plain).max() < 1 / 255 < np.abs(confidence - mirrored).max()
+    teachers = [Teacher(Model(str(first.parent), ("0",), "", "cpu", mirroring)) for mirroring in (False, True)]
+    plain, mirrored = (most_probable(t.logits(image)[0], t.label_manager)[0].numpy() for t in teachers)
+    labels = load_prediction(str(run / "round_1" / "predicted"), "tiny_100").labels
+    assert np.array_equal(labels, plain) and not np.array_equal(labels, mirrored)
+    assert not Path(confidence_folder(str(run / "round_1" / "predicted"))).exists()
     final = results / "PseudoLabelTrainer__P__2d" / "fold_0" / "checkpoint_final.pth"
     assert final.read_bytes() == (last / "checkpoint_final.pth").read_bytes()
 
@@ -907,3 +919,90 @@ def test_an_empty_pool_and_a_pool_of_another_plan_are_named(world):
             the_run()
     finally:
         (folder / "away").rename(pool)
+
+
+def no_network_here(*_, **__):
+    raise AssertionError("the process that goes on to train loads no network and touches no GPU")
+
+
+@pytest.fixture
+def without_networks(monkeypatch):
+    """This process may neither load a network nor make a CUDA context: other processes have to."""
+    monkeypatch.setattr("nnunet_diffusion.rounds.teacher.nnUNetPredictor.__init__", no_network_here)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", no_network_here)
+
+
+@pytest.mark.slow
+def test_the_process_that_trains_next_never_predicts_and_as_many_others_do_as_there_are_gpus(
+    world, without_networks, tmp_path, monkeypatch
+):
+    """Two processes, each with several cases in its hands, and a filter in two more: what one made before."""
+    folder, _, _ = world
+    rounds = the_run(num_gpus=2, workers=Workers(2))
+    entry, run = Round(1, cases=rounds.state.round(1).cases), run_folder(folder)
+    before = {case: load_prediction(str(run / "round_1" / "predicted"), case) for case in entry.cases}
+    monkeypatch.setattr(rounds.places, "folder", str(tmp_path / "run"))
+    monkeypatch.setattr(rounds.places, "reports", str(tmp_path / "reports"))
+    assert rounds.request.predictors == Workers(2, at_once=AT_ONCE)
+    rounds.predict(entry)
+    assert not torch.cuda.is_initialized()
+    for case in entry.cases:
+        now = load_prediction(rounds.places.predicted(1), case)
+        assert np.array_equal(now.labels, before[case].labels) and now[1:] == before[case][1:]
+    filter_round(rounds.places, rounds.cases, entry, [])
+    assert pseudo_cases(rounds.places.round(1)) == pseudo_cases(run / "round_1")
+    assert read_verdicts(rounds.places, entry) == read_verdicts(the_run().places, the_run().state.round(1))
+
+
+@pytest.mark.slow
+def test_a_case_that_cannot_be_predicted_waits_with_the_reason(world, tmp_path, monkeypatch):
+    rounds = the_run()
+    entry = Round(1, cases=rounds.state.round(1).cases)
+    monkeypatch.setattr(rounds.places, "folder", str(tmp_path / "run"))
+    monkeypatch.setattr(rounds.places, "reports", str(tmp_path / "reports"))
+    shutil.copytree(run_folder(world[0]) / "round_1" / "predicted", rounds.places.predicted(1))
+    Path(rounds.places.predicted(1), "tiny_101.b2nd").unlink()
+    with pytest.raises(FileNotFoundError, match="tiny_101"):
+        filter_round(rounds.places, rounds.cases, entry, [])
+    killed_cases = {}
+
+    def kill_one(work, tasks, workers, description, killed):
+        killed_cases.update(tasks)
+        killed["tiny_101"] = "its worker died"
+        return iter(())
+
+    monkeypatch.setattr("nnunet_diffusion.rounds.loop.work_on", kill_one)
+    rounds.predict(entry)
+    assert list(killed_cases) == ["tiny_101"]
+    monkeypatch.setattr("nnunet_diffusion.rounds.filtering.save", lambda *_: None)
+    monkeypatch.setattr("nnunet_diffusion.rounds.filtering.remove_pseudo_labels", lambda *_: None)
+    filter_round(rounds.places, rounds.cases, entry, [])
+    verdict = read_verdicts(rounds.places, entry)["tiny_101"]
+    assert verdict == Verdict(WAIT, [], {"case": ["it was not predicted: its worker died"]})
+    assert "it was not predicted" in Path(rounds.places.reports, "round_1", "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_what_only_the_filter_needs_goes_and_rounds_that_are_not_kept(world, tmp_path, monkeypatch):
+    rounds = the_run(keep_rounds=1)
+    assert not Path(confidence_folder(rounds.places.predicted(1))).exists(), "it was filtered"
+    run, places = run_folder(world[0]), rounds.places
+    monkeypatch.setattr(places, "folder", str(tmp_path / "run"))
+    for number in (1, 2, 3):
+        shutil.copytree(run / "round_1", places.round(number))
+        shutil.rmtree(places.predicted(number))
+        mark_predictions(places, number)
+    foreign = Path(places.predicted(2), "mine.b2nd")
+    foreign.touch()
+    verdicts = Path(places.verdicts(1)).read_text()
+    remove_rounds(places, 2)
+    assert not Path(places.predicted(1)).exists() and not pseudo_cases(places.round(1))
+    assert Path(places.verdicts(1)).read_text() == verdicts
+    assert pseudo_cases(places.round(2)) == pseudo_cases(run / "round_1") and foreign.exists()
+    shutil.rmtree(Path(places.predicted(2)) / ".nnunet_diffusion")
+    with pytest.raises(UserError, match="predicted: was not made by nnunet_diffusion, which does not touch it"):
+        remove_rounds(places, 3)
+    assert foreign.exists() and pseudo_cases(places.round(3))
+    object.__setattr__(places.request, "keep_rounds", 0)
+    remove_rounds(places, 9)
+    assert foreign.exists()

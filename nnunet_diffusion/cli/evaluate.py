@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 
+from nnunet_diffusion.cli.arguments import add_worker_arguments, workers_of
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
 from nnunet_diffusion.installation import require_folders
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of NSD: of every label [2] with nnunet; with flare22, of labels that are none of its 13 organs",
     )
     parser.add_argument("-o", dest="output", metavar="OUT", help="folder for the CSV and JSON file [PREDICTIONS]")
-    parser.add_argument("-np", dest="num_processes", type=int, default=4, metavar="N", help="cases at a time [4]")
+    add_worker_arguments(parser, "the comparison", 4)
     parser.add_argument("--chill", action="store_true", help="references without a prediction are no error")
     parser.epilog = (
         "What counts, partial annotations, ignored voxels: docs/evaluation.md. Every reference needs a prediction;\n"
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--tolerance {args.tolerance}: a distance in mm is 0 or more")
     path, folders = find_dataset_json(args), (args.predictions, args.references)
     dataset_json, rules = read_dataset_json(path), RULES[args.rules]
-    evaluation = evaluate_folders(*folders, dataset_json, rules, args.tolerance, args.num_processes)
+    evaluation = evaluate_folders(*folders, dataset_json, rules, args.tolerance, workers_of(args))
     if args.chill:
         evaluation.missing.clear()
     for problem in problems(evaluation):

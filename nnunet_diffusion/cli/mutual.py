@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from nnunet_diffusion.cli.arguments import add_run_arguments, check_usage, request_of
+from nnunet_diffusion.cli.arguments import add_run_arguments, add_worker_arguments, check_usage, request_of
 from nnunet_diffusion.errors import UserError
 
 HELP = "Mutual learning between groups of cases that each annotate other labels: both stages and what is in between."
@@ -24,6 +24,7 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_run_arguments(parser)
+    add_worker_arguments(parser, "predicting and completing")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from nnunet_diffusion.installation import dataset_name, usable_device
     from nnunet_diffusion.mutual.stages import STAGES, MutualLearning
 
-    usable_device(args.device)
+    if not args.scheduler:  # whose workers have GPUs, which the machine that asks them may lack
+        usable_device(args.device)
     request = request_of(args, dataset_name(args.dataset))
     learning = MutualLearning(request)
     check_settings(learning.content, STAGES)

@@ -1,12 +1,14 @@
 """`nnunet_diffusion plan_and_preprocess`: nnU-Net's planning and preprocessing, for the unlabeled scans as well."""
 
 import importlib
+import json
 import os
 import sys
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from nnunet_diffusion.cli.arguments import add_status_arguments, add_worker_arguments, check_status_usage, workers_of
 from nnunet_diffusion.errors import UserError
 
 HELP = "plan the network, preprocess the labeled cases, then the pool of unlabeled scans"
@@ -63,24 +65,25 @@ def add_arguments(parser):
     parser.add_argument(
         "--like", metavar="FOLDER", help="plan like the data set of an exported denoiser (export --denoiser FOLDER)"
     )
-    parser.add_argument("-np", dest="num_processes", metavar="N", type=int, help="processes; default: nnU-Net's")
+    add_worker_arguments(parser, "measuring and preprocessing")
     parser.add_argument("--replan", action="store_true", help="replace an existing plan")
     parser.add_argument("--no_pool", action="store_true", help="leave out the unlabeled scans")
     parser.add_argument(
         "--num_parts", metavar="N", type=int, help="only preprocess a part of the pool, after --no_pool"
     )
     parser.add_argument("--part_id", metavar="I", type=int, help="which part, 0 to N-1; all may run at the same time")
+    add_status_arguments(parser)
 
 
 def run(args):
     """Runs the command."""
-    from nnunetv2.configuration import default_num_processes
     from nnunetv2.paths import nnUNet_preprocessed
 
     from nnunet_diffusion.locks import locked
     from nnunet_diffusion.marks import WORK
     from nnunet_diffusion.preprocessing.planning import find_dataset
 
+    check_status_usage(args)
     if (args.num_parts is None) != (args.part_id is None):
         raise UserError("--num_parts and --part_id: give both or none")
     if args.num_parts is not None and not 0 <= args.part_id < args.num_parts:
@@ -91,11 +94,13 @@ def run(args):
         raise UserError("--like and -pl: give one of them; the plan to be like is made already")
     name = find_dataset(args.dataset)
     recipe = recipe_like(name, args.like) if args.like else recipe_of(name, args.planner or DEFAULT_PLANNER)
+    if args.status:
+        return tell_status(args, name, recipe)
     folder = os.path.join(nnUNet_preprocessed, name)
     are_beside_each_other = (args.num_parts or 1) > 1
     with locked(os.path.join(folder, WORK, LOCK), f"the folder {folder}", are_beside_each_other):
-        args.num_processes = args.num_processes or default_num_processes
-        failed = do_pool_part(args, name, recipe) if args.num_parts else do_all(args, name, recipe)
+        do = do_pool_part if args.num_parts else do_all
+        failed = do(args, name, recipe, workers_of(args))
     for case in sorted(failed):
         print(f"skipped {case}: {failed[case]}", file=sys.stderr)
     if failed:
@@ -123,30 +128,44 @@ def recipe_like(name: str, folder: str) -> Recipe:
     return Recipe(plans_file_like(name, exported.plans), make, False, [exported.configuration])
 
 
-def do_all(args, name: str, recipe: Recipe) -> dict[str, str]:
+def tell_status(args, name: str, recipe: Recipe) -> int:
+    """Says how far each configuration is; returns 1 if a case failed."""
+    from nnunet_diffusion.preprocessing.status import status
+
+    found = status(name, *chosen(args, recipe))
+    if args.json:
+        print(json.dumps([entry.as_dict() for entry in found], indent=2))
+    else:
+        print("\n".join(entry.told() for entry in found))
+    return 1 if any(entry.failed for entry in found) else 0
+
+
+def do_all(args, name: str, recipe: Recipe, workers) -> dict[str, str]:
     """Plans and preprocesses what is missing; returns what is wrong with the scans that were skipped."""
     from nnunetv2.paths import nnUNet_raw
 
     from nnunet_diffusion.preprocessing.cases import labeled_cases, unlabeled_cases
     from nnunet_diffusion.preprocessing.fingerprint import fingerprint_labeled, fingerprint_unlabeled
     from nnunet_diffusion.preprocessing.preprocess import copy_labels, preprocess_labeled, preprocess_pool
+    from nnunet_diffusion.preprocessing.room import told_room
     from nnunet_diffusion.preprocessing.supervision import check_annotations
 
-    num_processes = args.num_processes
     unlabeled_cases(os.path.join(nnUNet_raw, name), labeled_cases(name)[0])  # all tables are sound before anything else
     if not args.replan and os.path.isfile(recipe.plans_file):
         chosen(args, recipe)  # a plan that cannot be worked with is told before hours of measuring
-    fingerprint_labeled(name, num_processes)
-    check_annotations(name, num_processes)
+    fingerprint_labeled(name, workers)
+    check_annotations(name, workers)
     failed = {}
     if recipe.measures_pool:
-        failed |= fingerprint_unlabeled(name, num_processes)
+        failed |= fingerprint_unlabeled(name, workers)
     recipe.make(args.replan)
     plans_manager, configurations = chosen(args, recipe)
     for configuration in configurations:
-        preprocess_labeled(name, plans_manager, configuration, num_processes)
+        preprocess_labeled(name, plans_manager, configuration, workers)
         if not args.no_pool:
-            failed |= preprocess_pool(name, plans_manager, configuration, num_processes)
+            if said := told_room(name, plans_manager, configuration):
+                print(said, flush=True)
+            failed |= preprocess_pool(name, plans_manager, configuration, workers)
     copy_labels(name)
     if args.like:
         print(f"fine-tune from the denoiser: nnUNetv2_train {name} {configurations[0]} FOLD "
@@ -154,7 +173,7 @@ def do_all(args, name: str, recipe: Recipe) -> dict[str, str]:
     return failed
 
 
-def do_pool_part(args, name: str, recipe: Recipe) -> dict[str, str]:
+def do_pool_part(args, name: str, recipe: Recipe, workers) -> dict[str, str]:
     """Preprocesses one part of the pool; returns what is wrong with the scans that were skipped."""
     from nnunet_diffusion.preprocessing.preprocess import preprocess_pool
 
@@ -162,7 +181,7 @@ def do_pool_part(args, name: str, recipe: Recipe) -> dict[str, str]:
     failed = {}
     for configuration in configurations:
         parts = (args.num_parts, args.part_id)
-        failed |= preprocess_pool(name, plans_manager, configuration, args.num_processes, *parts)
+        failed |= preprocess_pool(name, plans_manager, configuration, workers, *parts)
     return failed
 
 

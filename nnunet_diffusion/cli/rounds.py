@@ -3,7 +3,14 @@
 import argparse
 import math
 
-from nnunet_diffusion.cli.arguments import add_run_arguments, check_usage, request_of
+from nnunet_diffusion.cli.arguments import (
+    add_run_arguments,
+    add_status_arguments,
+    add_worker_arguments,
+    check_status_usage,
+    check_usage,
+    request_of,
+)
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.names import safe_name
 
@@ -26,6 +33,7 @@ example:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     add_run_arguments(parser)
+    add_worker_arguments(parser, "predicting and filtering")
     parser.add_argument(
         "-tr", dest="trainer", default="DiffusionPretrainedTrainer", metavar="TRAINER",
         help="of the first model; default: %(default)s",
@@ -52,8 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num_parts", type=int, metavar="N", help="predict a part of the pool for the round that is due"
     )
     parser.add_argument("--part_id", type=int, metavar="I", help="which part, 0 to N-1")
+    parser.add_argument(
+        "--keep_rounds", type=int, default=0, metavar="N",
+        help="remove predictions and pseudo labels of all but the last N rounds that were trained; default: keep all",
+    )  # fmt: skip
     parser.add_argument("--dry_run", action="store_true", help="say what would be done")
-    parser.add_argument("--status", action="store_true", help="say what is done")
+    add_status_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     check_rounds_usage(args)
 
     import os
+    from functools import partial
 
     from nnunet_diffusion.installation import EXT_TRAINER, ext_trainer_folders, usable_device, with_our_trainers
     from nnunet_diffusion.locks import locked
@@ -71,13 +84,15 @@ def run(args: argparse.Namespace) -> int:
     os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())
     request = request_of(
         args, find_dataset(args.dataset), trainer=args.trainer, model=args.model, start=args.start,
-        finetune=args.finetune, tolerance=args.tolerance, mirroring=not args.disable_tta,
+        finetune=args.finetune, tolerance=args.tolerance, mirroring=not args.disable_tta, keep_rounds=args.keep_rounds,
     )  # fmt: skip
     if args.status or args.dry_run:
         rounds = Rounds(request, is_looking=args.status)
-        print(status(rounds, args.rounds) if args.status else plan_of_work(rounds, args.rounds))
+        look = partial(status, as_json=args.json) if args.status else plan_of_work
+        print(look(rounds, args.rounds))
         return 0
-    usable_device(args.device)
+    if not args.scheduler:  # whose workers have GPUs, which the machine that asks them may lack
+        usable_device(args.device)
     if args.num_parts:
         Rounds(request).predict_part(args.rounds, args.num_parts, args.part_id)
     else:
@@ -89,8 +104,11 @@ def run(args: argparse.Namespace) -> int:
 def check_rounds_usage(args: argparse.Namespace) -> None:
     """Raises UserError for arguments that contradict each other."""
     check_usage(args)
+    check_status_usage(args)
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds}: at least 1")
+    if args.keep_rounds < 0:
+        raise UserError(f"--keep_rounds {args.keep_rounds}: at least 1, or 0 to keep all")
     if not math.isfinite(args.tolerance) or args.tolerance < 0:
         raise UserError(f"--tolerance {args.tolerance}: must be a number from 0")
     safe_name(args.trainer, "-tr", "give the name of a trainer")

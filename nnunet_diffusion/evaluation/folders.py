@@ -22,7 +22,7 @@ from nnunet_diffusion.preprocessing.scan_checks import (
     label_values,
     read_geometry,
 )
-from nnunet_diffusion.processes import run_in_processes
+from nnunet_diffusion.workers import HERE, Workers, work_on
 
 
 @dataclass
@@ -45,7 +45,7 @@ def evaluate_folders(
     dataset_json: Mapping,
     rules: Rules,
     tolerance_mm: float | None = None,
-    num_processes: int = 1,
+    workers: Workers = HERE,
 ) -> Evaluation:
     """Compares each CASE.nii.gz (or the data set's file ending) of `references` with its namesake in `predictions`.
 
@@ -55,14 +55,15 @@ def evaluate_folders(
         dataset_json: nnU-Net's description of the data set; `annotated_labels` and `union_labels` decide what counts.
         rules: FLARE22 or NNUNET.
         tolerance_mm: For NSD, see `organ_targets`.
-        num_processes: Worker processes; each holds one case in memory.
+        workers: Where; each process holds one case in memory. Of those that are killed the cases are named.
 
     Raises:
-        UserError: If there is nothing to compare, dataset.json is faulty, or a worker process was killed.
+        UserError: If there is nothing to compare, or dataset.json is faulty.
     """
     ending = dataset_json["file_ending"]
     if ending not in GEOMETRIC_ENDINGS:
         raise UserError(f"file ending {ending}: distances in mm need files with a spacing: {GEOMETRIC_ENDINGS}")
+    references, predictions = os.path.abspath(references), os.path.abspath(predictions)  # for workers elsewhere
     expected, found = (cases_in(folder, ending) for folder in (references, predictions))
     if not expected:
         raise UserError(f"{references}: holds no file that ends with {ending}: give the folder of reference labels")
@@ -75,7 +76,7 @@ def evaluate_folders(
     there = [case for case in expected if case in found]
     failed = {case: f"its name {reason}: rename its files" for case in there if (reason := why_unsafe(case))}
     tasks = {case: (*files[case], list(targets[case].values())) for case in there if case not in failed}
-    results = failed | dict(run_in_processes(work, tasks, num_processes, "evaluating"))
+    results = dict(work_on(work, tasks, workers, "evaluating", failed)) | failed
     scores = {case: results[case] for case in there if not isinstance(results[case], str)}
     return Evaluation(
         rules,

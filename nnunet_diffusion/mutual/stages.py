@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any
 
-import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -16,6 +15,7 @@ from nnunet_diffusion.files import read_json
 from nnunet_diffusion.locks import locked
 from nnunet_diffusion.mutual.completion import (
     Report,
+    Setup,
     complete_cases,
     completion_table,
     describe_cases,
@@ -31,9 +31,9 @@ from nnunet_diffusion.pretraining.start import SCRATCH, find_start
 from nnunet_diffusion.records import digest, made_from, refuse_other, size_and_time
 from nnunet_diffusion.rounds.cases import COPY
 from nnunet_diffusion.rounds.places import Request
-from nnunet_diffusion.rounds.prediction import CHECKPOINT, Teacher
 from nnunet_diffusion.rounds.pseudo_labels import ENDING, pseudo_cases
 from nnunet_diffusion.rounds.state import State, load_state
+from nnunet_diffusion.rounds.teacher import CHECKPOINT, Model
 from nnunet_diffusion.schemas import Dataset
 from nnunet_diffusion.settings import BLOCK
 
@@ -193,9 +193,11 @@ class MutualLearning:
 
     def complete(self) -> None:
         """Completes the training cases with the networks of stage 1."""
-        origin = self.completed_from()
-        identity, device = origin["values"]["teacher"], torch.device(self.request.device)
-        teacher = Teacher(self.request.model_folder(STAGES[0]), [self.fold], identity, device)
-        cases = describe_cases(self.base, teacher, self.cases)
-        report = complete_cases(teacher, cases, self.completed_folder, self.request.gate)
+        request, identity = self.request, self.completed_from()["values"]["teacher"]
+        model = Model(request.model_folder(STAGES[0]), (self.fold,), identity, request.device)
+        setup = Setup(self.base, self.plans, self.configuration, self.dataset_json)
+        cases = describe_cases(setup, self.cases)
+        report = complete_cases(
+            model, setup, cases, self.completed_folder, request.gate, request.predictors, request.workers
+        )
         print(completion_table(report, cases, self.channels), flush=True)

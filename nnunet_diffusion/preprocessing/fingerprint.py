@@ -8,7 +8,6 @@ import time
 from os.path import join
 from typing import Any
 
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
@@ -20,21 +19,21 @@ from nnunet_diffusion.files import check_shape, naming_full_disk, read_json, wri
 from nnunet_diffusion.preprocessing.cases import labeled_cases, unlabeled_cases
 from nnunet_diffusion.preprocessing.preprocess import read_scan
 from nnunet_diffusion.preprocessing.scan_checks import check_labeled_case, label_values
-from nnunet_diffusion.processes import run_in_processes
 from nnunet_diffusion.schemas import Dataset, Fingerprint, LabeledStamps, Measures, PlannableDataset
+from nnunet_diffusion.workers import HERE, Workers, work_on
 
 FINGERPRINT_FILE = "dataset_fingerprint.json"  # nnU-Net's
 UNLABELED_FILE = "unlabeled_fingerprint.json"
 MEASURED_FILE = "labeled_files.json"  # what dataset_fingerprint.json was measured from
-SECONDS_BETWEEN_SAVES = 10
+SECONDS_BETWEEN_SAVES, GROWTH = 10, 1.05  # the file is written whole: so often that all of it stays proportional
 
 
-def fingerprint_labeled(dataset_name: str, num_processes: int = default_num_processes) -> None:
+def fingerprint_labeled(dataset_name: str, workers: Workers = HERE) -> None:
     """Checks every labeled case and lets nnU-Net measure them; does nothing if both are done and no file has changed.
 
     Args:
         dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
-        num_processes: Number of worker processes.
+        workers: Where.
 
     Raises:
         UserError: Listing every case that cannot be used; nothing is written then.
@@ -52,22 +51,22 @@ def fingerprint_labeled(dataset_name: str, num_processes: int = default_num_proc
         return
     values = label_values(dataset_json["labels"])
     tasks = {case: (files["images"], files["label"], values) for case, files in dataset.items()}
-    results = run_in_processes(_problem, tasks, num_processes, "Checking labeled cases")
+    results = work_on(_problem, tasks, workers, "Checking labeled cases")
     if problems := {case: problem for case, problem in results if problem is not None}:
         listed = "".join(f"\n  {case}: {problems[case]}" for case in sorted(problems))
         raise UserError(f"{len(problems)} of {len(dataset)} labeled cases cannot be used:{listed}")
     os.makedirs(folder, exist_ok=True)
     with naming_full_disk(join(folder, FINGERPRINT_FILE)):
-        DatasetFingerprintExtractor(dataset_name, num_processes).run(overwrite_existing=True)
+        DatasetFingerprintExtractor(dataset_name, workers.number_here).run(overwrite_existing=True)
     write_json(join(folder, MEASURED_FILE), measured)
 
 
-def fingerprint_unlabeled(dataset_name: str, num_processes: int = default_num_processes) -> dict[str, str]:
+def fingerprint_unlabeled(dataset_name: str, workers: Workers = HERE) -> dict[str, str]:
     """Measures the spacing and the shape after cropping of every unlabeled scan that is new or has changed.
 
     Args:
         dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
-        num_processes: Number of worker processes.
+        workers: Where.
 
     Returns:
         What is wrong with each scan that cannot be used: case -> message.
@@ -81,12 +80,13 @@ def fingerprint_unlabeled(dataset_name: str, num_processes: int = default_num_pr
     known = {c: entry for c, entry in saved.items() if entry.get("files") == stamps.get(c) and "problem" not in entry}
     reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
     tasks = {case: (reader, images) for case, images in cases.items() if case not in known}
-    last = time.monotonic()
-    for case, measures in run_in_processes(measure, tasks, num_processes, "Measuring unlabeled scans"):
+    last, number, killed = time.monotonic(), len(known), {}
+    for case, measures in work_on(measure, tasks, workers, "Measuring unlabeled scans", killed):
         known[case] = {"files": stamps[case]} | measures
-        if time.monotonic() - last > SECONDS_BETWEEN_SAVES:
+        if time.monotonic() - last > SECONDS_BETWEEN_SAVES and len(known) > GROWTH * number:
             write_json(file, known)
-            last = time.monotonic()
+            last, number = time.monotonic(), len(known)
+    known |= {case: {"files": stamps[case], "problem": problem} for case, problem in killed.items()}
     if known != saved:
         write_json(file, {case: known[case] for case in cases})
     return {case: known[case]["problem"] for case in cases if "problem" in known[case]}

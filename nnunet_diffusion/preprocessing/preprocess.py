@@ -7,12 +7,14 @@ what decides the values, and temporary files beside the mark. When that changes,
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
+from itertools import chain
 from os.path import basename, exists, getmtime, isdir, join, realpath
+from tempfile import mkdtemp
 
 import numpy as np
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 
@@ -31,12 +33,15 @@ from nnunet_diffusion.preprocessing.cases import (
 )
 from nnunet_diffusion.preprocessing.replacement import place_to_fill, replace
 from nnunet_diffusion.preprocessing.scan_checks import check_channels
-from nnunet_diffusion.processes import run_in_processes
+from nnunet_diffusion.records import Journal
 from nnunet_diffusion.schemas import Dataset, PreprocessedConfiguration
+from nnunet_diffusion.workers import HERE, Workers, work_on
+
+FAILED_FILES = "failed*.jsonl"
 
 
 def preprocess_pool(
-    dataset_name, plans_manager, configuration, num_processes=default_num_processes, num_parts=1, part_id=0
+    dataset_name, plans_manager, configuration, workers: Workers = HERE, num_parts=1, part_id=0
 ) -> dict[str, str]:
     """Preprocesses the unlabeled scans with the plan's own preprocessor; arguments as `preprocess_labeled`.
 
@@ -44,7 +49,7 @@ def preprocess_pool(
         dataset_name: As said.
         plans_manager: As said.
         configuration: As said.
-        num_processes: As said.
+        workers: As said.
         num_parts: Of so many parts, which may be done at the same time by many machines, only one is done here.
         part_id: Which one, from 0. Scans that are no longer in the table stay until all is done as one part.
 
@@ -62,20 +67,20 @@ def preprocess_pool(
     if not cases and not isdir(folder):
         return {}
     part = (num_parts, part_id)
-    return _preprocess(cases, folder, UNLABELED_FILES, plans_manager, configuration, dataset_json, num_processes, part)
+    return _preprocess(cases, folder, UNLABELED_FILES, plans_manager, configuration, dataset_json, workers, part)
 
 
-def preprocess_labeled(dataset_name, plans_manager, configuration, num_processes=default_num_processes) -> None:
+def preprocess_labeled(dataset_name, plans_manager, configuration, workers: Workers = HERE) -> None:
     """Preprocesses the labeled cases as `nnUNetv2_preprocess` does, but only those that are missing or changed.
 
     Args:
         dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
         plans_manager: The `PlansManager` of the plan, which `check_plans` has let pass.
         configuration: A configuration of that plan.
-        num_processes: Number of worker processes; each holds one case in memory.
+        workers: Where; each process holds one case in memory.
 
     Raises:
-        UserError: If a case cannot be preprocessed, a worker process was killed, or the folder is not ours.
+        UserError: If a case cannot be preprocessed, a worker was killed, or the folder is not ours.
     """
     dataset_folder = join(nnUNet_raw, dataset_name)
     dataset_json = read_json(join(dataset_folder, "dataset.json"), Dataset)
@@ -83,7 +88,7 @@ def preprocess_labeled(dataset_name, plans_manager, configuration, num_processes
     cases = {case: (files["images"], files["label"]) for case, files in dataset.items()}
     identifier = plans_manager.get_configuration(configuration).data_identifier
     folder = join(nnUNet_preprocessed, dataset_name, identifier)
-    _preprocess(cases, folder, LABELED_FILES, plans_manager, configuration, dataset_json, num_processes)
+    _preprocess(cases, folder, LABELED_FILES, plans_manager, configuration, dataset_json, workers)
 
 
 def copy_labels(dataset_name: str) -> None:
@@ -99,7 +104,7 @@ def copy_labels(dataset_name: str) -> None:
 
 
 def _preprocess(
-    cases, folder, endings, plans_manager, configuration, dataset_json, num_processes, part=(1, 0)
+    cases, folder, endings, plans_manager, configuration, dataset_json, workers, part=(1, 0)
 ) -> dict[str, str]:
     configuration_manager = plans_manager.get_configuration(configuration)
     identity = preprocessing_identity(plans_manager, configuration_manager)
@@ -114,21 +119,45 @@ def _preprocess(
     if is_part:
         cases = {case: cases[case] for case in sorted(cases)[part_id::num_parts]}
     place = place_to_fill(folder, what, identity, configuration, is_part)
-    for name in cases if is_part else os.listdir(join(place, WORK)):  # what a dead process left; parts leave others'
-        if isdir(join(place, WORK, name)):
+    for name in os.listdir(join(place, WORK)):  # what a dead process left; parts leave others'
+        if isdir(join(place, WORK, name)) and (not is_part or name.rpartition("@")[0] in cases):
             shutil.rmtree(join(place, WORK, name))
     complete = set(complete_cases(place, endings))
     todo = [c for c, files in cases.items() if c not in complete or _has_changed(join(place, c + ".b2nd"), files)]
     plan = (plans_manager, configuration_manager, dataset_json)
     work = partial(preprocess_case, folder=place, endings=endings, plan=plan)
     tasks = {case: (case, *cases[case]) for case in todo}
-    results = run_in_processes(work, tasks, num_processes, f"{basename(folder)} ({len(cases) - len(todo)} there)")
-    problems = {case: problem for case, problem in results if problem is not None}
+    description = f"{basename(folder)} ({len(cases) - len(todo)} there)"
+    problems = _collect(work, tasks, workers, description, failed_file(place, part), endings is UNLABELED_FILES)
     if not is_part:
         _remove_unlisted(place, set(cases), endings)
     if place != folder and len(problems) < max(1, len(cases)):  # not if no scan can be read, as of a drive that is away
         replace(folder, what)
     return problems
+
+
+def _collect(work, tasks, workers: Workers, description: str, file: str, may_fail: bool) -> dict[str, str]:
+    """Preprocesses cases; returns what is wrong with those left out, which is in the file as soon as it is known."""
+    with suppress(FileNotFoundError):
+        os.remove(file)
+    killed = {} if may_fail else None
+    journal = None
+    for case, problem in chain(work_on(work, tasks, workers, description, killed), _later(killed)):
+        if problem is not None:
+            journal = journal or Journal(file, {})
+            journal.add(case, problem)
+    return dict(journal.entries) if journal else {}
+
+
+def _later(killed: dict[str, str] | None) -> Iterator[tuple[str, str]]:
+    """Yields what is in a table by the time that it is asked for."""
+    yield from (killed or {}).items()
+
+
+def failed_file(folder: str, part: tuple[int, int] = (1, 0)) -> str:
+    """Names the journal of the scans that a command, or a part of one, could not preprocess into a folder."""
+    num_parts, part_id = part
+    return join(folder, WORK, f"failed_{part_id}_of_{num_parts}.jsonl" if num_parts > 1 else "failed.jsonl")
 
 
 def _refuse_unknown_classes(plans_manager, configuration_manager) -> None:
@@ -209,8 +238,10 @@ def preprocess_case(case, images, label, folder, endings, plan) -> str | None:
         UserError: If nnU-Net cannot preprocess the labeled case.
         OSError: If the files cannot be written.
     """
-    temporary = join(folder, WORK, case)
-    os.makedirs(temporary)
+    is_complete = all(exists(join(folder, case + ending)) for ending in endings)
+    if is_complete and not _has_changed(join(folder, case + ".b2nd"), (images, label)):
+        return None  # by a worker that was lost before it could say so
+    temporary = mkdtemp(prefix=f"{case}@", dir=join(folder, WORK))  # another worker's, that is lost, may be there
     try:
         made = _run(images, label, plan)
         try:

@@ -1,14 +1,13 @@
 """What the label files hold of what was annotated: a check, and a table to look at before training."""
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
-from tqdm import tqdm
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.partial.annotations import (
@@ -21,6 +20,7 @@ from nnunet_diffusion.partial.annotations import (
 )
 from nnunet_diffusion.preprocessing.cases import labeled_cases
 from nnunet_diffusion.tables import text_table
+from nnunet_diffusion.workers import HERE, Workers, work_on
 
 Counts = dict[str, dict[int, int]]  # case -> label value -> voxels
 
@@ -35,12 +35,12 @@ class Supervision(NamedTuple):
     voxels: int
 
 
-def check_annotations(dataset_name: str, num_threads: int = 1) -> None:
+def check_annotations(dataset_name: str, workers: Workers = HERE) -> None:
     """Shows what each label is annotated in, and compares it with the label files; nothing where all is annotated.
 
     Args:
         dataset_name: DatasetXXX_Name, a folder in nnUNet_raw.
-        num_threads: Each holds one label file in memory.
+        workers: Where; each process holds one label file in memory.
 
     Raises:
         UserError: If dataset.json's tables are wrong, or a label file contradicts them.
@@ -51,18 +51,18 @@ def check_annotations(dataset_name: str, num_threads: int = 1) -> None:
     manager = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
     channels = output_channels(manager)
     annotations = read_annotations(dataset_json, dataset, channels)
-    counts = count_labels(dataset_json, {case: files["label"] for case, files in dataset.items()}, num_threads)
+    counts = count_labels(dataset_json, {case: files["label"] for case, files in dataset.items()}, workers)
     check_counts(counts, annotations, channels, manager.ignore_label)
     print(table(summarize(counts, annotations, channels)))
 
 
-def count_labels(dataset_json: dict, label_files: Mapping[str, str], num_threads: int = 1) -> Counts:
+def count_labels(dataset_json: dict, label_files: Mapping[str, str], workers: Workers = HERE) -> Counts:
     """Reads every label file once, with nnU-Net's reader.
 
     Args:
         dataset_json: The content of dataset.json.
         label_files: {case: path}.
-        num_threads: Each holds one label file in memory.
+        workers: Where; each process holds one label file in memory.
 
     Returns:
         {case: {label value: voxels}}.
@@ -71,20 +71,21 @@ def count_labels(dataset_json: dict, label_files: Mapping[str, str], num_threads
         UserError: If a file cannot be read.
     """
     reader_class = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
+    tasks = {case: (path,) for case, path in label_files.items()}
+    found = dict(work_on(partial(count, reader_class), tasks, workers, "Counting labels"))
+    return {case: found[case] for case in label_files}
 
-    def count(path: str) -> dict[int, int]:
-        try:
-            voxels = reader_class().read_seg(path)[0]
-        except Exception as error:  # each of nnU-Net's readers has errors of its own
-            raise UserError(f"{path}: nnU-Net cannot read this: {error}") from error
-        found = pd.Series(np.ravel(voxels)).value_counts()  # hashing: much faster than np.unique on a scan
-        if fractions := [float(value) for value in found.index if not float(value).is_integer()]:
-            raise UserError(f"{path}: label values must be whole numbers, not {fractions[:10]}: is this an image?")
-        return {int(value): int(number) for value, number in sorted(found.items())}
 
-    with ThreadPoolExecutor(max(1, num_threads)) as pool:
-        results = list(tqdm(pool.map(count, label_files.values()), "Counting labels", len(label_files)))
-    return dict(zip(label_files, results, strict=True))
+def count(reader_class: type, path: str) -> dict[int, int]:
+    """Counts the voxels of each value of a label file; errors as `count_labels`."""
+    try:
+        voxels = reader_class().read_seg(path)[0]
+    except Exception as error:  # each of nnU-Net's readers has errors of its own
+        raise UserError(f"{path}: nnU-Net cannot read this: {error}") from error
+    found = pd.Series(np.ravel(voxels)).value_counts()  # hashing: much faster than np.unique on a scan
+    if fractions := [float(value) for value in found.index if not float(value).is_integer()]:
+        raise UserError(f"{path}: label values must be whole numbers, not {fractions[:10]}: is this an image?")
+    return {int(value): int(number) for value, number in sorted(found.items())}
 
 
 def check_counts(

@@ -18,9 +18,10 @@ from nnunet_diffusion.preprocessing.cases import (
 from nnunet_diffusion.preprocessing.preprocess import preprocessing_identity
 from nnunet_diffusion.preprocessing.replacement import differing
 from nnunet_diffusion.records import digest, size_and_time
-from nnunet_diffusion.rounds.evidence import OrganPrior, organ_priors
+from nnunet_diffusion.rounds.evidence import Evidence, OrganPrior, organ_priors
 from nnunet_diffusion.rounds.prediction import Case, annotated_evidence, network_spacing
 from nnunet_diffusion.schemas import Dataset
+from nnunet_diffusion.workers import HERE, Workers, work_on
 
 COPY = "run nnunet_diffusion plan_and_preprocess, which copies it from nnUNet_raw"
 
@@ -112,9 +113,15 @@ class Cases:
         """Lists the labels or regions that a case was not annotated for."""
         return [name for name in self.channels if name not in annotation.labels and name != "background"]
 
-    def organ_priors(self) -> dict[str, OrganPrior]:
+    def evidence(self, name: str) -> dict[str, Evidence]:
+        """Measures the organs that a case annotates."""
+        return annotated_evidence(self.case(name), self.channels)
+
+    def organ_priors(self, workers: Workers = HERE) -> dict[str, OrganPrior]:
         """Measures the organs of the annotated training cases; those validated on are not looked at."""
-        return organ_priors([annotated_evidence(self.case(case), self.channels) for case in self.split()[0]])
+        names = self.split()[0]
+        found = dict(work_on(self.evidence, {name: (name,) for name in names}, workers, "measuring annotated cases"))
+        return organ_priors([found[name] for name in names])
 
     def recorded(self) -> dict[str, dict[str, str]]:
         """Records cases by the size and time of their files, annotated ones by what dataset.json says of them, too."""

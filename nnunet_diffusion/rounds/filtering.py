@@ -1,21 +1,23 @@
 """The filter of one round: which predictions are kept as pseudo labels; killed, it goes on with the next case."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 
 import torch
-from tqdm import tqdm
 
 from nnunet_diffusion.partial.annotations import Annotation
-from nnunet_diffusion.records import Journal, made_from, read_journal
+from nnunet_diffusion.records import Journal, made_from, read_journal, read_lines
 from nnunet_diffusion.rounds.cases import Cases
 from nnunet_diffusion.rounds.constrained import NOTHING_ANNOTATED, ignore_uncertain, keep_labels
-from nnunet_diffusion.rounds.gate import KEEP, Verdict, filter_case
+from nnunet_diffusion.rounds.evidence import Evidence, OrganPrior
+from nnunet_diffusion.rounds.gate import KEEP, Verdict, filter_case, not_kept
 from nnunet_diffusion.rounds.places import Places
-from nnunet_diffusion.rounds.prediction import load_prediction, read_evidence
+from nnunet_diffusion.rounds.prediction import has_prediction, load_confidence, load_prediction, read_evidence
 from nnunet_diffusion.rounds.pseudo_labels import ignoring, pseudo_cases, remove_pseudo_labels, save_pseudo_label
 from nnunet_diffusion.rounds.report import draw, to_draw, write_report
 from nnunet_diffusion.rounds.state import Round, anew, waited
+from nnunet_diffusion.workers import work_on
 
 
 def read_verdicts(places: Places, entry: Round) -> dict[str, Verdict]:
@@ -43,34 +45,79 @@ def filter_round(places: Places, cases: Cases, entry: Round, before: Sequence[Ma
         UserError: If a prediction is missing or damaged.
         OSError: If something cannot be written.
     """
-    gate, number, folder = places.request.gate, entry.number, places.round(entry.number)
-    lacking, priors = cases.to_predict(), cases.organ_priors()
+    number, workers = entry.number, places.request.workers
+    lacking, priors = cases.to_predict(), cases.organ_priors(workers)
     annotations = {name: lacking[name] for name in entry.cases if name in lacking}  # others were annotated meanwhile
-    found = {name: read_evidence(places.predicted(number), name) for name in annotations}
-    evidence = {
-        name: {organ: found[name][0][organ] for organ in cases.lacking(annotation or NOTHING_ANNOTATED)}
-        for name, annotation in annotations.items()
-    }
-    teachers = sorted({teacher for _, teacher in found.values()})
-    origin = made_from({"teachers": teachers, "gate": gate.as_dict(), "priors": priors})
-    journal = Journal(places.verdicts(number), origin)
-    there = set(pseudo_cases(folder))
+    failed = failed_predictions(places, number)
+    evidence, teachers = predicted_evidence(places, cases, number, annotations.keys() - failed.keys())
+    origin = made_from({"teachers": teachers, "gate": places.request.gate.as_dict(), "priors": priors})
+    journal, there = Journal(places.verdicts(number), origin), set(pseudo_cases(places.round(number)))
     done = {name for name, (decision, *_) in journal.entries.items() if decision != KEEP or name in there}
-    for name in tqdm([name for name in annotations if name not in done], f"round {number}: filtering"):
-        annotation = annotations[name]
-        verdict = filter_case(evidence[name], priors, gate, waited(name, before), annotation is not None)
-        if verdict.decision == KEEP:
-            save(places, cases, number, name, annotation, set(verdict.organs))
+    tasks = {
+        name: (name, evidence.get(name, {}), waited(name, before), failed.get(name))
+        for name in annotations
+        if name not in done
+    }
+    work = partial(decide, places, cases, number, priors)
+    for name, verdict in work_on(work, tasks, workers, f"round {number}: filtering"):
         journal.add(name, verdict)
     verdicts = {name: Verdict(*journal.entries[name]) for name in annotations}
     kept = {name for name, verdict in verdicts.items() if verdict.decision == KEEP}
-    remove_pseudo_labels(folder, sorted(set(pseudo_cases(folder)) - kept))
-    report = os.path.join(places.reports, f"round_{number}")
-    entry.decisions = write_report(report, f"{places.name}, round {number}", verdicts, evidence)
-    chosen = to_draw(verdicts, evidence)
-    draw(report, {name: cases.case(name) for name in chosen}, chosen, places.predicted(number), cases.plans,
-         cases.dataset_json["labels"])  # fmt: skip
+    remove_pseudo_labels(places.round(number), sorted(set(pseudo_cases(places.round(number))) - kept))
+    entry.decisions = report(places, cases, number, verdicts, evidence)
     entry.verdicts = journal.seal()
+
+
+def failed_predictions(places: Places, number: int) -> dict[str, str]:
+    """Reads which cases of a round could not be predicted, and why."""
+    lines = read_lines(places.failed(number))[0][1:]
+    return {name: why for name, why in lines if not has_prediction(places.predicted(number), name)}
+
+
+def predicted_evidence(
+    places: Places, cases: Cases, number: int, names: Collection[str]
+) -> tuple[dict[str, dict[str, Evidence]], list[str]]:
+    """Reads the evidence for the organs that each case lacks, and which teachers predicted them."""
+    found = {name: read_evidence(places.predicted(number), name) for name in sorted(names)}
+    lacking = {name: cases.lacking(cases.annotations.get(name, NOTHING_ANNOTATED)) for name in found}
+    evidence = {name: {organ: found[name][0][organ] for organ in organs} for name, organs in lacking.items()}
+    return evidence, sorted({teacher for _, teacher in found.values()})
+
+
+def decide(
+    places: Places,
+    cases: Cases,
+    number: int,
+    priors: Mapping[str, OrganPrior],
+    name: str,
+    evidence: Mapping[str, Evidence],
+    rounds_waited: int,
+    failed: str | None,
+) -> Verdict:
+    """Decides about one case, in a worker, and saves its pseudo label if it is kept."""
+    gate, annotation = places.request.gate, cases.annotations.get(name)
+    if failed is not None:
+        return not_kept(f"it was not predicted: {failed}", gate, rounds_waited, annotation is not None)
+    verdict = filter_case(evidence, priors, gate, rounds_waited, annotation is not None)
+    if verdict.decision == KEEP:
+        save(places, cases, number, name, annotation, set(verdict.organs))
+    return verdict
+
+
+def report(
+    places: Places,
+    cases: Cases,
+    number: int,
+    verdicts: Mapping[str, Verdict],
+    evidence: Mapping[str, Mapping[str, Evidence]],
+) -> dict[str, int]:
+    """Writes what was decided, and draws the best and the worst; returns how many are kept, wait and are dropped."""
+    folder = os.path.join(places.reports, f"round_{number}")
+    decisions = write_report(folder, f"{places.name}, round {number}", verdicts, evidence)
+    chosen = to_draw({name: verdicts[name] for name in evidence}, evidence)
+    draw(folder, {name: cases.case(name) for name in chosen}, chosen, places.predicted(number), cases.plans,
+         cases.dataset_json["labels"])  # fmt: skip
+    return decisions
 
 
 def save(places: Places, cases: Cases, number: int, name: str, annotation: Annotation | None, organs: set[str]) -> None:
@@ -79,7 +126,7 @@ def save(places: Places, cases: Cases, number: int, name: str, annotation: Annot
     prediction = load_prediction(places.predicted(number), name)
     labels = torch.from_numpy(prediction.labels)
     if not gate.is_open:
-        confidence = torch.from_numpy(prediction.confidence)
+        confidence = torch.from_numpy(load_confidence(places.predicted(number), name))
         labels = ignore_uncertain(labels, confidence, gate.voxel_confidence, manager.ignore_label)
     known = annotation or NOTHING_ANNOTATED
     labels, says = keep_labels(labels, organs, known, cases.channels)

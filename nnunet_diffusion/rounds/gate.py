@@ -7,12 +7,14 @@ winner of FLARE22 (team blackbean) did; everything else here is ours.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.rounds.evidence import Evidence, OrganPrior
 
 KEEP, WAIT, DROP = "keep", "wait", "drop"
+EMPTY: Mapping[str, list[str]] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -142,6 +144,13 @@ def filter_case(
     what = f"only {len(organs)} of {len(evidence)} organs are accepted" if organs else "no organ is accepted"
     if is_empty and organs:
         what = "no organ that is accepted is there"
+    return not_kept(what, settings, waited, is_partly_annotated, reasons)
+
+
+def not_kept(
+    why: str, settings: GateSettings, waited: int, is_partly_annotated: bool, reasons: Mapping[str, list[str]] = EMPTY
+) -> Verdict:
+    """Lets a case wait, or drops it when it has waited too often; also one that could not be predicted."""
     if waited + 1 >= settings.patience and not is_partly_annotated:
-        return Verdict(DROP, [], reasons | {"case": [what, f"and so it was in {waited} round(s) before"]})
-    return Verdict(WAIT, [], reasons | {"case": [what]})
+        return Verdict(DROP, [], {**reasons, "case": [why, f"and so it was in {waited} round(s) before"]})
+    return Verdict(WAIT, [], {**reasons, "case": [why]})

@@ -5,25 +5,25 @@ from collections.abc import Iterator
 from functools import partial
 from importlib.metadata import version
 
-import torch
-from tqdm import tqdm
-
 from nnunet_diffusion.commands import Step, Steps, command_environment
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.marks import mark, refuse_foreign
 from nnunet_diffusion.plans import read_plans
-from nnunet_diffusion.records import digest, made_from, refuse_other, some
+from nnunet_diffusion.records import Journal, digest, made_from, refuse_other, some
 from nnunet_diffusion.rounds.cases import Cases
+from nnunet_diffusion.rounds.disk import mark_predictions, remove_confidence, remove_rounds, told_estimate
 from nnunet_diffusion.rounds.filtering import filter_round, read_verdicts
 from nnunet_diffusion.rounds.given_model import check_model, refuse_unusable_start
 from nnunet_diffusion.rounds.outcome import publish, refuse_foreign_outcome
 from nnunet_diffusion.rounds.places import Places, Request
-from nnunet_diffusion.rounds.prediction import Teacher, is_predicted, predict_case
+from nnunet_diffusion.rounds.prediction import is_predicted, predict
 from nnunet_diffusion.rounds.pseudo_labels import pseudo_cases
 from nnunet_diffusion.rounds.stale import remove_stale
 from nnunet_diffusion.rounds.state import Round, State, anew, cases_of_round, fallen, last_good, load_state
+from nnunet_diffusion.rounds.teacher import Model
 from nnunet_diffusion.rounds.training import denoiser_of, training, validation_dice, write_plans
 from nnunet_diffusion.settings import BLOCK
+from nnunet_diffusion.workers import work_on
 
 FIRST = "training on annotated cases"
 
@@ -131,6 +131,7 @@ class Rounds:
         self.save()
         remove_stale(self.places.folder)
         remove_stale(self.places.reports, is_ours_alone=True)
+        print(told_estimate(self.places, self.cases, rounds), flush=True)
         environment = command_environment(None, self.request.device)
         inherited = () if self.lock is None else (self.lock,)
         total = 3 * rounds + 2 + self.request.finetune
@@ -148,7 +149,8 @@ class Rounds:
             yield Step(f"round {number}: predicting", do=partial(self.predict, entry), kind="predict",
                        is_done=lambda entry=entry: bool(entry.verdicts) or not self.to_predict(entry))  # fmt: skip
             yield Step(f"round {number}: filtering", do=partial(self.filter, entry), kind="gate",
-                       is_done=lambda entry=entry: bool(entry.verdicts))  # fmt: skip
+                       is_done=lambda entry=entry: bool(entry.verdicts),
+                       then=partial(remove_confidence, self.places, number))  # fmt: skip
             yield self.round_training(entry, rounds)
         outcome: int | str = last_good(self.dices(), rounds, self.request.tolerance)
         if self.request.finetune:
@@ -203,6 +205,7 @@ class Rounds:
         entry.denoiser = {denoiser: self.state.sha256(denoiser)} if denoiser else {}
         entry.checkpoints = {path: self.state.sha256(path) for path in self.places.checkpoints(entry.number)}
         self.save()
+        remove_rounds(self.places, entry.number)
         if entry.number < rounds and self.fallen() is None:
             self.begin(entry.number + 1)
 
@@ -229,15 +232,22 @@ class Rounds:
         return [case for case in mine if case in candidates and not is_predicted(folder, case, teacher)]
 
     def predict(self, entry: Round, num_parts: int = 1, part_id: int = 0) -> None:
-        """Predicts what is not predicted yet of a round's cases, or of a part of them."""
-        number, request = entry.number, self.request
+        """Predicts what is not predicted yet of a round's cases, or of a part of them, in other processes than this."""
         if not (todo := self.to_predict(entry, num_parts, part_id)):
             return
-        folds, device = self.places.folds(number - 1), torch.device(request.device)
-        teacher = Teacher(self.places.model(number - 1), folds, self.teacher(number), device, request.mirroring)
-        folder, before = self.places.predicted(number), self.places.predicted(number - 1)
-        for case in tqdm(todo, f"round {number}: predicting"):
-            predict_case(teacher, case, self.cases.case(case), folder, before, self.cases.channels)
+        number, request, places = entry.number, self.request, self.places
+        folds, device = tuple(places.folds(number - 1)), request.device
+        model = Model(places.model(number - 1), folds, self.teacher(number), device, request.mirroring)
+        folder, killed = places.predicted(number), {}
+        mark_predictions(places, number)
+        work = partial(predict_name, model, self.cases, folder, places.predicted(number - 1))
+        tasks = {case: (case,) for case in todo}
+        for _ in work_on(work, tasks, request.predictors, f"round {number}: predicting", killed):
+            pass
+        if killed:
+            failed = Journal(places.failed(number), {})
+            for case, why in killed.items():
+                failed.add(case, why)
 
     def predict_part(self, rounds: int, num_parts: int, part_id: int) -> None:
         """Predicts a part of the pool for the round that is due; writes nothing but predictions.
@@ -255,3 +265,8 @@ class Rounds:
         """Filters the predictions of a round."""
         filter_round(self.places, self.cases, entry, self.verdicts_before(entry.number))
         self.save()
+
+
+def predict_name(model: Model, cases: Cases, folder: str, before: str, name: str) -> None:
+    """Predicts one case of a round, in a worker."""
+    predict(model, name, cases.case(name), folder, before, cases.channels)

@@ -1,14 +1,15 @@
 """What a run of rounds was asked for, and where everything of it lies."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 
 from nnunet_diffusion.rounds.gate import GateSettings
-from nnunet_diffusion.rounds.prediction import CHECKPOINT
 from nnunet_diffusion.rounds.pseudo_labels import pseudo_folder
+from nnunet_diffusion.rounds.teacher import AT_ONCE, CHECKPOINT
 from nnunet_diffusion.settings import SettingsOf, given_settings
+from nnunet_diffusion.workers import HERE, Workers
 
 TRAINER = "PseudoLabelTrainer"
 
@@ -31,6 +32,14 @@ class Request:
     num_gpus: int = 1
     mirroring: bool = True  # when the pool is predicted
     settings_of: SettingsOf = given_settings
+    workers: Workers = HERE  # of what is many cases
+    keep_rounds: int = 0  # of how many rounds predictions and pseudo labels are kept; 0: of all
+
+    @property
+    def predictors(self) -> Workers:
+        """Says where networks predict: with a GPU each, several cases in their hands."""
+        number = self.workers.number if self.workers.scheduler else self.num_gpus
+        return replace(self.workers, number=number, at_once=AT_ONCE, needs_gpu=self.device == "cuda")
 
     @property
     def base(self) -> str:
@@ -71,6 +80,10 @@ class Places:
     def predicted(self, number: int) -> str:
         """Returns the predictions of a round."""
         return os.path.join(self.round(number), "predicted")
+
+    def failed(self, number: int) -> str:
+        """Says which cases could not be predicted, and why."""
+        return os.path.join(self.round(number), "failed.jsonl")
 
     def verdicts(self, number: int) -> str:
         """Says what the filter decided about each case."""

@@ -1,32 +1,29 @@
 """Predictions in the network's space: nnU-Net's sliding window on preprocessed scans, without export or resampling.
 
-`predicted/<case>.b2nd` in a round's folder holds two int16 maps, the label of each voxel and how probable it is in
-1/255, and in its metadata the evidence for the gate. It is there whole or not at all, and belongs to one teacher: parts
-of the pool can be predicted at the same time by many processes, and what is there is not predicted again.
+`predicted/<case>.b2nd` in a round's folder holds the label of each voxel and in its metadata the evidence for the gate;
+`predicted_confidence/<case>.b2nd`, which is written before, holds how probable each label is, in 1/255, and goes when
+the round is filtered. A prediction is there whole or not at all, and belongs to one teacher: many processes can predict
+at the same time, and what is there is not predicted again.
 """
 
-import contextlib
-import io
 import json
 import os
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from typing_extensions import TypedDict
 
 from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import check_shape
-from nnunet_diffusion.model_folder import PLAIN_VALUES_ONLY, find_folds, load_checkpoint, trainers_of
 from nnunet_diffusion.partial.annotations import Annotation, Channels
 from nnunet_diffusion.preprocessing.case_files import REMEDY, load_properties, read_preprocessed
 from nnunet_diffusion.rounds.constrained import most_probable, possible_classes
 from nnunet_diffusion.rounds.evidence import Evidence, measure
 from nnunet_diffusion.rounds.pseudo_labels import open_with_metadata, write_array
+from nnunet_diffusion.rounds.teacher import Model, Teacher, loaded
 
-CHECKPOINT = "checkpoint_final.pth"
 LEVELS = 255  # of the stored confidence
 ANEW = "remove it and run the same command again"
 
@@ -43,7 +40,6 @@ class Prediction(NamedTuple):
     """What a teacher said of one case."""
 
     labels: np.ndarray  # (X, Y, Z) int16
-    confidence: np.ndarray  # (X, Y, Z) float32
     evidence: dict[str, Evidence]
     teacher: str
 
@@ -76,53 +72,15 @@ class PredictionContent(TypedDict):
     evidence: dict[str, Evidence]
 
 
-class Teacher:
-    """A trained model folder, one or several folds, as nnU-Net's own predictor loads it."""
-
-    def __init__(self, folder: str, folds: list[str], identity: str, device: torch.device, mirroring: bool = True):
-        """Loads it.
-
-        Args:
-            folder: Model folder.
-            folds: Such as ["0"]; several are an ensemble, whose mean logits are taken, as nnU-Net does.
-            identity: A name for these very weights; predictions of others are made anew.
-            device: Where to predict.
-            mirroring: Whether to average over mirrored images, along the axes that the model allows.
-
-        Raises:
-            UserError: If a checkpoint is missing, holds more than plain values, or its trainer cannot be found.
-        """
-        from nnunet_diffusion.installation import environment, ext_trainer_folders, with_our_trainers
-
-        self.identity = identity
-        folds = find_folds(folder, folds, CHECKPOINT)
-        for fold in folds:
-            load_checkpoint(os.path.join(folder, f"fold_{fold}", CHECKPOINT))  # says what is wrong with it
-        on_cuda = device.type == "cuda"
-        with trainers_of(with_our_trainers(ext_trainer_folders())), environment(PLAIN_VALUES_ONLY):
-            self.predictor = nnUNetPredictor(
-                use_mirroring=mirroring, device=device, perform_everything_on_device=on_cuda, allow_tqdm=False
-            )
-            self.predictor.initialize_from_trained_model_folder(folder, tuple(folds), CHECKPOINT)
-        self.label_manager = self.predictor.label_manager
-
-    @torch.inference_mode()
-    def logits(self, image: torch.Tensor) -> tuple[torch.Tensor, list[np.ndarray]]:
-        """Computes mean logits (C, X, Y, Z) of an image, on the CPU, and each model's labels if there are several."""
-        total, members, models = None, [], self.predictor.list_of_parameters
-        for weights in models:
-            getattr(self.predictor.network, "_orig_mod", self.predictor.network).load_state_dict(weights)
-            with contextlib.redirect_stdout(io.StringIO()):
-                logits = self.predictor.predict_sliding_window_return_logits(image).cpu()
-            if len(models) > 1:
-                members.append(most_probable(logits, self.label_manager)[0].numpy())
-            total = logits if total is None else total.add_(logits)
-        return total.div_(len(models)), members
+def predict(model: Model, name: str, case: Case, folder: str, before: str, channels: Channels) -> None:
+    """Predicts one case in a worker, unless these weights did already; arguments and errors as `predict_case`."""
+    if not is_predicted(folder, name, model.identity):
+        predict_case(loaded(model), name, case, folder, before, channels)
 
 
 @torch.inference_mode()
 def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: str, channels: Channels) -> None:
-    """Predicts one case and saves it, unless this teacher did already.
+    """Predicts one case and saves it.
 
     Args:
         teacher: The model.
@@ -136,8 +94,6 @@ def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: s
         UserError: If the image does not fit the plan, or a file is damaged.
         OSError: If the prediction cannot be written.
     """
-    if is_predicted(folder, name, teacher.identity):
-        return
     image = torch.from_numpy(read_preprocessed(case.image))
     expected = len(teacher.predictor.dataset_json["channel_names"])
     if image.ndim != 4 or len(image) != expected:
@@ -157,9 +113,15 @@ def predict_case(teacher: Teacher, name: str, case: Case, folder: str, before: s
     labels, confidence = labels.numpy(), confidence.numpy()
     evidence = measure(labels, channels, case.spacing_mm, confidence, members, previous)
     about = {"teacher": teacher.identity, "evidence": {organ: e._asdict() for organ, e in evidence.items()}}
-    maps = np.stack([labels, np.round(confidence * LEVELS).astype(np.int16)])
     patch_size = teacher.predictor.configuration_manager.patch_size
-    write_array(os.path.join(folder, name + ".b2nd"), maps, patch_size, json.dumps(about))
+    levels = np.round(confidence * LEVELS).astype(np.uint8)
+    write_array(os.path.join(confidence_folder(folder), name + ".b2nd"), levels[None], patch_size, "")
+    write_array(os.path.join(folder, name + ".b2nd"), labels[None], patch_size, json.dumps(about))
+
+
+def confidence_folder(folder: str) -> str:
+    """Names where the confidence of a folder's predictions lies."""
+    return folder + "_confidence"
 
 
 def has_prediction(folder: str, name: str) -> bool:
@@ -183,17 +145,34 @@ def read_evidence(folder: str, name: str) -> tuple[dict[str, Evidence], str]:
 
 
 def load_prediction(folder: str, name: str) -> Prediction:
-    """Loads a prediction with its maps.
+    """Loads a prediction with its label map.
 
     Raises:
         UserError: If the file is damaged.
     """
     path = os.path.join(folder, name + ".b2nd")
-    maps, text = open_with_metadata(path)
-    if maps.ndim != 4 or len(maps) != 2:
-        raise UserError(f"{path}: is {maps.shape}, not a map of labels and one of confidence: {ANEW}")
-    labels, confidence = maps[:]
-    return Prediction(labels, confidence.astype(np.float32) / LEVELS, *_about(text, path))
+    labels, text = open_with_metadata(path)
+    return Prediction(_map(labels, path), *_about(text, path))
+
+
+def load_confidence(folder: str, name: str) -> np.ndarray:
+    """Loads how probable the labels of a prediction are, (X, Y, Z) float32; it is there until the round is filtered.
+
+    Raises:
+        UserError: If the file is damaged or not there.
+    """
+    path = os.path.join(confidence_folder(folder), name + ".b2nd")
+    if not os.path.isfile(path):
+        raise UserError(
+            f"{path}: is not there: remove {os.path.join(folder, name)}.b2nd and run the same command again"
+        )
+    return _map(open_with_metadata(path)[0], path).astype(np.float32) / LEVELS
+
+
+def _map(array, path: str) -> np.ndarray:
+    if array.ndim != 4 or len(array) != 1:
+        raise UserError(f"{path}: is {array.shape}, not one map: {ANEW}")
+    return array[:][0]
 
 
 def _about(text: str, path: str) -> tuple[dict[str, Evidence], str]:

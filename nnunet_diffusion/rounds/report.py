@@ -37,7 +37,7 @@ def write_report(
     """
     os.makedirs(folder, exist_ok=True)
     cases = {
-        case: {**verdict._asdict(), "evidence": {organ: e._asdict() for organ, e in evidence[case].items()}}
+        case: {**verdict._asdict(), "evidence": {organ: e._asdict() for organ, e in evidence.get(case, {}).items()}}
         for case, verdict in verdicts.items()
     }
     counts = Counter(verdict.decision for verdict in verdicts.values())
@@ -48,10 +48,10 @@ def write_report(
     lines = [f"# {title}", "", f"Kept {counts[KEEP]}, waiting {counts[WAIT]}, dropped {counts[DROP]}.", ""]
     lines += ["| organ | accepted in |", "|---|---|", *(f"| {name} | {n} |" for name, n in organs.most_common()), ""]
     lines += ["| case | decision | quality | not accepted, and why |", "|---|---|---|---|"]
-    for case in sorted(verdicts, key=lambda name: quality(evidence[name])):
+    for case in sorted(verdicts, key=lambda name: quality(evidence.get(name, {}))):
         verdict = verdicts[case]
         why = "; ".join(f"{organ}: {', '.join(found)}" for organ, found in verdict.reasons.items())
-        lines.append(f"| {case} | {verdict.decision} | {quality(evidence[case]):.2f} | {why or '-'} |")
+        lines.append(f"| {case} | {verdict.decision} | {quality(evidence.get(case, {})):.2f} | {why or '-'} |")
     lines += ["", "Cases are listed from worst to best, by mean confidence minus mean u; u needs a round before."]
     with atomic(os.path.join(folder, "report.md")) as temporary, open(temporary, "w", encoding="utf-8") as f:
         f.write("\n".join(lines) + "\n")

@@ -7,7 +7,7 @@ from typing import Any
 from nnunet_diffusion.commands import Step
 from nnunet_diffusion.files import read_json, write_json
 from nnunet_diffusion.rounds.places import TRAINER, Places
-from nnunet_diffusion.rounds.prediction import CHECKPOINT
+from nnunet_diffusion.rounds.teacher import CHECKPOINT
 from nnunet_diffusion.schemas import MeanSummary, TransferSource
 from nnunet_diffusion.settings import BLOCK
 
