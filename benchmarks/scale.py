@@ -135,8 +135,7 @@ class Cluster:
     def end(self) -> None:
         """Ends all of them."""
         for process in self.processes:
-            process.terminate()
-        for process in self.processes:
+            process.kill()
             process.wait()
 
 

@@ -7,6 +7,7 @@ once more when all others are done, alone, and then named.
 import contextlib
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
@@ -201,13 +202,6 @@ def _serve(connection: Connection, work: Callable, number: int, at_once: int) ->
 
 
 @dataclass(frozen=True)
-class _Arguments:
-    """Keeps Dask from looking into them."""
-
-    values: tuple
-
-
-@dataclass(frozen=True)
 class _Work:
     """What each worker of a cluster needs once: the work, and where nnU-Net's folders are."""
 
@@ -215,13 +209,14 @@ class _Work:
     environment: dict[str, str]
 
 
-def _brought(work: _Work) -> _Work:
-    return work
+def _brought(work: bytes) -> _Work:
+    """Unpickles the work on a worker: the scheduler, which unpickles what it is given, need not import PyTorch."""
+    return pickle.loads(work)
 
 
-def _call(work: _Work, arguments: _Arguments) -> Any:
+def _call(work: _Work, arguments: bytes) -> Any:
     os.environ.update(work.environment)
-    return work.work(*arguments.values)
+    return work.work(*pickle.loads(arguments))
 
 
 def _on_cluster(work: Callable, tasks: Mapping[str, tuple], workers: Workers) -> Iterator[tuple[str, Any]]:
@@ -232,12 +227,12 @@ def _on_cluster(work: Callable, tasks: Mapping[str, tuple], workers: Workers) ->
     environment = {key: os.path.abspath(os.environ[key]) for key in FOLDERS if key in os.environ}
     resources = {"GPU": 1 / workers.at_once} if workers.needs_gpu else None
     options = {"pure": False, "retries": RETRIES, "resources": resources}
-    shared = client.submit(_brought, _Work(work, environment), key=f"work-{name}", pure=False)
+    shared = client.submit(_brought, pickle.dumps(_Work(work, environment)), key=f"work-{name}", pure=False)
     done: queue.SimpleQueue[str] = queue.SimpleQueue()
     futures = {}
     try:
         for case, arguments in tasks.items():
-            future = client.submit(_call, shared, _Arguments(arguments), key=(f"case-{name}", case), **options)
+            future = client.submit(_call, shared, pickle.dumps(arguments), key=(f"case-{name}", case), **options)
             future.add_done_callback(partial(_ended, done, case))
             futures[case] = future
         while futures:

@@ -175,7 +175,7 @@ def run_and_kill(command: list[str], folder: Path, kills: int, cluster: Cluster,
             cluster.kill_worker(rng.randrange(NUMBER))
     if process is None:
         process = subprocess.Popen(list(map(str, client)), stdout=log, stderr=log)
-    assert process.wait(300) == 0, (cluster.folder / "client.log").read_text()
+    assert process.wait(600) == 0, (cluster.folder / "client.log").read_text()
     assert [path.name for path, written in complete.items() if path.stat().st_mtime_ns != written] == []
     print(f"{command[0]}: {kills} kills, {len(complete)} complete at the last, none made again")
 
