@@ -616,6 +616,21 @@ def test_patches_are_centered_on_the_body(tmp_path):
         assert least <= (centers > -0.5).mean() <= most
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_share_of_patches_on_the_body_does_not_depend_on_the_batch(tmp_path, batch_size):
+    """A body of one voxel, of which a random patch of 2700 has it in its center: two thirds of 600 patches do."""
+    image = np.zeros((1, 9, 15, 20), np.float32)
+    image[0, 4, 7, 10] = 1
+    blosc2.asarray(image, urlpath=str(tmp_path / "scan.b2nd"))
+    labels = PlansManager({"configurations": {}}).get_label_manager({"labels": {"background": 0, "box": 1}})
+    data = ImageDataset([str(tmp_path / "scan")])
+    loader = image_loader(data, batch_size, (3, 3, 3), (3, 3, 3), labels, body_share=0.67)
+    on_body = np.concatenate([next(loader)["data"][:, 0, 1, 1, 1].numpy() for _ in range(600 // batch_size)])
+    assert abs(on_body.mean() - 0.67) < 0.06  # three standard deviations
+    per_batch = on_body.reshape(-1, batch_size).sum(1)
+    assert set(per_batch) == set(range(batch_size + 1)), "every number from none to all occurs"
+
+
 def test_noise_is_measured_in_what_varies_inside_the_body(tmp_path):
     """CT as a plan clips it: air at -3, soft tissue N(0, 0.2), bone at 4, which moves the root mean square alone."""
     rng = np.random.default_rng(0)

@@ -193,7 +193,7 @@ def image_loader(
         transforms: nnU-Net's augmentation; None: patches are taken as they are.
         workers: Number of background processes.
         pin_memory: For CUDA.
-        body_share: Of the patches that are centered on the body.
+        body_share: Probability that a patch is centered on the body; a fixed number of a batch of 2 would be 1 or 2.
 
     Returns:
         An iterator over batches {"data": (B, C, X, Y[, Z]), "target": (B, 1, X, Y[, Z]), background, and outside of
@@ -201,8 +201,9 @@ def image_loader(
     """
     dataset.finds_body = body_share > 0
     loader = nnUNetDataLoader(
-        dataset, batch_size, sampled_size, patch_size, label_manager, body_share, transforms=transforms
-    )
+        dataset, batch_size, sampled_size, patch_size, label_manager, body_share, probabilistic_oversampling=True,
+        transforms=transforms,
+    )  # fmt: skip
     # An ignore label restricts patches to annotated voxels, which says nothing about images.
     loader.has_ignore = False
     return in_background(loader, workers, 6, pin_memory)
