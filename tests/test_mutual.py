@@ -49,25 +49,9 @@ def world(tmp_path_factory):
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             patch.setenv(name, str(tmp_path_factory.mktemp(name)))
         folder = tiny.prepare()
-        for identifier in {path.parent for path in folder.glob("*/tiny_000_seg.b2nd")}:
-            keep_annotated(identifier)
-        path = folder / "dataset.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "annotated_labels": ANNOTATED}))
+        tiny.annotate(folder, ANNOTATED)
         tiny.write_plans(json.loads((folder / f"{tiny.PLANS}.json").read_text()), **BLOCK)
         yield folder
-
-
-def keep_annotated(folder):
-    """Erases the other labels from preprocessed cases: nobody looked for them."""
-    dataset = nnUNetDatasetBlosc2(str(folder), list(ANNOTATED))
-    for case, names in ANNOTATED.items():
-        values = [tiny.LABELS[name] for name in names]
-        _, seg, _, properties = dataset.load_case(case)
-        seg = np.where(np.isin(seg[:], [-1, *values]), seg[:], 0).astype(np.int8)
-        properties["class_locations"] = {v: found for v, found in properties["class_locations"].items() if v in values}
-        (folder / f"{case}_seg.b2nd").unlink()
-        nnUNetDatasetBlosc2.save_seg(seg, str(folder / f"{case}_seg"), (1, *seg.shape[1:]), (1, *seg.shape[1:]))
-        (folder / f"{case}.pkl").write_bytes(pickle.dumps(properties))
 
 
 def build(world, cls, configuration="2d", plans="Mutual", resume=False, change=lambda plans: plans, **settings):
