@@ -76,7 +76,7 @@ def write_labels(target: str, images: Path, cases: Mapping[str, Annotation | Non
         save_pseudo_label(target, case, rng.integers(0, 4, shape), ALL, manager, (16, 16), annotation)
 
 
-def build(name: str, configuration: str = "2d", settings: Mapping = {}, cls=None, resume=False, **base):  # noqa: B006
+def build(name: str, configuration="2d", settings: Mapping = {}, resume=False, device="cpu", **base):  # noqa: B006
     """Builds a trainer with settings of its own, and others for all trainers."""
     folder = Path(os.environ["nnUNet_preprocessed"], tiny.NAME)
     content = json.loads((folder / f"{tiny.PLANS}.json").read_text())
@@ -84,7 +84,7 @@ def build(name: str, configuration: str = "2d", settings: Mapping = {}, cls=None
     block["ConfiguredTrainer"] |= base
     block[name] = block.get(name, {}) | dict(settings)
     tiny.write_plans(content, tiny.PLANS, **block)
-    return tiny.trainer(cls or our_trainer(name), configuration, resume=resume)
+    return tiny.trainer(our_trainer(name), configuration, resume=resume, device=device)
 
 
 def train(trainer, steps: int = 2) -> list[dict]:

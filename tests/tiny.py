@@ -142,7 +142,9 @@ def write_plans(plans: dict, name: str = PLANS, **block: dict) -> None:
     path.write_text(json.dumps(content))
 
 
-def trainer(cls, configuration: str = "2d", fold: int | str = 0, plans: str = PLANS, resume: bool = False):
+def trainer(
+    cls, configuration: str = "2d", fold: int | str = 0, plans: str = PLANS, resume: bool = False, device="cpu"
+):
     """A trainer as nnUNetv2_train builds it."""
     import torch
 
@@ -150,4 +152,4 @@ def trainer(cls, configuration: str = "2d", fold: int | str = 0, plans: str = PL
     content = json.loads((folder / f"{plans}.json").read_text())
     content["continue_training"] = resume
     dataset_json = json.loads((folder / "dataset.json").read_text())
-    return cls(content, configuration, fold, dataset_json, torch.device("cpu"))
+    return cls(content, configuration, fold, dataset_json, torch.device(device))

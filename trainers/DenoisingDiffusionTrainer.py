@@ -150,7 +150,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     def loss_on(self, network, batch, timestep, noise):
         """Computes the diffusion loss on a batch, but for what lies outside the scans and was padded."""
         images = batch["data"].to(self.device, non_blocking=True)
-        with self.mixed_precision():
+        with self.autocast():
             images = unwrap(self.network).scaled(images)
             return self.diffusion.loss(network, images, timestep, noise, is_scan=batch["target"].to(self.device) >= 0)
 

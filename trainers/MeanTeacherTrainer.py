@@ -174,7 +174,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         images = batch["data"].to(self.device, non_blocking=True)
         targets = self.targets(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.with_annotations(batch), self.mixed_precision():
+        with self.with_annotations(batch), self.autocast():
             is_annotated = annotated_mask(batch["keys"], self.annotations, self.channels)
             loss = self.labeled_loss(images, targets, is_annotated)
         self.backward(loss)
@@ -210,7 +210,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         group = group_map(keys, self.annotations, self.channels)
         if self.absent == "unknown":
             group = without_absent(group, labels)
-        with annotated(self.loss, group), self.mixed_precision():
+        with annotated(self.loss, group), self.autocast():
             loss = self.loss(self.network(mixed), self.at_all_scales(labels))
         self.backward(self.pool_weight * loss)
         is_sure = (pseudo_labels != self.label_manager.ignore_label).flatten(1).float().mean(1)
@@ -225,7 +225,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
     @torch.no_grad()
     def pseudo_labels(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the teacher's labels (B, 1, X, Y[, Z]) of images, the ignore label where it is not sure."""
-        with self.mixed_precision():
+        with self.autocast():
             output = self.teacher(images)
         probabilities = (output[0] if self.enable_deep_supervision else output).float().softmax(1)
         self.thresholds.update(probabilities)
