@@ -45,7 +45,8 @@ def step_memory(plans_file: str, configuration: str, members: int, mode: str) ->
         start = time.time()
         learners = [step % members] if mode == "alternate" else range(members)
         optimizer.zero_grad(set_to_none=True)
-        outputs = network(torch.randn(size, 1, *chosen.patch_size), learners[0] if mode == "alternate" else None)
+        network.learner = learners[0] if mode == "alternate" else None
+        outputs = network(torch.randn(size, 1, *chosen.patch_size))
         loss(outputs, GroupedBatch([target], annotation, group), learners, 1.0).backward()
         optimizer.step()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, time.time() - start

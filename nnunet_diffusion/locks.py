@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from nnunet_diffusion.errors import UserError
 
 PATIENCE_S = 20.0  # a command of a killed run may need as long to notice
-NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+IS_HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)  # flock says these where it works, the last on NFS
 
 
 @contextlib.contextmanager
@@ -48,9 +48,9 @@ def locked(
                 fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
                 break
             except OSError as error:
-                if error.errno in NO_LOCKS and is_optional:
+                if error.errno not in IS_HELD and is_optional:
                     break
-                if error.errno in NO_LOCKS:
+                if error.errno not in IS_HELD:
                     raise UserError(
                         f"{path}: its file system has no locks ({error.strerror}), so that two commands could spoil "
                         "each other's work: mount it with locks, or take a folder on another one"

@@ -48,25 +48,9 @@ def world(tmp_path_factory):
         for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             patch.setenv(name, str(tmp_path_factory.mktemp(name)))
         folder = tiny.prepare()
-        for identifier in {path.parent for path in folder.glob("*/tiny_000_seg.b2nd")}:
-            keep_annotated(identifier)
-        path = folder / "dataset.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "annotated_labels": ANNOTATED}))
+        tiny.annotate(folder, ANNOTATED)
         tiny.write_plans(json.loads((folder / f"{tiny.PLANS}.json").read_text()), **BLOCK)
         yield folder
-
-
-def keep_annotated(folder):
-    """Erases the other labels from preprocessed cases: nobody looked for them."""
-    dataset = nnUNetDatasetBlosc2(str(folder), list(ANNOTATED))
-    for case, names in ANNOTATED.items():
-        values = [tiny.LABELS[name] for name in names]
-        _, seg, _, properties = dataset.load_case(case)
-        seg = np.where(np.isin(seg[:], [-1, *values]), seg[:], 0).astype(np.int8)
-        properties["class_locations"] = {v: found for v, found in properties["class_locations"].items() if v in values}
-        (folder / f"{case}_seg.b2nd").unlink()
-        nnUNetDatasetBlosc2.save_seg(seg, str(folder / f"{case}_seg"), (1, *seg.shape[1:]), (1, *seg.shape[1:]))
-        (folder / f"{case}.pkl").write_bytes(pickle.dumps(properties))
 
 
 def build(world, cls, configuration="2d", plans="Mutual", resume=False, change=lambda plans: plans, **settings):
@@ -504,9 +488,12 @@ def test_batches_of_stage_2_hold_both_label_maps(learned):
 
 
 @pytest.mark.parametrize("trainer", BLOCK)
-def test_two_processes_train_and_validate(learned, trainer):
+def test_two_processes_train_and_validate(world, learned, trainer):
     """On CPUs, under torchrun; each process has cases of both groups in its batch."""
     shutil.rmtree(results(trainer))
+    plans = world / f"{tiny.PLANS}.json"
+    before = plans.read_text()
+    plans.write_text(before.replace('"validate_members": false', '"validate_members": true'))
     program = results(trainer).with_suffix(".py")
     program.write_text(
         "from nnunet_diffusion.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
@@ -514,8 +501,10 @@ def test_two_processes_train_and_validate(learned, trainer):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
     arguments = ["train", str(tiny.ID), "2d", "0", "-tr", trainer, "-p", tiny.PLANS, "-device", "cpu"]
     done = run_command([*launcher, str(program), *arguments])
+    plans.write_text(before)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (results(trainer) / "fold_0" / "validation" / "summary.json").is_file()
+    summary = json.loads((results(trainer) / "fold_0" / "validation" / "summary.json").read_text())
+    assert len(summary.get("members", [])) == (2 if trainer == "MutualSimilarityTrainer" else 0)
 
 
 def test_ignored_voxels_stay_ignored_under_the_gate_as_it_comes(world, tmp_path, monkeypatch):

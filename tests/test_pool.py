@@ -10,6 +10,7 @@ import sys
 import time
 from multiprocessing.pool import ThreadPool
 from os.path import join
+from pathlib import Path
 
 import blosc2
 import nnunetv2.utilities.utils
@@ -29,17 +30,17 @@ from nnunet_diffusion.files import NotWritten, write_json
 from nnunet_diffusion.marks import mark, mark_of
 from nnunet_diffusion.preprocessing import preprocess as preprocessing
 from nnunet_diffusion.preprocessing import replacement
+from nnunet_diffusion.preprocessing.body import KEY, body_locations, in_body
 from nnunet_diffusion.preprocessing.cases import labeled_files, pool_folder, pool_identifiers
 from nnunet_diffusion.preprocessing.fingerprint import fingerprint_labeled, fingerprint_unlabeled, measure
 from nnunet_diffusion.preprocessing.preprocess import preprocess_case, preprocess_labeled, preprocess_pool
 from nnunet_diffusion.preprocessing.scan_checks import label_values
+from nnunet_diffusion.pretraining import images
 from nnunet_diffusion.pretraining.images import (
     ImageDataset,
     Outside,
-    body_locations,
     image_loader,
     image_statistics,
-    in_body,
 )
 from nnunet_diffusion.workers import HERE, Workers
 
@@ -125,7 +126,9 @@ def assert_same(folder, other) -> None:
             assert found.dtype == expected.dtype and found.chunks == expected.chunks and found.blocks == expected.blocks
             np.testing.assert_array_equal(found[:], expected[:])
         else:
-            assert open(join(folder, name), "rb").read() == open(join(other, name), "rb").read()
+            found, expected = (pickle.loads(Path(f, name).read_bytes()) for f in (folder, other))
+            expected.setdefault(KEY, found[KEY])  # nnU-Net's own does not look for the body
+            np.testing.assert_equal(found, expected)
 
 
 def times(folder) -> dict[str, int]:
@@ -610,6 +613,41 @@ def test_patches_are_centered_on_the_body(tmp_path):
         loader = image_loader(ImageDataset([str(tmp_path / "scan")]), 8, (4, 4, 4), (4, 4, 4), labels, body_share=share)
         centers = np.concatenate([next(loader)["data"][:, 0, 2, 2, 2].numpy() for _ in range(4)])
         assert least <= (centers > -0.5).mean() <= most
+
+
+def test_the_body_is_searched_when_a_scan_is_preprocessed_and_not_again(dataset, monkeypatch):
+    """Of scans without kept locations, as earlier versions and nnU-Net make them, it is searched as ever."""
+    folder, _ = preprocess(dataset[2])
+    cases = [join(folder, case) for case in pool_identifiers(folder)]
+    expected = {case: body_locations(blosc2.open(f"{case}.b2nd")[:1]) for case in cases}
+    older, missing = cases[:2]
+    properties = pickle.loads(Path(f"{older}.pkl").read_bytes())
+    del properties[KEY]
+    Path(f"{older}.pkl").write_bytes(pickle.dumps(properties))
+    os.remove(f"{missing}.pkl")
+    searched = []
+    monkeypatch.setattr(images, "body_locations", lambda image: searched.append(1) or body_locations(image))
+    data = ImageDataset(cases)
+    data.finds_body = True
+    for number, case in enumerate(cases, 1):
+        locations = data.load_case(case)[3]["class_locations"][1]
+        np.testing.assert_array_equal(locations, expected[case])
+        assert len(locations) and len(searched) == min(number, 2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_share_of_patches_on_the_body_does_not_depend_on_the_batch(tmp_path, batch_size):
+    """A body of one voxel, of which a random patch of 2700 has it in its center: two thirds of 600 patches do."""
+    image = np.zeros((1, 9, 15, 20), np.float32)
+    image[0, 4, 7, 10] = 1
+    blosc2.asarray(image, urlpath=str(tmp_path / "scan.b2nd"))
+    labels = PlansManager({"configurations": {}}).get_label_manager({"labels": {"background": 0, "box": 1}})
+    data = ImageDataset([str(tmp_path / "scan")])
+    loader = image_loader(data, batch_size, (3, 3, 3), (3, 3, 3), labels, body_share=0.67)
+    on_body = np.concatenate([next(loader)["data"][:, 0, 1, 1, 1].numpy() for _ in range(600 // batch_size)])
+    assert abs(on_body.mean() - 0.67) < 0.06  # three standard deviations
+    per_batch = on_body.reshape(-1, batch_size).sum(1)
+    assert set(per_batch) == set(range(batch_size + 1)), "every number from none to all occurs"
 
 
 def test_noise_is_measured_in_what_varies_inside_the_body(tmp_path):

@@ -257,6 +257,24 @@ def test_a_second_command_on_the_same_run_is_refused(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EIO])
+def test_a_file_system_without_locks_is_named_at_once_and_not_taken_for_another_command(tmp_path, monkeypatch, number):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    path = str(tmp_path / "lock")
+    message = (
+        rf"lock: its file system has no locks \({os.strerror(number)}\), .*: mount it with locks, or take a folder"
+    )
+    began = time.monotonic()
+    with pytest.raises(UserError, match=message), locked(path, "it"):
+        pass
+    assert time.monotonic() - began < 5, "there is nobody to wait for"
+    with locked(path, "it", is_optional=True) as file:
+        assert os.fstat(file)
+
+
 def test_what_killed_writers_left_is_removed_and_what_others_write_is_not(tmp_path):
     """By hand: hours since the last write, the process, whether the file goes."""
     gone, running = 999_999_999, os.getpid()  # no system has so many processes

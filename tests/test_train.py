@@ -51,6 +51,26 @@ if size > 1:
     distributed.destroy_process_group()
 """
 
+# What each process learned of the images before the first step, where the batch of 3 does not divide.
+DENOISING = """
+import os, sys
+sys.path.insert(0, os.environ["TESTS"])
+import json, tiny
+from pathlib import Path
+from torch import distributed
+from nnunet_diffusion.model_folder import unwrap
+from nnunet_diffusion.trainers.DenoisingDiffusionTrainer import DenoisingDiffusionTrainer
+
+distributed.init_process_group("gloo")
+trainer = tiny.trainer(DenoisingDiffusionTrainer, plans="Three")
+trainer.initialize()
+trainer.get_dataloaders()
+buffers = {name: value.tolist() for name, value in unwrap(trainer.network).named_buffers()}
+told = {"batch": trainer.batch_size, "process": trainer.diffusion.description, "buffers": buffers}
+Path(sys.argv[1], f"{distributed.get_rank()}.json").write_text(json.dumps(told))
+distributed.destroy_process_group()
+"""
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -92,6 +112,20 @@ def test_two_processes_learn_what_one_learns_from_the_joint_batch(world, tmp_pat
         one, two = (torch.load(tmp_path / f"{name}{plans}", weights_only=True) for name in ("one", "two"))
         for name, weight in one.items():
             assert torch.allclose(weight, two[name], rtol=1e-4, atol=1e-5), (plans, name)
+
+
+@pytest.mark.slow
+def test_processes_with_batches_of_their_own_share_one_diffusion(world, tmp_path):
+    plans = json.loads((world / f"{tiny.PLANS}.json").read_text())
+    plans["configurations"]["2d"]["batch_size"] = 3
+    tiny.write_plans(plans, "Three")
+    program = tmp_path / "program.py"
+    program.write_text(DENOISING)
+    done = torchrun(sys.executable, 2, str(program), str(tmp_path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert (first.pop("batch"), second.pop("batch")) == (2, 1)
+    assert first == second and first["process"]["prior"] != [[0.0], [1.0]]
 
 
 @pytest.mark.slow

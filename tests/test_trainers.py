@@ -699,6 +699,17 @@ def test_scans_that_lie_differently_are_shown_as_nnunet_shows_them(world, plans)
         path.write_bytes(before)
 
 
+def test_more_processes_than_patches_are_refused_with_both_numbers(world, monkeypatch):
+    trainer = tiny.trainer(ConfiguredTrainer)
+    trainer.is_ddp = True
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    message = (
+        r"3 processes share a batch of 2 patch\(es\), and each needs one: start 2, or give configuration 2d .* of 3"
+    )
+    with pytest.raises(UserError, match=message):
+        trainer.initialize()
+
+
 def test_unknown_settings_stop_the_trainer(plans):
     name = plans("Unknown", ConfiguredTrainer={"epochs": 3})
     with pytest.raises(UserError, match="ConfiguredTrainer.epochs is not a setting"):

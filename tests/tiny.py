@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,25 @@ def prepare(kind: str = "PlainConvUNet", norm: str = "InstanceNorm", channels: i
     return folder
 
 
+def annotate(folder: Path, annotated: dict[str, list[str]]) -> None:
+    """Says which labels each case annotates, and erases the others from it: nobody looked for them."""
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    for identifier in {path.parent for path in folder.glob("*/tiny_000_seg.b2nd")}:
+        dataset = nnUNetDatasetBlosc2(str(identifier), list(annotated))
+        for case, names in annotated.items():
+            values = [LABELS[name] for name in names]
+            _, seg, _, properties = dataset.load_case(case)
+            seg = np.where(np.isin(seg[:], [-1, *values]), seg[:], 0).astype(np.int8)
+            locations = properties["class_locations"]
+            properties["class_locations"] = {v: found for v, found in locations.items() if v in values}
+            (identifier / f"{case}_seg.b2nd").unlink()
+            nnUNetDatasetBlosc2.save_seg(seg, str(identifier / f"{case}_seg"), *[(1, *seg.shape[1:])] * 2)
+            (identifier / f"{case}.pkl").write_bytes(pickle.dumps(properties))
+    path = folder / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotated_labels": annotated}))
+
+
 def shrunk(plans: dict, kind: str, norm: str) -> dict:
     """The plan with two or three narrow stages."""
     plans["plans_name"] = PLANS
@@ -122,7 +142,9 @@ def write_plans(plans: dict, name: str = PLANS, **block: dict) -> None:
     path.write_text(json.dumps(content))
 
 
-def trainer(cls, configuration: str = "2d", fold: int | str = 0, plans: str = PLANS, resume: bool = False):
+def trainer(
+    cls, configuration: str = "2d", fold: int | str = 0, plans: str = PLANS, resume: bool = False, device="cpu"
+):
     """A trainer as nnUNetv2_train builds it."""
     import torch
 
@@ -130,4 +152,4 @@ def trainer(cls, configuration: str = "2d", fold: int | str = 0, plans: str = PL
     content = json.loads((folder / f"{plans}.json").read_text())
     content["continue_training"] = resume
     dataset_json = json.loads((folder / "dataset.json").read_text())
-    return cls(content, configuration, fold, dataset_json, torch.device("cpu"))
+    return cls(content, configuration, fold, dataset_json, torch.device(device))

@@ -15,11 +15,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunet_diffusion import settings
+from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, check_shape, naming_full_disk
 from nnunet_diffusion.locks import locked
 from nnunet_diffusion.marks import WORK
 from nnunet_diffusion.model_folder import load_checkpoint, load_nothing_but_plain_values, refuse_unbuildable
 from nnunet_diffusion.partial.laterality import axes_not_to_mirror, lateral_pairs
+from nnunet_diffusion.partial.validation import hard_counts
 from nnunet_diffusion.plans import check_plans
 from nnunet_diffusion.preprocessing.case_files import check_preprocessed, load_properties, refuse_unreadable
 from nnunet_diffusion.preprocessing.cases import pool_folder, pool_identifiers, read_splits
@@ -49,10 +51,12 @@ class ConfiguredTrainer(nnUNetTrainer):
     save_every: int = 50  # epochs between two checkpoint_latest.pth
     mirroring: str = "auto"  # all: nnU-Net's axes; none; auto: none if all scans are known to lie the same way
     rotation_degrees: float = -1.0  # at most; negative: 15 if all scans are known to lie the same way, else nnU-Net's
+    mixed_precision: str = "auto"  # nnU-Net's: float16 on a GPU, none on a CPU; bf16: bfloat16 on both; none
     seed: int = -1  # negative: not seeded; exact repetition also needs nnUNet_n_proc_DA=0 and a CPU
     allowed_values = {
         **dict.fromkeys(("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch"), at_least(1)),
         "initial_lr": above(0), "weight_decay": at_least(0), "save_every": at_least(1),
+        "mixed_precision": one_of("auto", "bf16", "none"),
         "mirroring": one_of(*MIRRORING), "rotation_degrees": between(-1, 180),
     }  # fmt: skip
     has_deep_supervision = True  # the network; one without is never asked for outputs at several scales
@@ -68,7 +72,8 @@ class ConfiguredTrainer(nnUNetTrainer):
         if self.is_ddp and (device.type != "cuda" or device.index is not None):
             # nnU-Net takes the number of the process for that of its GPU, which holds on the first machine only
             self.device = device
-            self.grad_scaler = self.grad_scaler if device.type == "cuda" else None
+        if self.device.type != "cuda" or self.mixed_precision != "auto":  # only float16 needs its gradients scaled
+            self.grad_scaler = None
         self.enable_deep_supervision = self.has_deep_supervision
         self.prepare()
 
@@ -83,6 +88,12 @@ class ConfiguredTrainer(nnUNetTrainer):
 
     def _set_batch_size_and_oversample(self):
         """Lets nnU-Net think, from here to the loss, that one process trains, so that it does not wrap the network."""
+        patches = self.configuration_manager.batch_size
+        if self.is_ddp and (number := torch.distributed.get_world_size()) > patches:
+            raise UserError(
+                f"{number} processes share a batch of {patches} patch(es), and each needs one: start {patches}, or "
+                f"give configuration {self.configuration_name} of the plan a batch_size of {number} or more"
+            )
         super()._set_batch_size_and_oversample()
         self.is_one_of_many, self.is_ddp = self.is_ddp, False
 
@@ -200,9 +211,45 @@ class ConfiguredTrainer(nnUNetTrainer):
     def restore(self, checkpoint: dict) -> None:
         """Takes back what `extra_state` added to the checkpoint, tensors on the CPU."""
 
-    def mixed_precision(self) -> torch.autocast:
-        """Returns the context that nnU-Net computes in: half precision, on a GPU only."""
-        return torch.autocast(self.device.type, enabled=self.device.type == "cuda")
+    def autocast(self) -> torch.autocast:
+        """Returns the context that the setting `mixed_precision` says: as it comes, nnU-Net's."""
+        if self.mixed_precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, enabled=self.mixed_precision == "auto" and self.device.type == "cuda")
+
+    def targets(self, batch: dict) -> list[torch.Tensor]:
+        """Returns the target at each scale, on the device."""
+        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
+        return [target.to(self.device, non_blocking=True) for target in targets]
+
+    def output_and_loss(self, batch: dict, targets: list[torch.Tensor]) -> tuple:
+        """Returns what the network makes of a batch, at each scale where it is deeply supervised, and its loss."""
+        images = batch["data"].to(self.device, non_blocking=True)
+        with self.autocast():
+            output = self.network(images)
+            return output, self.loss(output, targets if self.enable_deep_supervision else targets[0])
+
+    def train_step(self, batch: dict) -> dict:
+        """Takes one step."""
+        # nnU-Net 2.8.1 train_step; changed: the precision
+        targets = self.targets(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.output_and_loss(batch, targets)[1]
+        self.optimize(loss, max_norm=12)
+        return {"loss": loss.detach().cpu().numpy()}
+
+    def is_annotated(self, batch: dict) -> torch.Tensor:
+        """Returns (B, C) bool: whether somebody looked for an output's label in a case."""
+        return torch.ones(len(batch["data"]), self.label_manager.num_segmentation_heads, dtype=torch.bool)
+
+    def validation_step(self, batch: dict) -> dict:
+        """Computes the loss, and counts hard predictions where somebody looked."""
+        # nnU-Net 2.8.1 validation_step; changed: the precision, the counts
+        targets = self.targets(batch)
+        output, loss = self.output_and_loss(batch, targets)
+        finest = output[0] if self.enable_deep_supervision else output
+        tp, fp, fn = hard_counts(finest, targets[0], self.is_annotated(batch), self.label_manager)
+        return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
 
     def trained_networks(self) -> list[torch.nn.Module]:
         """Returns the networks that learn, each of which has its gradient's norm clipped."""

@@ -126,6 +126,8 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
             fixed = fixed_batches(train, 20, self.batch_size, patch_size, self.label_manager, 1234, self.body_share)
             patches = [batch["data"] for batch in fixed]
             self.diffusion.calibrate(networks, image_statistics(train), patches, self.noise_scale)
+            for value in self.diffusion.prior if self.is_ddp else ():  # batches need not be equally large everywhere
+                torch.distributed.broadcast(value, 0)
         sampled_size, transforms = self.spatial_augmentation() if self.augment else (patch_size, None)
         on_cuda = self.device.type == "cuda"
         loader = image_loader(
@@ -148,7 +150,7 @@ class DenoisingDiffusionTrainer(ConfiguredTrainer):
     def loss_on(self, network, batch, timestep, noise):
         """Computes the diffusion loss on a batch, but for what lies outside the scans and was padded."""
         images = batch["data"].to(self.device, non_blocking=True)
-        with self.mixed_precision():
+        with self.autocast():
             images = unwrap(self.network).scaled(images)
             return self.diffusion.loss(network, images, timestep, noise, is_scan=batch["target"].to(self.device) >= 0)
 

@@ -140,7 +140,7 @@ class DiffusionCoTrainingTrainer(MeanTeacherTrainer):
 
     def learn_from_pool(self, keys: list[str], images: torch.Tensor, target: torch.Tensor) -> dict:
         """Adds the gradient of a batch of the pool."""
-        with self.mixed_precision():
+        with self.autocast():
             loss, figures = self.teacher.unlabeled(self.network, self.next_of_pool())
         self.backward(self.pool_weight * loss)
         return {name: value.detach().cpu().numpy() for name, value in {"pool_loss": loss, **figures}.items()}

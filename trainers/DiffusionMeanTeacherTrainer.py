@@ -59,7 +59,7 @@ class DiffusionMeanTeacherTrainer(MeanTeacherTrainer):
 
     def teacher_probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """Averages what the averaged network says and what the diffusion model draws."""
-        with self.mixed_precision():
+        with self.autocast():
             drawn = self.prior.eval().sample(images, self.sample_steps)
         self.prior.train()
         return torch.lerp(super().teacher_probabilities(images), drawn, self.prior_share)

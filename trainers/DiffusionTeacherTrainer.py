@@ -41,14 +41,14 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
         """Measures how badly a network restores a batch with the masks that it makes."""
         images = batch["data"].to(self.device, non_blocking=True)
         masks = draw_mask(images, self.label_manager.num_segmentation_heads, timestep)
-        with self.mixed_precision():
+        with self.autocast():
             return network(images, masks, Draw(timestep, noise), self.diffusion)[1]
 
     def validation_step(self, batch: dict) -> dict:
         """Returns the error with the masks and with blank ones, and the share of every class; always the same draws."""
         images, classes = batch["data"].to(self.device), self.label_manager.num_segmentation_heads
         draw = Draw(*self.held_out_draw(batch))
-        with self.mixed_precision():
+        with self.autocast():
             figures = held_out_figures(self.ema.module, images, classes, draw, batch["number"], self.diffusion)
         return {name: value.cpu().numpy() for name, value in figures.items()}
 
@@ -77,7 +77,7 @@ class DiffusionTeacherTrainer(DenoisingDiffusionTrainer):
         """Draws a sheet of masks under their images, in gray levels from the first class to the last."""
         images = torch.from_numpy(self.real_images[: self.num_samples]).to(self.device)
         classes, window = self.label_manager.num_segmentation_heads, np.percentile(self.real_images, [0.5, 99.5])
-        with self.mixed_precision():
+        with self.autocast():
             gray = gray_masks(self.ema.module.eval(), images, classes, self.diffusion, *window)
         title = f"{self.plans_manager.dataset_name}, {self.configuration_name}: masks learned without labels"
         pictures.sample_sheet(join(self.output_folder, name), gray.cpu().numpy(), self.real_images, title)

@@ -175,7 +175,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         images = batch["data"].to(self.device, non_blocking=True)
         targets = self.targets(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.with_annotations(batch, self.label_dropout), self.mixed_precision():
+        with self.with_annotations(batch, self.label_dropout), self.autocast():
             is_annotated = annotated_mask(batch["keys"], self.annotations, self.channels)
             loss = self.labeled_loss(images, targets, is_annotated)
         self.backward(loss)
@@ -220,7 +220,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         group = group_map(keys, self.annotations, self.channels)
         if self.absent == "unknown":
             group = without_absent(group, labels)
-        with annotated(self.loss, group), self.mixed_precision():
+        with annotated(self.loss, group), self.autocast():
             loss = self.loss(self.network(mixed), self.at_all_scales(labels))
         self.backward(self.pool_weight * loss)
         is_sure = (pseudo_labels != self.label_manager.ignore_label).flatten(1).float().mean(1)
@@ -241,7 +241,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
 
     def teacher_probabilities(self, images: torch.Tensor) -> torch.Tensor:
         """Returns what the teacher says of images, (B, C, X, Y[, Z])."""
-        with self.mixed_precision():
+        with self.autocast():
             output = self.teacher(images)
         return (output[0] if self.enable_deep_supervision else output).float().softmax(1)
 

@@ -147,9 +147,10 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
         grouped = self.describe(batch)
         members = len(self.cases_of_groups)
         learners = [next(self.turns) % members] if self.alternate else range(members)
+        unwrap(self.network).learner = learners[0] if self.alternate else None
         self.optimizer.zero_grad(set_to_none=True)
-        with self.mixed_precision():
-            outputs = self.network(data, learners[0] if self.alternate else None)
+        with self.autocast():
+            outputs = self.network(data)
             loss = self.members_loss(outputs, grouped, learners, self.strength)
         self.optimize(loss, max_norm=12 * len(learners) ** 0.5)
         return {"loss": (loss.detach() / len(learners)).cpu().numpy()}

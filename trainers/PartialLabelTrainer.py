@@ -23,7 +23,7 @@ from nnunet_diffusion.partial.annotations import (
 from nnunet_diffusion.partial.losses import PartialLabelLoss, PartialLoss, annotated
 from nnunet_diffusion.partial.region_loss import PartialRegionLoss
 from nnunet_diffusion.partial.sources import balanced_sources, drop_from_group, drop_from_mask
-from nnunet_diffusion.partial.validation import hard_counts, restrict_summary
+from nnunet_diffusion.partial.validation import restrict_summary
 from nnunet_diffusion.pretraining.start import SCRATCH, find_start, load_first_weights, seen_images
 from nnunet_diffusion.pretraining.transfer import parameter_sums, report_loaded
 from nnunet_diffusion.settings import at_least, between, one_of
@@ -141,10 +141,9 @@ class PartialLabelTrainer(ConfiguredTrainer):
         annotation = describe(batch["keys"], self.annotations, self.channels)
         return annotated(self.loss, drop(annotation, dropout) if dropout else annotation)
 
-    def targets(self, batch: dict) -> list[torch.Tensor]:
-        """Returns the target at each scale, on the device."""
-        targets = batch["target"] if isinstance(batch["target"], list) else [batch["target"]]
-        return [target.to(self.device, non_blocking=True) for target in targets]
+    def is_annotated(self, batch: dict) -> torch.Tensor:
+        """Returns (B, C) bool: whether somebody looked for an output's label in a case."""
+        return annotated_mask(batch["keys"], self.annotations, self.channels)
 
     def get_tr_and_val_datasets(self):
         """Repeats training cases of rare labels and of small sources, if asked to."""
@@ -169,17 +168,9 @@ class PartialLabelTrainer(ConfiguredTrainer):
             return super().train_step(batch)
 
     def validation_step(self, batch: dict) -> dict:
-        """Computes the loss, and counts hard predictions over the annotated pairs."""
-        # nnU-Net 2.8.1 validation_step; changed: the counts
-        data = batch["data"].to(self.device, non_blocking=True)
-        targets = self.targets(batch)
-        with self.mixed_precision(), self.with_annotations(batch):
-            output = self.network(data)
-            loss = self.loss(output, targets if self.enable_deep_supervision else targets[0])
-        is_annotated = annotated_mask(batch["keys"], self.annotations, self.channels)
-        output = output[0] if self.enable_deep_supervision else output
-        tp, fp, fn = hard_counts(output, targets[0], is_annotated, self.label_manager)
-        return {"loss": loss.detach().cpu().numpy(), "tp_hard": tp, "fp_hard": fp, "fn_hard": fn}
+        """Takes nnU-Net's step, with a loss of what was annotated, and counts that."""
+        with self.with_annotations(batch):
+            return super().validation_step(batch)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]):
         """Logs as nnU-Net, whose moving average would never recover from an epoch that met no annotated label."""

@@ -56,6 +56,8 @@ class Members(nn.Module):
     Attributes:
         deep_supervision: As a planned decoder's.
         only: The one member that predicts; None: all.
+        learner: The one member that has gradients in training; None: all have. torch.compile takes an attribute for a
+            constant, an argument for a symbol.
         feature_stage: Decoder stage of the features, 0 is the finest.
         checkpointing: Keep no activations of a member but its outputs; the backward pass makes them again, member by
             member.
@@ -66,17 +68,14 @@ class Members(nn.Module):
         self.members = nn.ModuleList(members)
         self.deep_supervision = deep_supervision
         self.only: int | None = None
+        self.learner: int | None = None
         self.feature_stage, self.checkpointing = 0, False
 
-    def forward(self, x: Tensor, learner: int | None = None) -> list[MemberOutput] | list[Tensor] | Tensor:
-        """Maps images (B, C, X, Y[, Z]) to each member's output, or to logits.
-
-        Args:
-            x: The images.
-            learner: In training, the only member with gradients; None: all have.
-        """
+    def forward(self, x: Tensor) -> list[MemberOutput] | list[Tensor] | Tensor:
+        """Maps images (B, C, X, Y[, Z]) to each member's output, or to logits."""
         if self.training:
-            return [self._train(k, x, torch.is_grad_enabled() and learner in (None, k)) for k in range(len(self))]
+            learn = torch.is_grad_enabled()
+            return [self._train(k, x, learn and self.learner in (None, k)) for k in range(len(self))]
         chosen = range(len(self)) if self.only is None else [self.only]
         outputs = [self._member(k, x).logits for k in chosen]
         scales = outputs[0] if self.only is not None else [self.combine(scale) for scale in zip(*outputs, strict=True)]

@@ -22,6 +22,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import atomic, check_shape, not_written, read_json
 from nnunet_diffusion.marks import WORK
 from nnunet_diffusion.plans import REMEDY
+from nnunet_diffusion.preprocessing import body
 from nnunet_diffusion.preprocessing.cases import (
     LABELED_FILES,
     UNLABELED_FILES,
@@ -275,8 +276,9 @@ def _run(images, label, plan) -> tuple:
 
 
 def _save(data, seg, properties, path, patch_size) -> None:
-    """Saves a case as nnU-Net's `run_case_save` does; without a label the segmentation only marks what is zero."""
+    """Saves a case as nnU-Net's `run_case_save` does, and where the body is; without a label seg marks what is zero."""
     data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
+    properties = {**properties, body.KEY: body.body_locations(data[:1])}
     blocks, chunks = comp_blosc2_params(data.shape, patch_size, data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, patch_size, seg.itemsize)
     nnUNetDatasetBlosc2.save_case(

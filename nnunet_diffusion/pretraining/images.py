@@ -8,9 +8,9 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
-from skimage.filters import threshold_triangle
 
 from nnunet_diffusion.errors import UserError
+from nnunet_diffusion.preprocessing.body import body_locations, in_body, stored_body
 from nnunet_diffusion.preprocessing.case_files import open_array, read_preprocessed
 
 
@@ -45,7 +45,7 @@ class ImageDataset(nnUNetBaseDataset):
         super().__init__("", list(identifiers))
         self.marks_outside = marks_outside
         self.finds_body = False  # whether there are locations of the body, as class 1
-        self.bodies: dict[str, np.ndarray] = {}  # those that were found
+        self.bodies: dict[str, np.ndarray] = {}  # of the images that were asked for
 
     def load_case(self, identifier: str) -> tuple:
         """Loads as nnU-Net's `load_case`: image (C, X, Y, Z), labels (1, X, Y, Z), no previous stage, properties."""
@@ -55,9 +55,10 @@ class ImageDataset(nnUNetBaseDataset):
         return image, labels, None, {"class_locations": {1: self.body(identifier, image)} if self.finds_body else {}}
 
     def body(self, identifier: str, image) -> np.ndarray:
-        """Finds locations in a body; each image is searched once."""
+        """Returns locations in a body; an image that nnU-Net itself preprocessed is searched once."""
         if identifier not in self.bodies:
-            self.bodies[identifier] = body_locations(image[:1])
+            stored = stored_body(identifier)
+            self.bodies[identifier] = body_locations(image[:1]) if stored is None else stored
         return self.bodies[identifier]
 
     @staticmethod
@@ -70,36 +71,6 @@ class ImageDataset(nnUNetBaseDataset):
         """Returns the identifiers of the images in a folder."""
         names = sorted(n for n in os.listdir(folder) if n.endswith(".b2nd") and not n.endswith("_seg.b2nd"))
         return [os.path.join(folder, name.removesuffix(".b2nd")) for name in names if not name.startswith(".")]
-
-
-def in_body(image: np.ndarray) -> np.ndarray:
-    """Returns what is brighter than air and padding, by the triangle threshold (Zack et al. 1977).
-
-    Most voxels of a scan are as dark as air, which a histogram shows as one peak at its end. Otsu's threshold divides
-    two equal classes, and finds the bones in a scan that the plan clips between fat and bone.
-
-    Args:
-        image: Of any shape.
-
-    Returns:
-        Booleans of its shape; none is true in a constant image.
-    """
-    return image > threshold_triangle(image) if image.min() < image.max() else np.zeros(image.shape, bool)
-
-
-def body_locations(image: np.ndarray, most: int = 500) -> np.ndarray:
-    """Returns some voxels of what `in_body` finds; always the same.
-
-    Args:
-        image: (1, X, Y, Z).
-        most: How many.
-
-    Returns:
-        (N, 4) indices, as nnU-Net keeps the locations of classes; none if the image is constant.
-    """
-    where = np.flatnonzero(in_body(image))
-    chosen = np.random.RandomState(1234).permutation(len(where))[:most]
-    return np.stack(np.unravel_index(where[chosen], image.shape), 1)
 
 
 class ImageStatistics(NamedTuple):
@@ -193,7 +164,7 @@ def image_loader(
         transforms: nnU-Net's augmentation; None: patches are taken as they are.
         workers: Number of background processes.
         pin_memory: For CUDA.
-        body_share: Of the patches that are centered on the body.
+        body_share: Probability that a patch is centered on the body; a fixed number of a batch of 2 would be 1 or 2.
 
     Returns:
         An iterator over batches {"data": (B, C, X, Y[, Z]), "target": (B, 1, X, Y[, Z]), background, and outside of
@@ -201,8 +172,9 @@ def image_loader(
     """
     dataset.finds_body = body_share > 0
     loader = nnUNetDataLoader(
-        dataset, batch_size, sampled_size, patch_size, label_manager, body_share, transforms=transforms
-    )
+        dataset, batch_size, sampled_size, patch_size, label_manager, body_share, probabilistic_oversampling=True,
+        transforms=transforms,
+    )  # fmt: skip
     # An ignore label restricts patches to annotated voxels, which says nothing about images.
     loader.has_ignore = False
     return in_background(loader, workers, 6, pin_memory)
