@@ -119,6 +119,8 @@ def preprocessors(args: argparse.Namespace, folder: Path) -> tuple[Callable[[], 
 
     def pool() -> None:
         case, paths = next(as_pool)
+        for ending in UNLABELED_FILES:  # what is there already would not be made again
+            (folder / f"{case}{ending}").unlink(missing_ok=True)
         plan = (manager, configuration, dataset_json)
         problem = preprocess_case(case, paths["images"], None, str(folder), UNLABELED_FILES, plan)
         if problem:
