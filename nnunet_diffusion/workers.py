@@ -30,6 +30,7 @@ from nnunet_diffusion.processes import end_with_parent, number_of_cores
 BATCH_SYSTEMS = {"slurm": "SLURMCluster", "lsf": "LSFCluster", "pbs": "PBSCluster", "sge": "SGECluster"}
 RETRIES = 1  # of a case that raised an error on a cluster, as of a network drive
 SILENCE_S = 30.0  # without a result, after which a cluster is looked at
+AGAIN = "what is done stays: run the same command again"
 worker_number = 0  # of this process among those of its machine
 
 
@@ -222,6 +223,9 @@ def _call(work: _Work, arguments: bytes) -> Any:
 def _on_cluster(work: Callable, tasks: Mapping[str, tuple], workers: Workers) -> Iterator[tuple[str, Any]]:
     """Works on a cluster: Dask gives each case to a free worker, and again if that is lost."""
     client, name = connected(workers.scheduler, workers.number), uuid.uuid4().hex
+    if client.status != "running":  # lost meanwhile, as during a training
+        connected.cache_clear()
+        client = connected(workers.scheduler, workers.number)
     from distributed import CancelledError, KilledWorker
 
     environment = {key: os.path.abspath(os.environ[key]) for key in FOLDERS if key in os.environ}
@@ -253,9 +257,6 @@ def _on_cluster(work: Callable, tasks: Mapping[str, tuple], workers: Workers) ->
     finally:
         with contextlib.suppress(Exception):  # the scheduler is gone, and with it what would be cancelled
             client.cancel([shared, *futures.values()])
-
-
-AGAIN = "what is done stays: run the same command again"
 
 
 def _ended(done: queue.SimpleQueue, case: str, future) -> None:
