@@ -56,7 +56,8 @@ trainer.run_training()
 begin, end = (trainer.logger.get_value(f"epoch_{key}_timestamps", step=None) for key in ("start", "end"))
 on_cuda = device == "cuda"
 peak = torch.cuda.max_memory_allocated() / 2**10 if on_cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"epoch_seconds": sorted(b - a for a, b in zip(begin, end))[len(begin) // 2], "peak_mib": peak / 2**10}))
+median = sorted(b - a for a, b in zip(begin, end))[len(begin) // 2]
+print(json.dumps({"epoch_seconds": median, "peak_mib": peak / 2**10}))
 """
 
 
@@ -228,8 +229,8 @@ class Check:
         model = f"DenoisingDiffusionTrainer__{self.plans}__{self.configuration}"
         folder = Path(self.folders["nnUNet_results"], NAME, model, "fold_0")
         resume = ["--c"] if (folder / "checkpoint_latest.pth").is_file() else []
-        self.command("pre-training", installed("nnUNetv2_train"), ID, self.configuration, "0", "-tr", "DenoisingDiffusionTrainer",
-                     "-p", self.plans, "-device", self.device, *resume)  # fmt: skip
+        train = (installed("nnUNetv2_train"), ID, self.configuration, "0", "-tr", "DenoisingDiffusionTrainer")
+        self.command("pre-training", *train, "-p", self.plans, "-device", self.device, *resume)
         return {}
 
     def fine_tune(self, arm: str, settings: str) -> dict:
