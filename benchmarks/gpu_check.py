@@ -85,7 +85,7 @@ class Check:
         self.folders = {f"nnUNet_{kind}": str(self.out / kind) for kind in ("raw", "preprocessed", "results")}
         os.environ |= self.folders | {"nnUNet_extTrainer": with_our_trainers([])}
         if small:
-            os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_compile": "f"}
+            os.environ |= {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "2", "nnUNet_compile": "f"}
 
     def parts(self) -> dict[str, Callable[[], dict]]:
         """Returns all parts, in their order."""
