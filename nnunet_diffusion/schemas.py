@@ -129,8 +129,8 @@ Splits = Annotated[list[Split], Field(min_length=1)]
 class Fingerprint(Strict):
     """dataset_fingerprint.json; intensities of a data set without any labeled voxel are NaN."""
 
-    spacings: list[list[Positive]]
-    shapes_after_crop: list[list[Count]]
+    spacings: list[Annotated[list[Positive], Field(min_length=3, max_length=3)]]
+    shapes_after_crop: list[Annotated[list[Count], Field(min_length=3, max_length=3)]]
     foreground_intensity_properties_per_channel: dict[str, dict[str, Annotated[float, Field(allow_inf_nan=True)]]]
     median_relative_size_after_cropping: float
 

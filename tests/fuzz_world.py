@@ -21,7 +21,7 @@ import SimpleITK as sitk
 import tiny
 from fuzz_commands import COMMANDS, DENOISER, MODEL, STAGES
 
-from nnunet_diffusion import checkup, commands, installation
+from nnunet_diffusion import checkup, commands, installation, workers
 from nnunet_diffusion.cli import main
 
 BALLS, BOX = ["left ball", "right ball"], ["box"]
@@ -89,8 +89,13 @@ def played(world: World) -> Iterator[None]:
         """Processes of nnU-Net's take seconds to import torch."""
         return SimpleNamespace(Pool=ThreadPool) if method == "spawn" else get_context(method)
 
+    def one_by_one(work, tasks, _):
+        """So do ours."""
+        return ((case, work(*arguments)) for case, arguments in tasks.items())
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, "get_context", with_threads)
+        patch.setattr(workers, "_here", one_by_one)
         for name in ("on_epoch_start", "on_train_end"):  # of settings by which there are no epochs
             patch.setattr(nnUNetTrainer, name, epoch_begins)
         patch.setattr(commands.Steps, "_execute", play)

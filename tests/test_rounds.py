@@ -836,6 +836,9 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     folder, _, _ = world
     shutil.copyfile(folder / "R.json", folder / "P.json")
     edit_json(folder / "P.json", plans_name="P")
+    settings = json.loads((folder / "P.json").read_text())["nnunet_diffusion"]
+    settings["ConfiguredTrainer"]["mirroring"] = "all"  # so that --disable_tta makes a difference
+    edit_json(folder / "P.json", nnunet_diffusion=settings)
     command = [*("P" if part == "R" else part for part in COMMAND), "--rounds", "1", "--finetune", "--disable_tta"]
     command[command.index("--start") + 1] = "previous"
     saved, save = [], filtering.save_pseudo_label
