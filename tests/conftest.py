@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from running import PYTHON
-from warm_server import draw_progress_once, warm_commands
+from warm_server import draw_progress_once, measure_few_voxels, warm_commands
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -87,7 +87,7 @@ def warm() -> Iterator[Path]:
 
 @pytest.fixture(scope="session", autouse=True)
 def without_waiting(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Takes two waits out of slow tests: processes that import torch and nnU-Net anew, and pictures of progress.
+    """Takes three waits out of slow tests: imports of torch and nnU-Net, pictures of progress, 1e8 voxels measured.
 
     What a test, nnU-Net or a command of ours starts with `sys.executable`, or from the folder that has it, is warm.
     """
@@ -95,6 +95,7 @@ def without_waiting(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
         return
     draw_progress_once()
+    measure_few_voxels()
     python = str(request.getfixturevalue("warm") / "python")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "executable", python)

@@ -59,6 +59,7 @@ def import_all() -> None:
     for name in (*(f"nnunetv2.{name}" for name in names), "matplotlib.pyplot", "pydantic", "skimage.measure"):
         importlib.import_module(name)
     draw_progress_once()
+    measure_few_voxels()
     numexpr.set_num_threads(1)  # ends the threads that its import started: a fork would lack them
 
 
@@ -70,6 +71,19 @@ def draw_progress_once() -> None:
     LocalLogger.plot_progress_png = lambda logger, folder: (
         None if Path(folder, "progress.png").exists() else draw(logger, folder)
     )
+
+
+def measure_few_voxels() -> None:
+    """Lets nnU-Net measure intensities on 1e5 voxels drawn with replacement, not on 1e8 whatever the scans' size."""
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    begin = DatasetFingerprintExtractor.__init__
+
+    def begin_with_few(self, *args, **kwargs) -> None:
+        begin(self, *args, **kwargs)
+        self.num_foreground_voxels_for_intensitystats = 1e5
+
+    DatasetFingerprintExtractor.__init__ = begin_with_few
 
 
 def serve(folder: str) -> tuple[dict, list[int]] | None:
