@@ -222,7 +222,7 @@ def test_readme(openkbp):
     write_scans(folder / "flare22" / "images", "FLARE22_Tr", range(1, 3), 13, folder / "flare22" / "labels")
     (folder / "kits23").mkdir()
     kits(folder / "kits23" / "dataset", "segmentation", 3)
-    run_page(openkbp, "README.md", PYTHON)  # processes of their own, as a user's, but for rounds
+    run_page(openkbp, "README.md")
     assert (folder / "masks" / "evaluation_nnunet.csv").exists()
     exported = model(openkbp, "nnUNetTrainer", "nnUNetCompactPlans", "2d", "Dataset501_OpenKBP")
     assert (exported / "fold_0" / "checkpoint_final.pth").exists()
@@ -284,7 +284,7 @@ def test_partial_labels(openkbp):
 @pytest.mark.xdist_group("openkbp")
 def test_mean_teacher(openkbp):
     write_scans(openkbp / "mean_teacher" / "scans", "kbp", range(10, 12), 5)
-    folder = run_page(openkbp, "docs/mean_teacher.md")
+    folder = run_page(openkbp, "docs/mean_teacher.md", PYTHON)  # processes of their own, as a user's
     assert len(list((folder / "masks").glob("*.nii.gz"))) == 2
 
 
