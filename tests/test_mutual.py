@@ -488,9 +488,12 @@ def test_batches_of_stage_2_hold_both_label_maps(learned):
 
 
 @pytest.mark.parametrize("trainer", BLOCK)
-def test_two_processes_train_and_validate(learned, trainer):
+def test_two_processes_train_and_validate(world, learned, trainer):
     """On CPUs, under torchrun; each process has cases of both groups in its batch."""
     shutil.rmtree(results(trainer))
+    plans = world / f"{tiny.PLANS}.json"
+    before = plans.read_text()
+    plans.write_text(before.replace('"validate_members": false', '"validate_members": true'))
     program = results(trainer).with_suffix(".py")
     program.write_text(
         "from nnunet_diffusion.cli import main\nif __name__ == '__main__':\n    raise SystemExit(main())\n"
@@ -498,8 +501,10 @@ def test_two_processes_train_and_validate(learned, trainer):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29547"]
     arguments = ["train", str(tiny.ID), "2d", "0", "-tr", trainer, "-p", tiny.PLANS, "-device", "cpu"]
     done = run_command([*launcher, str(program), *arguments])
+    plans.write_text(before)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (results(trainer) / "fold_0" / "validation" / "summary.json").is_file()
+    summary = json.loads((results(trainer) / "fold_0" / "validation" / "summary.json").read_text())
+    assert len(summary.get("members", [])) == (2 if trainer == "MutualSimilarityTrainer" else 0)
 
 
 def test_ignored_voxels_stay_ignored_under_the_gate_as_it_comes(world, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Stage 2 of mutual learning: one network of all organs for each group of cases, from completed labels."""
 
+import torch
 from batchgenerators.utilities.file_and_folder_operations import join
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
@@ -8,7 +9,7 @@ from nnunet_diffusion.mutual.dataset import CompletedDataset, completed_folder
 from nnunet_diffusion.mutual.groups import KEY
 from nnunet_diffusion.mutual.losses import GroupedBatch, SimilarityLoss
 from nnunet_diffusion.mutual.network import FullOrganMembers
-from nnunet_diffusion.mutual.validation import add_members
+from nnunet_diffusion.mutual.validation import add_members, patient_group
 from nnunet_diffusion.partial.annotations import group_map
 from nnunet_diffusion.rounds.pseudo_labels import ignoring
 from nnunet_diffusion.trainers.MutualDifferenceTrainer import MutualDifferenceTrainer
@@ -60,8 +61,11 @@ class MutualSimilarityTrainer(MutualDifferenceTrainer):
         if not self.validate_members:
             return
         network, output_folder = unwrap(self.network), self.output_folder
+        together = patient_group() if self.is_ddp else None
         try:
             for member in range(len(network)):
+                if together is not None:  # the first process still evaluates what all have predicted
+                    torch.distributed.barrier(together)
                 network.only, self.output_folder = member, join(output_folder, f"member_{member}")
                 self.print_to_log_file(f"Validation of member {member} alone")
                 super().perform_actual_validation()

@@ -2,8 +2,10 @@
 
 import os
 from collections.abc import Sequence
+from datetime import timedelta
 
 from batchgenerators.utilities.file_and_folder_operations import load_json
+from torch import distributed
 
 from nnunet_diffusion.files import write_json
 
@@ -26,3 +28,11 @@ def add_members(output_folder: str, groups: Sequence[Sequence[str]]) -> str:
     write_json(path, {**summary, "members": members})
     dice = [f"member {k} {member['foreground_mean']['Dice']:.4f}" for k, member in enumerate(members)]
     return f"Mean Validation Dice: {', '.join(dice)}, all together {summary['foreground_mean']['Dice']:.4f}"
+
+
+def patient_group() -> distributed.ProcessGroup:
+    """Returns a group of all processes that wait for each other as long as an evaluation takes.
+
+    NCCL, which computes together, gives up after ten minutes.
+    """
+    return distributed.new_group(backend="gloo", timeout=timedelta(days=1))
