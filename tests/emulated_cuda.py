@@ -15,6 +15,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
+from torch.nn.functional import one_hot
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
@@ -77,6 +78,8 @@ def refuse_mixed(func, args: tuple, kwargs: dict) -> None:
         args = (args[0], *args[2:])
     tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
     strangers = [x for x in tensors if not isinstance(x, CudaTensor) and x.ndim > 0]
+    if torch._C._current_graph_task_id() >= 0:  # autograd puts zeros on the CPU where no gradient came to
+        strangers = [x for x in strangers if x.any()]
     if strangers:
         raise RuntimeError(
             f"{func}: expected all tensors to be on the same device, but found {DEVICE} and cpu: shapes "
@@ -141,6 +144,8 @@ class Devices(TorchFunctionMode):
             return self.transfer(*args, **kwargs)
         if func in (Tensor.numpy, Tensor.__array__) and isinstance(args[0], CudaTensor):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
+        if func is one_hot and isinstance(args[0], CudaTensor):  # it makes a range where it takes the tensor to be
+            return wrapped(func(unwrapped(args[0]), *args[1:], **kwargs))
         if func is Tensor.tolist:
             return unwrapped(args[0]).tolist()
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "meta":
@@ -214,6 +219,7 @@ def emulated_cuda() -> Iterator[torch.device]:
         with ExitStack() as stack:
             stack.enter_context(patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False))
             stack.enter_context(patch.object(torch.autocast, "__init__", cuda_autocast()))
+            stack.enter_context(patch.object(torch.cuda, "get_device_name", lambda device=None: "emulated"))
             stack.enter_context(patch.object(torch, "load", load_onto_device(torch.load)))
             stack.enter_context(Devices())
             yield DEVICE

@@ -75,7 +75,7 @@ def test_every_trainer_steps_and_resumes_on_cuda(world, configuration, name, set
         checks = every_trainer.validate(trainer)
         trainer.on_validation_epoch_end(checks)
         assert np.isfinite([report["loss"] for report in [*steps, *checks]]).all()
-        assert all(isinstance(tensor, CudaTensor) for tensor in tensors_of(trainer))
+        assert [t.shape for t in tensors_of(trainer) if t.ndim and not isinstance(t, CudaTensor)] == []  # but scalars
         path = os.path.join(trainer.output_folder, "checkpoint_latest.pth")
         trainer.save_checkpoint(path)
         resumed = every_trainer.build(name, configuration, settings, resume=True, device=device)
@@ -110,3 +110,13 @@ def test_precision_on_cuda(world, precision, dtype):
         reports = [*every_trainer.train(trainer), *every_trainer.validate(trainer)]
     assert np.isfinite([report["loss"] for report in reports]).all()
     assert seen == {dtype} and (trainer.grad_scaler is None) == (precision != "auto")
+
+
+def test_a_forgotten_transfer_is_found(world, monkeypatch):
+    """As on a GPU, a step that leaves the images where the loader made them ends in an error."""
+    with emulated_cuda() as device:
+        trainer = every_trainer.build("PartialLabelTrainer", device=device)
+        trainer.on_train_start()
+        trainer.device = torch.device("cpu")
+        with pytest.raises(RuntimeError, match="expected all tensors to be on the same device"):
+            every_trainer.train(trainer, 1)
