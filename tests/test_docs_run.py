@@ -33,7 +33,6 @@ FEW = "--num_epochs 1 --num_iterations_per_epoch 1 --device cpu"
 SMALLER = {
     "-n 5000": "-n 12",
     "-np 8": "-np 2",
-    "nnUNetCompactPlans --rounds 3": "nnUNetCompactPlans --rounds 1",
     "--test_cases 20": "--test_cases 2",
     "--source ~/FLARE22 -d 23": f"--source ~/FLARE22 -d 23 -c 2d -pl CompactPlanner --arms full --budgets 4slices 10% "
     f"--seeds 0 --pretraining_epochs 1 --pretraining_iterations 1 {FEW} -o flare22",

@@ -660,7 +660,7 @@ def test_what_changed_is_named_and_not_mixed(world, results, tmp_path, capsys):
     transfer.write_text(json.dumps({"source": str(denoiser)}))  # as if the first training had started from it
     rounds = the_run()
     rounds.finish(rounds.state.round(0), 0)
-    assert main([*COMMAND, "--status"]) == 0
+    assert main([*COMMAND, "--rounds", "3", "--status"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["3", "-"]
     with pytest.raises(UserError, match="trainer: was 'DiffusionPretrainedTrainer', now 'PartialLabelTrainer'"):
         the_run(trainer="PartialLabelTrainer")
@@ -730,7 +730,10 @@ def test_new_scans_and_annotations_join_the_next_round_which_parts_predict(world
         assert rounds.new_cases == ["tiny_200"] and "tiny_200" not in rounds.state.round(1).cases
         entry = rounds.begin(2)
         assert entry.cases == ["tiny_001", "tiny_100", "tiny_101", "tiny_102", "tiny_200"]
-        arguments, predicted = [*COMMAND, "--num_parts", "2", "--part_id"], Path(rounds.places.predicted(2))
+        arguments, predicted = (
+            [*COMMAND, "--rounds", "2", "--num_parts", "2", "--part_id"],
+            Path(rounds.places.predicted(2)),
+        )
         commands = [[sys.executable, "-c", PART, last, *arguments, part] for last, part in (("9", "0"), ("1", "1"))]
         with ThreadPool(2) as both:
             done = both.map(run_command, commands)

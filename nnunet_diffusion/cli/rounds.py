@@ -25,7 +25,7 @@ What changed behind its back is named, and nothing is mixed. The outcome lies wh
 Many machines: --stop_after train, then --num_parts N --part_id 0 ... N-1 anywhere at the same time, then again without.
 
 example:
-  nnunet_diffusion rounds -d 22 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans --rounds 3
+  nnunet_diffusion rounds -d 22 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans
   nnunet_diffusion rounds -d 22 -c 3d_fullres -f 0 -p nnUNetDiffusionPlans --status
 """
 
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from", dest="model", default="", metavar="MODEL", help="model folder instead of a first training"
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--start", choices=("denoiser", "previous", "scratch"), default="denoiser",
         help="weights that each round starts from; default: %(default)s",

@@ -18,7 +18,7 @@ HEADINGS = ("round", "predicted", "kept", "waiting", "dropped", "trained", "vali
 
 def status(run: Rounds, rounds: int, as_json: bool = False) -> str:
     """Says what is done, a line for each round, and how far the one in work is; or all that for a program."""
-    found = [round_status(run, number) for number in range(rounds + 1)]
+    found = [round_status(run, number) for number in range(max(rounds + 1, len(run.state.rounds)))]
     if as_json:
         return json.dumps(found, indent=2)
     rows = []
