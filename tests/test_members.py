@@ -6,16 +6,24 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunet_diffusion.mutual.network import FullOrganMembers, PartialOrganMembers, decode, log_odds, predicted_labels
+from nnunet_diffusion.mutual.network import (
+    FullOrganMembers,
+    PartialOrganMembers,
+    alike,
+    decode,
+    log_odds,
+    predicted_labels,
+)
+from nnunet_diffusion.mutual.terms import organ_features
 
 CLASSES = 4
 OWNED = torch.tensor([[0, 1, 1, 0], [0, 0, 0, 1]], dtype=torch.uint8)
 
 
-def planned(kind="PlainConvUNet", dim=2, deep_supervision=False):
+def planned(kind="PlainConvUNet", dim=2, deep_supervision=False, features=(4, 6, 8)):
     """A small planned network."""
     kwargs = {
-        "n_stages": 3, "features_per_stage": [4, 6, 8], "conv_op": f"torch.nn.Conv{dim}d", "kernel_sizes": [3, 3, 3],
+        "n_stages": 3, "features_per_stage": features, "conv_op": f"torch.nn.Conv{dim}d", "kernel_sizes": [3, 3, 3],
         "strides": [1, 2, 2], "n_conv_per_stage_decoder": [1, 1], "conv_bias": True,
         "norm_op": f"torch.nn.InstanceNorm{dim}d", "norm_op_kwargs": {"affine": True}, "nonlin": "torch.nn.LeakyReLU",
         ("n_blocks_per_stage" if "Residual" in kind else "n_conv_per_stage"): [1, 1, 1],
@@ -155,3 +163,51 @@ def test_distributed_training_reaches_every_member(checkpointing, unused_tcp_por
         assert all(p.grad is not None for p in network.parameters())
     finally:
         distributed.destroy_process_group()
+
+
+def scene(cases=8, size=32):
+    """Images in noise with a bright organ, a dark one and one of stripes, and their labels."""
+    images, labels = torch.randn(cases, 1, size, size) / 4, torch.zeros(cases, 1, size, size, dtype=torch.long)
+    for image, seg in zip(images, labels, strict=True):
+        stripes = torch.tensor([2.0, -2.0]).repeat_interleave(2).repeat(2)
+        for label, (x, y, brightness) in enumerate([(3, 3, 2.0), (20, 20, stripes), (3, 20, -2.0)], 1):
+            place = (slice(x, x + 8), slice(y, y + 8))
+            image[0][place] += brightness
+            seg[0][place] = label
+    return images, labels
+
+
+def learn(network, organs, steps=40):
+    """Trains a network on some organs, the others being background."""
+    optimizer = torch.optim.Adam(network.parameters(), 3e-4)
+    for _ in range(steps):
+        images, labels = scene()
+        known = torch.where(torch.isin(labels, torch.tensor(organs)), labels, 0)[:, 0]
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(network(images), known).backward()
+        optimizer.step()
+
+
+def separation(networks):
+    """How often two networks' features of the same organ are closer than those of two organs (an AUC)."""
+    images, labels = scene()
+    with torch.no_grad():
+        one, other = (organ_features(decode(n, images)[1], labels, CLASSES).means[:, 1:] for n in networks)
+    cosine = torch.nn.functional.cosine_similarity(one[:, :, None], other[:, None], dim=3)
+    is_same = torch.eye(3, dtype=torch.bool).expand_as(cosine)
+    return (cosine[is_same][:, None] > cosine[~is_same]).float().mean()
+
+
+@pytest.mark.slow
+def test_features_of_members_that_began_alike_can_be_compared():
+    """Each has learned other organs; with random starts of their own the cosine says nothing of which organ it is."""
+    together, apart = [], []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        wide = [planned(features=(32, 32, 32)) for _ in range(3)]
+        for networks, found in ((alike(wide[0], 2), together), (wide[1:], apart)):
+            learn(networks[0], [1, 2])
+            learn(networks[1], [3])
+            found.append(separation(networks))
+    assert torch.stack(together).mean() > 0.8
+    assert torch.stack(apart).mean() < 0.65

@@ -125,7 +125,18 @@ def test_resumed_training_is_the_uninterrupted_one(world):
     assert all(torch.equal(weights[name], tensor) for name, tensor in second.network.state_dict().items())
 
 
-def test_all_members_start_from_the_denoiser_with_heads_of_their_own(world):
+@pytest.mark.parametrize("cls", [MutualDifferenceTrainer, MutualSimilarityTrainer])
+def test_all_members_start_with_the_same_weights(world, cls):
+    trainer = build(world, cls, plans="Alike", start="scratch")
+    trainer.initialize()
+    first, second = (member.state_dict() for member in trainer.network.members)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not {p.data_ptr() for p in trainer.network.members[0].parameters()} & {
+        p.data_ptr() for p in trainer.network.members[1].parameters()
+    }
+
+
+def test_all_members_start_from_the_denoiser_with_new_heads(world):
     pretraining = tiny.trainer(DenoisingDiffusionTrainer, fold="all")
     pretraining.run_training()
     denoiser = Path(pretraining.output_folder, "denoiser.pth")
@@ -133,8 +144,7 @@ def test_all_members_start_from_the_denoiser_with_heads_of_their_own(world):
     trainer = build(world, MutualDifferenceTrainer, plans="FromDenoiser", **settings)
     trainer.on_train_start()
     first, second = (member.state_dict() for member in trainer.network.members)
-    assert all(torch.equal(first[key], second[key]) for key in first if "seg_layers" not in key)
-    assert not torch.equal(first["decoder.seg_layers.1.weight"], second["decoder.seg_layers.1.weight"])
+    assert all(torch.equal(first[key], second[key]) for key in first)
     heads = trainer.configure_optimizers()[0].param_groups[1]["params"]
     assert len(heads) == 8, "two members, two stages, weight and bias"
 

@@ -79,40 +79,39 @@ def test_ramp_by_hand():
 
 
 def test_prediction_difference_by_hand():
-    # The member owns classes 1 and 2; the case annotates 3, at voxels 0 and 1. It claims 0.5 and 0.2 there, 0.3 and
-    # 0.6 elsewhere: 2 * 0.7 / (1.6 + 2).
+    # The member owns classes 1 and 2; the case annotates 3, at voxels 0 and 1, of which it claims 0.5 and 0.2.
     logits = probabilities([0.4, 0.3, 0.2, 0.1], [0.7, 0.1, 0.1, 0.1], [0.6, 0.2, 0.1, 0.1], [0.3, 0.4, 0.2, 0.1])
-    merged = merged_softmax(logits, labels(3, 3, 0, 0), ANNOTATION[1:2])
-    assert prediction_difference(merged, OWNED[0]) == pytest.approx(1.4 / 3.6)
+    difference = prediction_difference(logits, labels(3, 3, 0, 0), OWNED[0])
+    assert difference == pytest.approx(-(math.log(0.5) + math.log(0.8)) / 2)
 
 
 def test_prediction_difference_against_a_loop_with_ignored_voxels():
     torch.manual_seed(0)
     logits = torch.randn(3, CLASSES, 5, 4, dtype=torch.float64)
     target = torch.tensor([0, 3, 9])[torch.randint(3, (3, 1, 5, 4))]
-    merged = merged_softmax(logits, target, ANNOTATION[1].expand(3, -1), ignore_label=9)
     terms = []
     for z, y in zip(logits, target, strict=True):
         p, y = z.softmax(0).flatten(1).T, y.flatten()
-        known = [(float(q[1] + q[2]), int(label)) for q, label in zip(p, y, strict=True) if label != 9]
-        overlap = sum(q for q, label in known if label == 3)
-        terms.append(2 * overlap / (sum(q for q, _ in known) + sum(label == 3 for _, label in known)))
-    assert prediction_difference(merged, OWNED[0]) == pytest.approx(sum(terms) / 3)
+        found = [-math.log(1 - float(q[1] + q[2])) for q, label in zip(p, y, strict=True) if label == 3]
+        terms.append(sum(found) / len(found))
+    assert prediction_difference(logits, target, OWNED[0]) == pytest.approx(sum(terms) / 3)
 
 
 def test_prediction_difference_gradient():
+    """Right, nothing in the background, and where it acts away from the organs that the network owns."""
     torch.manual_seed(0)
     target = torch.tensor([0, 3])[torch.randint(2, (2, 1, 4, 3))]
-
-    def loss(z):
-        return prediction_difference(merged_softmax(z, target, ANNOTATION[1].expand(2, -1)), OWNED[0])
-
-    assert torch.autograd.gradcheck(loss, torch.randn(2, CLASSES, 4, 3, dtype=torch.float64, requires_grad=True))
+    logits = torch.randn(2, CLASSES, 4, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z: prediction_difference(z, target, OWNED[0]), logits)
+    (gradient,) = torch.autograd.grad(prediction_difference(logits, target, OWNED[0]), logits)
+    gradient, is_organ = gradient.movedim(1, -1), target[:, 0] == 3
+    assert not gradient[~is_organ].any()
+    assert (gradient[is_organ][:, OWNED[0]] > 0).all() and (gradient[is_organ][:, ~OWNED[0]] < 0).all()
 
 
 def test_a_patch_without_organs_has_no_difference_and_no_nan():
     logits = torch.full((1, CLASSES, 3, 1), -30.0).index_fill(1, torch.tensor([0]), 30.0).requires_grad_()
-    loss = prediction_difference(merged_softmax(logits, labels(0, 0, 0), ANNOTATION[1:2]), OWNED[0])
+    loss = prediction_difference(logits, labels(0, 0, 0), OWNED[0])
     loss.backward()
     assert loss == 0 and logits.grad.isfinite().all()
 
@@ -275,8 +274,7 @@ def slow_difference_loss(outputs, batch, prediction_weight, feature_weight):
         for weight, z, y in zip(weights, outputs[k].logits, batch.targets, strict=True):
             for b in others:
                 q, is_labeled = z[b].softmax(0)[organs].sum(0), torch.isin(y[b, 0], torch.tensor(foreign))
-                dice = 2 * q[is_labeled].sum() / (q.sum() + is_labeled.sum())
-                total = total + prediction_weight * weight * dice / len(others)
+                total = total - prediction_weight * weight * (1 - q[is_labeled]).log().mean() / len(others)
         cosines = []
         for b in others:
             claimed = predicted_labels(outputs[k].logits[0][b : b + 1].detach(), OWNED[k])

@@ -11,7 +11,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.mutual.groups import KEY, GroupedLoader, find_groups, owned_channels, too_small
 from nnunet_diffusion.mutual.losses import DifferenceLoss, GroupedBatch
-from nnunet_diffusion.mutual.network import PartialOrganMembers
+from nnunet_diffusion.mutual.network import PartialOrganMembers, alike
 from nnunet_diffusion.mutual.terms import ramp_up
 from nnunet_diffusion.partial.annotations import group_map
 from nnunet_diffusion.pretraining.images import in_background
@@ -27,7 +27,7 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
     organ with the network of its group.
     """
 
-    exclusion_weight: float = 0.0  # the prediction difference is of the same kind
+    exclusion_weight: float = 0.0  # the prediction difference says it, too
     balanced: bool = False  # batches are drawn from all groups alike
     groups: list = []  # [[label, ...], ...]; empty: every set of labels that a training case annotates is a group
     prediction_weight: float = 1.0  # of the term between predictions
@@ -57,9 +57,9 @@ class MutualDifferenceTrainer(PartialLabelTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ):
-        """Builds a planned network for each group."""
+        """Builds a planned network for each group, all with the same first weights."""
         arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
-        members = [nnUNetTrainer.build_network_architecture(*arguments, False) for _ in plans_manager.plans[KEY]]
+        members = alike(nnUNetTrainer.build_network_architecture(*arguments, False), len(plans_manager.plans[KEY]))
         return PartialOrganMembers(members, num_output_channels, enable_deep_supervision)
 
     def initialize(self):

@@ -8,7 +8,7 @@ from nnunet_diffusion.model_folder import unwrap
 from nnunet_diffusion.mutual.dataset import CompletedDataset, completed_folder
 from nnunet_diffusion.mutual.groups import KEY
 from nnunet_diffusion.mutual.losses import GroupedBatch, SimilarityLoss
-from nnunet_diffusion.mutual.network import FullOrganMembers
+from nnunet_diffusion.mutual.network import FullOrganMembers, alike
 from nnunet_diffusion.mutual.validation import add_members, patient_group
 from nnunet_diffusion.partial.annotations import group_map
 from nnunet_diffusion.rounds.pseudo_labels import ignoring
@@ -36,9 +36,9 @@ class MutualSimilarityTrainer(MutualDifferenceTrainer):
     def build_network_architecture(
         plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision=True
     ):
-        """Builds a planned network for each group."""
+        """Builds a planned network for each group, all with the same first weights."""
         arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
-        members = [nnUNetTrainer.build_network_architecture(*arguments, False) for _ in plans_manager.plans[KEY]]
+        members = alike(nnUNetTrainer.build_network_architecture(*arguments, False), len(plans_manager.plans[KEY]))
         return FullOrganMembers(members, enable_deep_supervision)
 
     def get_tr_and_val_datasets(self):

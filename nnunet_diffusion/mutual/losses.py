@@ -1,6 +1,7 @@
 """The loss of a network of several members, on a batch with cases of every group."""
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -121,13 +122,8 @@ class DifferenceLoss(MembersLoss):
 
     def _prediction_difference(self, k: int, output: MemberOutput, batch: GroupedBatch) -> Tensor:
         is_other = batch.group != k
-        others = batch.of(is_other)
-
-        def difference(logits: Tensor, target: Tensor) -> Tensor:
-            merged = merged_softmax(logits, target, others.annotation, self.ignore_label)
-            return prediction_difference(merged, self.owned[k])
-
-        return self.over_scales(difference, [z[is_other] for z in output.logits], others.true)
+        difference = partial(prediction_difference, owned=self.owned[k])
+        return self.over_scales(difference, [z[is_other] for z in output.logits], batch.of(is_other).true)
 
     def _feature_difference(self, k: int, output: MemberOutput, true: OrganFeatures, batch: GroupedBatch) -> Tensor:
         is_other = batch.group != k

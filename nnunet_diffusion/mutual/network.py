@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from copy import deepcopy
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,11 @@ def predicted_labels(logits: Tensor, owned: Tensor) -> Tensor:
     odds = log_odds(logits, owned).masked_fill(~owned.reshape(1, -1, *[1] * (logits.ndim - 2)), -torch.inf)
     best, label = odds.max(1, keepdim=True)
     return torch.where(best > 0, label, 0)
+
+
+def alike(network: nn.Module, number: int) -> list[nn.Module]:
+    """Returns so many networks with the same weights: features can be compared, as their directions mean the same."""
+    return [network, *(deepcopy(network) for _ in range(number - 1))]
 
 
 class Members(nn.Module):

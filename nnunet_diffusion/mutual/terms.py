@@ -3,7 +3,7 @@
 The terms are named in summaries of Liu et al. 2024 (arXiv 2407.12611): prediction and feature difference between
 models of some organs each, prediction and dynamic feature similarity between models of all organs. Their formulas are
 not public: these are our reconstruction, of deep mutual learning (Zhang et al. 2018), where every network learns from
-what the others say and they are constant to it, and of the exclusion loss (Shi et al. 2021).
+what the others say and they are constant to it.
 """
 
 import math
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nnunet_diffusion.partial.losses import labeled_voxels
 from nnunet_diffusion.partial.merged_softmax import MergedSoftmax
 
 
@@ -26,24 +25,26 @@ def ramp_up(epoch: int, start: float, length: float) -> float:
     return math.exp(-5 * (1 - t) ** 2)
 
 
-def prediction_difference(merged: MergedSoftmax, owned: Tensor) -> Tensor:
-    """Computes the soft Dice overlap of the organs that a network owns with the true labels of another data set.
+def prediction_difference(logits: Tensor, labels: Tensor, owned: Tensor) -> Tensor:
+    """Computes a cross-entropy that says of another data set's organs that they are none of a network's own.
 
-    Where another organ was annotated, the network must not claim one of its own.
+    In the background it says nothing, and pulls nowhere: what is not annotated may be one of the network's organs.
 
     Args:
-        merged: Of the network's output and the case's label file, merged by what the case annotates.
+        logits: (B, C, X, Y[, Z]); half precision is computed in float32.
+        labels: (B, 1, X, Y[, Z]) of the label files; values from C on, such as an ignore label, are no organ.
         owned: (C,) bool, the network's organs; the cases annotate none of them.
 
     Returns:
-        Mean over the cases of 2 |q y| / (|q| + |y|), with q the summed probability of the owned organs and y the
-        annotated foreground; 0 without cases.
+        Mean over the cases of the mean over annotated voxels of -log(1 - q), with q the summed probability of the owned
+        organs; 0 without cases.
     """
-    owned = owned.to(merged.mass.device)
-    claimed = torch.where(owned, merged.mass, 0).sum(1)
-    overlap = torch.where(owned, merged.mass - merged.inside, 0).sum(1)
-    dice = 2 * overlap / (claimed + labeled_voxels(merged)).clamp_min(1)  # of less than a voxel: none
-    return dice.sum() / max(1, len(dice))
+    z = logits.to(_precision(logits))
+    is_owned = owned.to(z.device).reshape(1, -1, *[1] * (z.ndim - 2))
+    log_rest = z.masked_fill(is_owned, -torch.inf).logsumexp(1) - z.logsumexp(1)
+    is_other = ((labels > 0) & (labels < z.shape[1]))[:, 0]
+    case = -torch.where(is_other, log_rest, 0).flatten(1).sum(1) / is_other.flatten(1).sum(1).clamp_min(1)
+    return case.sum() / max(1, len(case))
 
 
 class OrganFeatures(NamedTuple):
