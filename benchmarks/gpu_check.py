@@ -188,7 +188,7 @@ class Check:
 
     def predict(self) -> dict:
         """Trains the same network twice, for an epoch, and predicts five scans with each."""
-        inputs, seconds, which = self.out / "five_scans", {}, ("-d", ID, "-c", self.configuration, "-f", "all")
+        inputs, seconds, which = self.out / "five_scans", {}, ("-d", ID, "-c", self.configuration, "-f", "0")
         inputs.mkdir(exist_ok=True)
         for image in sorted(Path(self.args.openkbp, "imagesTr").resolve().glob("*.nii.gz"))[:5]:
             if not (inputs / image.name).exists():
@@ -202,7 +202,7 @@ class Check:
             content |= {"plans_name": plans, "nnunet_diffusion": {"ConfiguredTrainer": once}}
             write_json(self.preprocessed / f"{plans}.json", content)
             model = ("-tr", "ConfiguredTrainer", "-p", plans, "-device", self.device)
-            train = (installed("nnUNetv2_train"), ID, self.configuration, "all", *model)
+            train = (installed("nnUNetv2_train"), ID, self.configuration, "0", *model)
             self.command(f"train, mirroring {mirroring}", *train)
             start, masks = time.monotonic(), str(self.out / f"masks_{mirroring}")
             predict = (installed("nnUNetv2_predict"), "-i", str(inputs), "-o", masks, *which, *model)
@@ -247,7 +247,8 @@ class Check:
     def page(self) -> str:
         """Writes what was found as Markdown."""
         stock = self.found.get("nnUNetTrainer", {})
-        lines = ["# What a GPU showed", "", "| part | found |", "|---|---|"]
+        title = "What a GPU showed" if self.device == "cuda" else "In miniature on a CPU: it runs"
+        lines = [f"# {title}", "", "| part | found |", "|---|---|"]
         for name, found in self.found.items():
             values = {key: value for key, value in found.items() if key != "seconds"}
             if stock and "epoch_seconds" in values:
