@@ -48,13 +48,13 @@ was measured on CPUs, with small networks and short trainings.
 | | default | reason |
 |---|---|---|
 | length of every training, pre-training included | 1000 epochs of 250 steps | nnU-Net's own |
-| pre-training: optimizer, rate | AdamW, 3e-4, 5 epochs of warm-up | usual for diffusion models; `CompactPlanner` has 3e-3 |
+| pre-training: optimizer, rate | AdamW, 3e-4, 5 epochs of warm-up | usual for diffusion; `CompactPlanner` has 3e-3 |
 | average of the weights | 0.999 | usual; `CompactPlanner`'s short pre-trainings keep it |
 | weighting of noise levels | min-SNR, 5 | published (Hang et al. 2023) |
 | t\\* | 50 | measured: 0 is level, from 150 on less ([label_efficiency.md](label_efficiency.md)) |
 | patches centered on the body | two thirds | measured ([label_efficiency.md](label_efficiency.md)) |
 | views | `auto` | measured in 2-D: +0.04 Dice with two labeled scans ([results.md](results.md)) |
-| fine-tuning: optimizer, rate | nnU-Net's SGD, 1e-2, no warm-up | nnU-Net's own; for a few thousand steps take AdamW: SGD finds nothing |
+| fine-tuning | nnU-Net's SGD, 1e-2, no warm-up | nnU-Net's own; in a few thousand steps only AdamW finds something |
 | the mean teacher | [its page](mean_teacher.md) | published values, some measured |
 
 Inherited settings without effect: `weighting`, `min_snr_gamma`, `timestep`, `sample_steps` of DiffusionTeacherTrainer;
