@@ -79,7 +79,7 @@ class Check:
         self.planner, self.plans = ("CompactPlanner", "nnUNetCompactPlans") if small else (
             "DiffusionPlanner", "nnUNetDiffusionPlans",
         )  # fmt: skip
-        self.configuration = "2d" if small else "3d_fullres"
+        self.configuration, self.test_cases = ("2d", "4") if small else ("3d_fullres", "20")
         self.epochs, self.steps = (2, 2) if small else (5, 50)  # of the trainers
         self.long_epochs, self.long_steps = (2, 2) if small else (200, 20)  # of pre-training and fine-tuning
         self.folders = {f"nnUNet_{kind}": str(self.out / kind) for kind in ("raw", "preprocessed", "results")}
@@ -158,7 +158,7 @@ class Check:
         self.command("convert", ours, "convert", "folder", images, labels, "--unlabeled", unlabeled, "-d", ID,
                      "-n", "OpenKBP", "--labels", *LABELS)  # fmt: skip
         self.command("plan", ours, "plan_and_preprocess", "-d", ID, "-pl", self.planner, "-c", self.configuration)
-        self.benchmark("split", "label_efficiency.py", *self.common(), "--test_cases", "20", "--make_split")
+        self.benchmark("split", "label_efficiency.py", *self.common(), "--test_cases", self.test_cases, "--make_split")
         return {}
 
     def common(self) -> list[str]:
@@ -215,6 +215,7 @@ class Check:
         printed = self.benchmark(
             "rounds", "rounds.py", *self.common(), "--seeds", "0", "--annotated", "8", "--rounds", "1", "--num_epochs",
             str(self.epochs), "--num_iterations_per_epoch", str(self.steps), "-o", str(self.out / "rounds"),
+            *(("--pool", "8", "--validation", "4") if self.args.miniature else ()),
         )  # fmt: skip
         return {"outcome": printed.strip().splitlines()[-1]}
 
