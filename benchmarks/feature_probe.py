@@ -35,14 +35,14 @@ VOXELS_PER_CLASS = 20  # of a patch
 
 
 def draw_voxels(seg: np.ndarray, classes: list[int], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Some voxels of every class of a patch: indices (N, dim) and their classes (N,)."""
+    """Returns some voxels of every class of a patch: indices (N, dim) and their classes (N,)."""
     points = [rng.permutation(np.argwhere(seg == value))[:VOXELS_PER_CLASS] for value in classes]
     return np.concatenate(points), np.repeat(classes, [len(p) for p in points])
 
 
 @torch.no_grad()
 def features(network, loader, batches: int, classes: list[int]) -> tuple[list[np.ndarray], np.ndarray]:
-    """The activations of each stage (encoder, then decoder) at voxels of patches, and the voxels' classes."""
+    """Returns the activations of each stage (encoder, then decoder) at voxels of patches, and the voxels' classes."""
     found, labels, activations, rng = [], [], [], np.random.default_rng(0)
     stages = [*network.encoder.stages, *network.decoder.stages]
     hooks = [stage.register_forward_hook(lambda _, __, output: activations.append(output)) for stage in stages]
@@ -66,7 +66,7 @@ def features(network, loader, batches: int, classes: list[int]) -> tuple[list[np
 
 
 def probe(network, loaders, batches: int, classes: list[int]) -> dict[str, list[float]]:
-    """Balanced accuracy on the test cases by stage."""
+    """Computes balanced accuracy on the test cases by stage."""
     (train, train_labels), (test, test_labels) = (features(network, loader, batches, classes) for loader in loaders())
     scores = []
     for x, x_test in zip(train, test, strict=True):

@@ -112,7 +112,7 @@ def run_steps(args: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def describe_run(denoiser: Path, fine_tuning_steps: int) -> str:
-    """What was trained, and for how long, after the pre-training that left this denoiser.pth."""
+    """Says what was trained, and for how long, after the pre-training that left this denoiser.pth."""
     content = load_denoiser(str(denoiser))
     plan, training = content["plan"], content["training"]
     network, features = plan["network_class"].split(".")[-1], plan["network_kwargs"]["features_per_stage"]
@@ -124,7 +124,7 @@ def describe_run(denoiser: Path, fine_tuning_steps: int) -> str:
 
 
 def comparison(content: dict, run: str = "") -> str:
-    """A Markdown table: a line for each arm, a column for each budget, the paper's figures above, `run` below."""
+    """Writes a Markdown table: a line for each arm, a column for each budget, the paper's figures above, `run` last."""
     arms, budgets = (list(dict.fromkeys(group[key] for group in content["summary"])) for key in ("arm", "budget"))
     cells = {(g["arm"], g["budget"]): figure(g["mean"], g["sd"]) for g in content["summary"]}
     paper = [f"{PAPER[budget]:.3f}" if budget in PAPER else "" for budget in budgets]

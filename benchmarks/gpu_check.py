@@ -183,7 +183,7 @@ class Check:
 
     @property
     def preprocessed(self) -> Path:
-        """The data set's preprocessed folder."""
+        """Returns the data set's preprocessed folder."""
         return Path(self.folders["nnUNet_preprocessed"], NAME)
 
     def predict(self) -> dict:

@@ -96,7 +96,7 @@ def write_split(base: Path, train: list[str], test: list[str]) -> None:
 
 
 def find_pretrained(args: argparse.Namespace, base: Path, test: list[str], trainer: str, result: str) -> Path:
-    """The result of a pre-training, given with --denoiser or --teacher, or fold 0's, which has not seen the test cases.
+    """Finds the result of a pre-training, given by --denoiser or --teacher, or fold 0's, which saw no test case.
 
     Raises:
         UserError: If there is none, or fold 0 was trained on test cases.
@@ -123,7 +123,7 @@ def find_pretrained(args: argparse.Namespace, base: Path, test: list[str], train
 
 
 def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]) -> dict:
-    """What all runs of an arm have in common; its `protocol` decides whether an earlier result may be kept."""
+    """Says what all runs of an arm have in common; its `protocol` decides whether an earlier result may be kept."""
     trainer, settings = read_arm(arm, args.setting)
     settings = {
         "num_epochs": args.num_epochs,
@@ -158,7 +158,7 @@ def describe_arm(args: argparse.Namespace, arm: str, base: Path, test: list[str]
 
 
 def planned(args: argparse.Namespace, base: Path, trainer: str) -> dict:
-    """What else decides a result: the settings that the trainer takes from the plan or its class, patch and network."""
+    """Finds what else decides a result: the trainer's settings, from the plan or its class, patch and network."""
     plans = read_plans(str(base), args.p, args.c)
     configuration = PlansManager(plans).get_configuration(args.c).configuration
     settings = {} if trainer == "nnUNetTrainer" else effective(plans, our_trainer(trainer))
@@ -170,7 +170,7 @@ def planned(args: argparse.Namespace, base: Path, trainer: str) -> dict:
 
 
 def describe_runs(args: argparse.Namespace, base: Path, out: Path) -> list[dict]:
-    """One job description per arm, budget and seed, seeds outermost: an interrupted benchmark has whole seeds."""
+    """Lists a job description per arm, budget and seed, seeds outermost: an interrupted benchmark has whole seeds."""
     test, rest = split_patients(args, base, out)
     unused = [s for s in args.setting if s.split(".")[0] not in {read_arm(arm, [])[0] for arm in args.arms}]
     if unused:

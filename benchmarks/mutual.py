@@ -58,7 +58,7 @@ def deal(cases: list[str], groups: list[list[str]], seed: int) -> dict[str, list
 
 
 def describe_run(args: argparse.Namespace, stage: int, arm: str, seed: int, train: list[str], test: list[str]) -> dict:
-    """The job description of one arm and seed; all arms of a seed get the same groups."""
+    """Returns the job description of one arm and seed; all arms of a seed get the same groups."""
     base, trainer = args.base, TRAINERS[stage]
     dataset_json = json.loads((base / "dataset.json").read_text())
     if dataset_json.get("annotated_labels") or dataset_json.get("union_labels"):
@@ -113,7 +113,7 @@ def describe_run(args: argparse.Namespace, stage: int, arm: str, seed: int, trai
 
 
 def of_one_member(run: dict) -> dict:
-    """A run as if one member had been tested: its Dice per case and organ is the mean over the members."""
+    """Returns a run as if one member had been tested: its Dice per case and organ is the mean over the members."""
     members = run["members"]
     cases = {case: list(organs) for case, organs in members[0].items()}
     dice = {}
@@ -124,7 +124,7 @@ def of_one_member(run: dict) -> dict:
 
 
 def share_of_claims(run: dict) -> dict[str, float]:
-    """Of the voxels that stage 1 adds to the training cases, the share that is right, another label, background."""
+    """Computes the shares of the voxels added to the training cases by stage 1: right, another label, background."""
     total = {truth: sum(case[truth] for case in run["claims"].values()) for truth in ("right", "another", "background")}
     return {truth: round(voxels / max(1, sum(total.values())), 5) for truth, voxels in total.items()}
 

@@ -17,7 +17,7 @@ MODES = ("plain", "checkpointing", "alternate")
 
 
 def step_memory(plans_file: str, configuration: str, members: int, mode: str) -> tuple[float, float]:
-    """Peak MiB above what was there before the first step, and the seconds of the second step."""
+    """Measures peak MiB above what was there before the first step, and the seconds of the second step."""
     import torch
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager

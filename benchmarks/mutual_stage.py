@@ -29,13 +29,13 @@ from nnunet_diffusion.rounds.teacher import Model
 
 
 def dice(predicted: np.ndarray, true: np.ndarray) -> float | None:
-    """Dice of two masks; None if both are empty."""
+    """Computes Dice of two masks; None if both are empty."""
     total = int(predicted.sum()) + int(true.sum())
     return 2 * int((predicted & true).sum()) / total if total else None
 
 
 def score_completion(job: dict, folder: str, channels: dict) -> dict[str, dict]:
-    """Dice of every label that a training case lacks, as predicted and as the gate lets it through.
+    """Computes Dice of every label that a training case lacks, as predicted and as the gate lets it through.
 
     Returns:
         {"dice": case -> label -> Dice before the gate, "gated": the same over the voxels that are not ignored, of the
@@ -73,7 +73,7 @@ def score_completion(job: dict, folder: str, channels: dict) -> dict[str, dict]:
 
 
 def completed_at(job: dict, base: str, identifier: str) -> str:
-    """The folder of the completed labels below a preprocessed folder, or below where stage 1 leaves them."""
+    """Returns the folder of the completed labels below a preprocessed folder, or below where stage 1 leaves them."""
     return completed_folder(base, identifier, job["plans"], job["configuration"], 0)
 
 

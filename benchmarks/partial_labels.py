@@ -57,7 +57,7 @@ NAMES = {
 
 
 def describe_run(args: argparse.Namespace, base: Path, arm: str, seed: int, train: list[str], test: list[str]) -> dict:
-    """The job description of one arm and seed; all arms of a seed get the same draw of labels."""
+    """Returns the job description of one arm and seed; all arms of a seed get the same draw of labels."""
     dataset_json = json.loads((base / "dataset.json").read_text())
     if dataset_json.get("annotated_labels") or dataset_json.get("union_labels"):
         raise UserError(f"{base / 'dataset.json'}: the benchmark simulates partial labels on complete cases only")

@@ -37,12 +37,12 @@ class Case:
         self.loss = PartialLabelLoss(batch_dice=True)
 
     def ours(self) -> None:
-        """One forward and backward pass of the partial loss."""
+        """Runs one forward and backward pass of the partial loss."""
         with annotated(self.loss, self.group):
             self._pass(self.loss)
 
     def stock(self) -> None:
-        """One of nnU-Net's loss, which takes what is not annotated for background."""
+        """Runs one of nnU-Net's loss, which takes what is not annotated for background."""
         self._pass(self.loss.complete)
 
     def _pass(self, loss: torch.nn.Module) -> None:
@@ -53,7 +53,7 @@ class Case:
 
 
 def peak_mib(name: str, *arguments) -> float:
-    """Peak memory of one pass above what the batch takes; to be called in a fresh process."""
+    """Measures peak memory of one pass above what the batch takes; to be called in a fresh process."""
     case = Case(*arguments)
     if case.device == "cuda":
         before = torch.cuda.memory_allocated()
@@ -67,7 +67,7 @@ def peak_mib(name: str, *arguments) -> float:
 
 
 def measure(classes: int, patch: int, batch: int, device: str, rounds: int) -> dict:
-    """Time and memory of both losses, and their ratios."""
+    """Measures time and memory of both losses, and their ratios."""
     memory = {}
     for name in ("ours", "stock"):
         with multiprocessing.get_context("spawn").Pool(1) as process:

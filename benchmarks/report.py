@@ -9,7 +9,7 @@ from nnunet_diffusion.tables import defined, deviation, figure, mean, mean_over_
 
 
 def rounded(value: float) -> float | None:
-    """Four digits, for JSON; None for what is not defined."""
+    """Rounds to four digits, for JSON; None for what is not defined."""
     return round(value, 4) if defined([value]) else None
 
 
@@ -19,7 +19,7 @@ def compare(seeds: dict[int, float], control: dict[int, float]) -> list[float]:
 
 
 def short(run: dict) -> dict:
-    """What is worth committing of a run."""
+    """Returns what is worth committing of a run."""
     return {
         "arm": run["arm"],
         "budget": run["budget"],

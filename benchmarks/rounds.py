@@ -102,7 +102,7 @@ def run_arm(args: argparse.Namespace, dataset: str, work: Path, arm: str) -> tup
 
 
 def dice(labels: np.ndarray, true: np.ndarray, values: list[int], is_counted: np.ndarray) -> list[float | None]:
-    """Dice of each value over the voxels that count; None where neither has it."""
+    """Computes the Dice of each value over the voxels that count; None where neither has it."""
     scores = []
     for value in values:
         a, b = (labels == value) & is_counted, (true == value) & is_counted
@@ -112,7 +112,7 @@ def dice(labels: np.ndarray, true: np.ndarray, values: list[int], is_counted: np
 
 
 def score_pseudo_labels(base: Path, work: Path, arm: str, number: int, hidden: list[str]) -> dict:
-    """Mean Dice of a round's predictions of the hidden cases, of all and of what the gate let through."""
+    """Computes the mean Dice of a round's predictions of the hidden cases, of all and of what the gate let through."""
     folder = next(work.glob(f"preprocessed/*/*_pseudo/{arm}__*/round_{number}"))
     identifier = folder.parent.parent.name.removesuffix("_pseudo")
     labels = json.loads((base / "dataset.json").read_text())["labels"]
@@ -143,7 +143,7 @@ def score_pseudo_labels(base: Path, work: Path, arm: str, number: int, hidden: l
 
 
 def summary(scores: Scores) -> dict[str, float | None]:
-    """Mean of each organ, and the mean of those."""
+    """Computes the mean of each organ, and the mean of those."""
     means = organ_means(scores) | {"mean": mean_over_organs(scores)}
     return {name: rounded(value) for name, value in means.items()}
 
@@ -188,7 +188,7 @@ def by_hand(args: argparse.Namespace, raw: Path, work: Path, hidden: list[str]) 
 
 
 def run(args: argparse.Namespace, base: Path, raw: Path, number: int, seed: int) -> dict:
-    """All arms of one number of annotated cases and seed."""
+    """Runs all arms of one number of annotated cases and seed."""
     work = (Path(args.o) / f"{number}_annotated_seed_{seed}").resolve()
     protocol = {key: value for key, value in vars(args).items() if key not in ("o", "annotated", "seeds")}
     if (work / "result.json").is_file():
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace, base: Path, raw: Path, number: int, seed: int)
 
 
 def describe_round(base: Path, work: Path, arm: str, entry: Round, seconds: dict, hidden: list[str]) -> dict:
-    """What a round cost, and how good its model and its pseudo labels are."""
+    """Says what a round cost, and how good its model and its pseudo labels are."""
     title = f"round {entry.number}: "
     kinds = {"predict": "predicting", "gate": "filtering", "train": "training"}
     described = {
@@ -271,7 +271,7 @@ def write_figure(results: list[dict], path: Path) -> None:
 
 
 def table(results: list[dict]) -> str:
-    """Validation Dice by arm and round, mean and standard deviation over the seeds."""
+    """Writes validation Dice by arm and round, mean and standard deviation over the seeds."""
     lines = []
     for number in sorted({r["annotated"] for r in results}):
         for arm, index in product(ARMS, range(len(results[0]["gated"]))):

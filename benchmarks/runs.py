@@ -22,7 +22,7 @@ VALIDATION_ITERATIONS = 2  # nothing is selected on them
 
 
 def argument_parser(description: str, num_epochs: int = 100) -> argparse.ArgumentParser:
-    """The arguments that all of them take."""
+    """Declares the arguments that all of them take."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", required=True, type=int, help="data set id")
     parser.add_argument("-c", required=True, help="configuration")
@@ -45,7 +45,7 @@ def argument_parser(description: str, num_epochs: int = 100) -> argparse.Argumen
 
 
 def output_folder(args: argparse.Namespace, base: Path, name: str) -> Path:
-    """The folder of a benchmark's results, which is created."""
+    """Returns the folder of a benchmark's results, which is created."""
     default = Path(os.environ.get("nnUNet_results", "."), base.name, f"{name}__{args.p}__{args.c}")
     out = Path(args.o or default).resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def read_value(text: str):
 
 
 def dataset_folder(args: argparse.Namespace, root: str) -> Path:
-    """The folder of the data set below one of nnU-Net's three folders."""
+    """Returns the folder of the data set below one of nnU-Net's three folders."""
     if root not in os.environ:
         raise UserError(f"{root} is not set: set nnU-Net's three folders first")
     found = sorted(Path(os.environ[root]).glob(f"Dataset{int(args.d):03d}_*"))
@@ -71,7 +71,7 @@ def dataset_folder(args: argparse.Namespace, root: str) -> Path:
 
 
 def data_identifier(args: argparse.Namespace, base: Path) -> str:
-    """The name of the folder with the configuration's preprocessed cases."""
+    """Returns the name of the folder with the configuration's preprocessed cases."""
     file = base / f"{args.p}.json"
     if not file.is_file():
         raise UserError(f"there is no {file}: plan the data set first, or correct -p")
@@ -82,7 +82,7 @@ def data_identifier(args: argparse.Namespace, base: Path) -> str:
 
 
 def preprocessed_cases(args: argparse.Namespace, base: Path) -> list[str]:
-    """The cases that are preprocessed for the configuration."""
+    """Returns the cases that are preprocessed for the configuration."""
     folder = base / data_identifier(args, base)
     cases = sorted(f.name.removesuffix("_seg.b2nd") for f in folder.glob("*_seg.b2nd"))
     if not cases:
@@ -91,7 +91,7 @@ def preprocessed_cases(args: argparse.Namespace, base: Path) -> list[str]:
 
 
 def choose_test_cases(args: argparse.Namespace, patients: dict[str, list[str]], stored: Path, split: Path) -> list[str]:
-    """The held-out cases: given, stored by an earlier start, fold 0's validation cases, or drawn; then stored."""
+    """Chooses the held-out cases: given, kept by an earlier start, fold 0's validation cases, or drawn; keeps them."""
     cases = {case for group in patients.values() for case in group}
     wanted = args.test_cases or str(max(1, len(patients) // 5))
     if Path(wanted).is_file():
@@ -113,7 +113,7 @@ def choose_test_cases(args: argparse.Namespace, patients: dict[str, list[str]], 
 
 
 def split_patients(args: argparse.Namespace, base: Path, out: Path) -> tuple[list[str], dict[str, list[str]]]:
-    """The test cases, and the patients that are left to train on with their cases."""
+    """Returns the test cases, and the patients that are left to train on with their cases."""
     patient_of = json.loads(Path(args.patients).read_text()) if args.patients else None
     patients = group_by_patient(preprocessed_cases(args, base), patient_of)
     test = choose_test_cases(args, patients, out / "test_cases.json", base / "splits_final.json")
@@ -122,7 +122,7 @@ def split_patients(args: argparse.Namespace, base: Path, out: Path) -> tuple[lis
 
 
 def is_finished(job: dict) -> bool:
-    """Whether the run's JSON is there.
+    """Returns whether the run's JSON is there.
 
     Raises:
         UserError: If it was made in another way than this command asks for.
@@ -182,7 +182,7 @@ def run_all(jobs: list[dict], out: Path, workers: int) -> list[dict]:
 
 
 def results_of(jobs: list[dict], failed: list[dict]) -> list[dict]:
-    """The results of the runs that did not fail."""
+    """Returns the results of the runs that did not fail."""
     return [json.loads(Path(job["result"]).read_text()) for job in jobs if job not in failed]
 
 

@@ -46,7 +46,7 @@ WITH_POOL = {
 
 
 def load(dataset: str, plans: str, trainer: str = FINE_TUNING, settings: dict | None = None) -> tuple[dict, dict]:
-    """The plans, with fine-tuning from random weights (which costs the same), and dataset.json.
+    """Loads the plans, with fine-tuning from random weights (which costs the same), and dataset.json.
 
     Args:
         dataset: DatasetXXX_Name.
@@ -63,7 +63,7 @@ def load(dataset: str, plans: str, trainer: str = FINE_TUNING, settings: dict | 
 
 
 def start_trainer(name: str, args: argparse.Namespace, settings: dict | None = None):
-    """A trainer in the middle of its first epoch."""
+    """Returns a trainer in the middle of its first epoch."""
     plans, dataset_json = load(args.dataset, args.p, name, settings)
     trainer = recursive_find_trainer_class_by_name(name)(
         plans={**plans, "continue_training": False},
@@ -79,7 +79,7 @@ def start_trainer(name: str, args: argparse.Namespace, settings: dict | None = N
 
 
 def stepper(trainer) -> Callable[[], None]:
-    """A function that trains one step on a batch that is already loaded."""
+    """Returns a function that trains one step on a batch that is already loaded."""
     batches = cycle([next(trainer.dataloader_train) for _ in range(4)])
     if getattr(trainer, "pool_loader", None):
         trainer.pool_loader = cycle([next(trainer.pool_loader) for _ in range(4)])
@@ -87,7 +87,7 @@ def stepper(trainer) -> Callable[[], None]:
 
 
 def predictor(trainer, axes: tuple[int, ...]) -> Callable[[], None]:
-    """A function that predicts one preprocessed case with the trainer's network, mirroring over `axes`."""
+    """Returns a function that predicts one preprocessed case with the trainer's network, mirroring over `axes`."""
     trainer.set_deep_supervision_enabled(False)
     trainer.network.eval()
     predict = nnUNetPredictor(
@@ -155,23 +155,23 @@ def interleave(ours: Callable, stock: Callable, rounds: int, device: str, warm_u
 
 
 def training(args: argparse.Namespace, name: str, settings: dict | None = None) -> Callable[[], None]:
-    """A trainer's step."""
+    """Returns a trainer's step."""
     return stepper(start_trainer(name, args, settings))
 
 
 def prediction(args: argparse.Namespace, name: str) -> Callable[[], None]:
-    """A trainer's prediction of a case."""
+    """Returns a trainer's prediction of a case."""
     trainer = start_trainer(name, args)
     return predictor(trainer, trainer.inference_allowed_mirroring_axes)
 
 
 def preprocessing(args: argparse.Namespace, folder: str, which: int) -> Callable[[], None]:
-    """One of `preprocessors`."""
+    """Returns one of `preprocessors`."""
     return preprocessors(args, Path(folder))[which]
 
 
 def peak_memory(args: argparse.Namespace, what: str, prepare: Callable, *arguments) -> dict[str, float | str]:
-    """Peak memory in MiB of doing a few times what `prepare(args, *arguments)` returns, in a process of its own."""
+    """Measures peak MiB of doing a few times what `prepare(args, *arguments)` returns, in a process of its own."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:  # may have workers of its own
         return process.submit(_peak_memory, args, what, prepare, *arguments).result()
 
@@ -200,7 +200,7 @@ def measure_pool(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
 
 def measure(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
-    """All measurements: rows of ratios, rows of memory."""
+    """Measures all: rows of ratios, rows of memory."""
     names = {"stock": STOCK, "fine-tuning": FINE_TUNING, "pre-training": PRE_TRAINING}
     # first: a child's peak counts its parent's size at the fork
     memory = [peak_memory(args, f"{title} step", training, name) for title, name in names.items()]
@@ -232,7 +232,7 @@ def measure(args: argparse.Namespace) -> tuple[list[dict], list[dict]]:
 
 
 def tabulate(rows: list[dict], memory: list[dict]) -> str:
-    """The measurements as Markdown."""
+    """Writes the measurements as Markdown."""
     lines = ["| what | ours, s | stock, s | ratio | goal |", "|---|---|---|---|---|"]
     lines += [
         f"| {r['what']} | {r['ours_seconds']:.4f} | {r['stock_seconds']:.4f} | {r['ratio']:.3f} | {r['goal']} |"

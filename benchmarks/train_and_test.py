@@ -42,7 +42,7 @@ def link_cases(source: Path, target: Path, cases: list[str], endings: tuple[str,
 
 
 def axial_axis(image: sitk.Image) -> int:
-    """The array axis (reversed against SimpleITK's own order) that runs along the patient."""
+    """Returns the array axis (reversed against SimpleITK's own order) that runs along the patient."""
     direction = np.abs(np.array(image.GetDirection()).reshape(3, 3))
     return 2 - int(direction[2].argmax())
 

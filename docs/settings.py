@@ -64,7 +64,7 @@ DiffusionCoTrainingTrainer.
 
 
 def comments(cls: type) -> dict[str, str]:
-    """The comment beside each annotated attribute of a class, with the comment lines that follow it."""
+    """Returns the comment beside each annotated attribute of a class, with the comment lines that follow it."""
     source = inspect.cleandoc("\n" + inspect.getsource(cls))
     lines = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -83,7 +83,7 @@ def comments(cls: type) -> dict[str, str]:
 
 
 def section(cls: type) -> str:
-    """A trainer: what it is, its own settings, and whose it has besides."""
+    """Describes a trainer: what it is, its own settings, and whose it has besides."""
     own, values = comments(cls), declared(cls)
     trainers = [base for base in cls.__mro__ if base.__name__ in trainer_names()]
     lines = [f"## {cls.__name__}\n", inspect.getdoc(cls).splitlines()[0] + "\n"]
@@ -99,7 +99,7 @@ def section(cls: type) -> str:
 
 
 def write() -> str:
-    """The whole page; a trainer comes after those that it derives from."""
+    """Writes the whole page; a trainer comes after those that it derives from."""
     classes = our_trainers()
     classes.sort(key=lambda cls: (len(cls.__mro__), cls.__name__))
     return "\n".join([HEAD, *map(section, classes)]).rstrip() + "\n"

@@ -67,7 +67,7 @@ class Step:
 
     @property
     def made_from(self) -> dict[str, Any]:
-        """What must be unchanged for a finished step to be skipped."""
+        """Records what must be unchanged for a finished step to be skipped."""
         return made_from({"command": list(self.command), **self.depends_on}, self.cases)
 
 

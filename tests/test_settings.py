@@ -85,6 +85,7 @@ def test_a_block_counts_for_what_derives_from_its_class_unless_a_nearer_class_ha
         ({"ConfiguredTrainer": {"initial_lr": float("inf")}}, "initial_lr is inf: it must be a finite number"),
         ({"DerivedTrainer": {"name": "c"}}, "DerivedTrainer.name is 'c': it must be a or b"),
         ({"PartialLabelTrainer": {"epochs": 5}}, "nnunet_diffusion.PartialLabelTrainer.epochs is not a setting"),
+        ({"DiffusionCoTrainingTrainer": {"perturbation": 0.1}}, "no longer a setting: .* strong_probability instead"),
         ({"PartialLabelTrainer": {"optimizer_name": "Adam"}}, "optimizer_name is 'Adam': it must be SGD or AdamW"),
     ],
 )

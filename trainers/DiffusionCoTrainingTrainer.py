@@ -44,6 +44,8 @@ class DiffusionCoTrainingTrainer(MeanTeacherTrainer):
         "schedule": one_of(*SCHEDULES), "rounds": at_least(1), "gate": at_least(0),
     }  # fmt: skip
 
+    replaced_settings = {"perturbation": "train with MeanTeacherTrainer, which has strong_probability instead"}
+
     ignores_what_is_unsure = False  # the gate drops whole images
 
     def prepare(self):

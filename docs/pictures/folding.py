@@ -11,19 +11,19 @@ STEPS = ("convolution", "normalize:  z", "scale and shift", "nonlinearity")
 
 
 def box(axis, x: float, y: float, text: str, color: str = GRAY, width: float = 2.6, filled: bool = False) -> None:
-    """A box around its center."""
+    """Draws a box around its center."""
     face = color if filled else "white"
     axis.add_patch(FancyBboxPatch((x - width / 2, y - 0.3), width, 0.6, "round,pad=0.04", fc=face, ec=color, lw=1.6))
     axis.text(x, y, text, ha="center", va="center", fontsize=10, color="white" if filled else "#16232b")
 
 
 def arrow(axis, start: tuple[float, float], end: tuple[float, float], color: str = GRAY) -> None:
-    """From one box to another."""
+    """Draws an arrow from one box to another."""
     axis.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=13, color=color, lw=1.4))
 
 
 def column(axis, x: float, title: str, formula: str, color: str) -> None:
-    """One block of the U-Net, from input to output."""
+    """Draws one block of the U-Net, from input to output."""
     axis.text(x, 5.35, title, ha="center", fontsize=11.5, weight="bold", color="#16232b")
     for number, step in enumerate(STEPS):
         y = 4.5 - 1.15 * number

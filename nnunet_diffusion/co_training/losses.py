@@ -34,7 +34,7 @@ def labeled_loss(
         student: Logits p1.
         masks: Logits p2, q_1, ..., q_K; empty for a teacher that does not learn by itself.
         errors: E_1, ..., E_K.
-        supervised_loss: D(., y), knowing what was annotated.
+        supervised_loss: D(., y), of what was annotated.
 
     Returns:
         Scalar.

@@ -290,7 +290,7 @@ def write_phantom_dataset(
 
 
 def main() -> None:
-    """`python -m nnunet_diffusion.demo.phantom FOLDER`."""
+    """Runs `python -m nnunet_diffusion.demo.phantom FOLDER`."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("folder", help="DatasetXXX_Name")
     for name, default in (("labeled", 4), ("unlabeled", 32), ("test", 6), ("seed", 0)):

@@ -21,7 +21,7 @@ DEFAULT_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
 
 
 def dataset_name(name_or_id: str) -> str:
-    """The name of a data set in any of nnU-Net's folders; errors as `find_dataset`'s."""
+    """Finds the name of a data set in any of nnU-Net's folders; errors as `find_dataset`'s."""
     try:
         return safe_name(str(maybe_convert_to_dataset_name(name_or_id)), "-d", "give the id or the name of a data set")
     except (RuntimeError, ValueError) as error:

@@ -1,12 +1,12 @@
 """The model card of a denoiser, in Markdown: what it was trained on, how, and what nobody but its owner can say."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from nnunet_diffusion.pretraining.nnssl import readable_citations
+from nnunet_diffusion.records import sha256
 
 CARD = """\
 # Denoiser of {dataset_name}, {configuration}
@@ -132,12 +132,3 @@ def table(rows: Mapping[str, str]) -> str:
 def numbers(values: Any) -> str:
     """Writes a size, such as 1.5 x 0.8 x 0.8."""
     return " x ".join(f"{value:.4g}" for value in values)
-
-
-def sha256(path: str) -> str:
-    """Returns the checksum of a file, which may be large."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

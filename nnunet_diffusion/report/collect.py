@@ -73,7 +73,7 @@ class Model:
 
     @property
     def name(self) -> str:
-        """As a heading."""
+        """Writes the name as a heading."""
         return f"{self.trainer}, {self.plans}, {self.configuration}"
 
 
@@ -91,7 +91,7 @@ class Results:
 
     @property
     def organs(self) -> list[str]:
-        """The labels or regions but background and the ignore label."""
+        """Lists the labels or regions but background and the ignore label."""
         return [name for name, value in self.dataset_json["labels"].items() if value != 0 and name != "ignore"]
 
     def attempt(self, path: str, read: Callable[[str], Any]) -> Any:
