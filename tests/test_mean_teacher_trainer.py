@@ -73,7 +73,7 @@ def log_of(trainer):
     ("configuration", "kind", "norm", "settings"),
     [
         ("2d", "PlainConvUNet", "InstanceNorm", {}),
-        ("3d_fullres", "ResidualEncoderUNet", "BatchNorm", {"paste": "into_pool", "absent": "background"}),
+        ("3d_fullres", "ResidualEncoderUNet", "BatchNorm", {"paste": "both", "absent": "unknown"}),
         ("2d", "ResidualEncoderUNet", "InstanceNorm", {"paste": "none", "adaptive": False}),
     ],
 )

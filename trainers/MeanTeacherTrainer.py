@@ -30,7 +30,7 @@ from nnunet_diffusion.trainers.PartialLabelTrainer import PartialLabelTrainer
 
 
 class MeanTeacherTrainer(PartialLabelTrainer):
-    """nnU-Net that also learns its own averaged predictions of the pool, with labeled boxes pasted into it and back.
+    """nnU-Net that also learns its own averaged predictions of the pool, with labeled boxes pasted into it.
 
     A step has a labeled batch, as ever, and a mixed one: parts of labeled patches with their labels, parts of patches
     of the pool with the labels that the teacher, the average of the weights (Tarvainen and Valpola 2017), is sure of;
@@ -46,8 +46,8 @@ class MeanTeacherTrainer(PartialLabelTrainer):
     ema_decay: float = 0.99  # of the teacher
     confidence: float = 0.6  # least probability of a pseudo label, of the class that the teacher is surest of
     adaptive: bool = True  # lower for classes that the teacher is less sure of; False: the same for all
-    absent: str = "unknown"  # a class that the teacher does not find in a patch of the pool; or background
-    paste: str = "both"  # labeled boxes into patches of the pool, and the other way round; or into_pool, none
+    absent: str = "background"  # where the teacher does not find a class in a patch; or unknown: it may be anywhere
+    paste: str = "into_pool"  # labeled boxes into patches of the pool; or both: and the other way round; or none
     strong_probability: float = 0.5  # of each change of intensities in the student's view of the pool
     body_share: float = 0.67  # of the pool's patches are centered on the body
     allowed_values = {
