@@ -925,6 +925,28 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
 
 
 @pytest.mark.slow
+def test_the_mean_teacher_trains_a_round_and_the_fine_tuning_leaves_the_pool_out(world, results):
+    """A run of its own on the same data; the teacher speaks from the first step on."""
+    folder, _, _ = world
+    shutil.copyfile(folder / "R.json", folder / "M.json")
+    block = json.loads((folder / "M.json").read_text())["nnunet_diffusion"]
+    block["MeanTeacherTrainer"] = {"supervised_share": 0.0, "least_dice": 0.0}
+    edit_json(folder / "M.json", plans_name="M", nnunet_diffusion=block)
+    command = ["M" if part == "R" else part for part in COMMAND]
+    trainer = "PseudoLabelMeanTeacherTrainer"
+    assert main([*command, "--round_trainer", trainer, "--finetune"]) == 0
+    with_pool, last = (results / f"{trainer}__M_{name}__2d" / "fold_0" for name in ("round1", "roundfinetune"))
+    log, last_log = (next(fold.glob("training_log*")).read_text() for fold in (with_pool, last))
+    kept = pseudo_cases(folder / "nnUNetCompactPlans_2d_pseudo" / "M__2d__fold_0" / "round_1")
+    assert f"annotated cases, {len(kept)} cases with pseudo labels" in log and "Pool: loss" in log
+    assert "unlabeled images" in log and "unlabeled images" not in last_log and "Pool: loss" not in last_log
+    outcome = results / f"{trainer}__M__2d" / "fold_0" / "checkpoint_final.pth"
+    assert outcome.read_bytes() == (last / "checkpoint_final.pth").read_bytes()
+    assert main([*command, "--round_trainer", trainer, "--finetune", "--status"]) == 0
+    assert main([*command, "--finetune"]) == 1, "another trainer of the rounds is another run"
+
+
+@pytest.mark.slow
 def test_killed_at_random_moments_the_same_command_ends_the_same(world, tmp_path):
     """Two kills, or as many as NNUNET_DIFFUSION_KILLS says; kept cases, pseudo labels and weights are the same."""
     folder, seconds, fresh = world
