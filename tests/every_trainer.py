@@ -27,6 +27,7 @@ AT_ONCE = {"supervised_share": 0.0, "ramp_share": 0.0, "start": "denoiser"}
 SETTINGS = {
     "ConfiguredTrainer": {"seed": 0},
     "PseudoLabelTrainer": {"pseudo_labels": "given/round_1"},
+    "PseudoLabelMeanTeacherTrainer": {"pseudo_labels": "given/round_1"},
     "MeanTeacherTrainer": {"supervised_share": 0.0, "least_dice": 0.0},  # the teacher speaks from the first step on
     "MutualDifferenceTrainer": AT_ONCE,
     "MutualSimilarityTrainer": AT_ONCE,

@@ -177,7 +177,7 @@ def test_a_mixed_batch_has_true_labels_where_it_is_labeled_and_the_teachers_else
     pseudo = torch.full(shape, 4)  # of the ignore label: the teacher is not sure ...
     pseudo[:, :, 8:] = 3  # but of the lower half
     assert trainer.label_manager.ignore_label == 4
-    monkeypatch.setattr(trainer, "pseudo_labels", lambda images: seen.update(teacher=images) or pseudo)
+    monkeypatch.setattr(trainer, "labels_of_teacher", lambda images: seen.update(teacher=images) or pseudo)
     network = trainer.network
     monkeypatch.setattr(trainer, "network", lambda images: seen.update(student=images) or network(images))
     loss_of = trainer.loss.forward

@@ -32,7 +32,7 @@ from nnunet_diffusion.partial.annotations import Annotation
 from nnunet_diffusion.pretraining.start import find_start
 from nnunet_diffusion.records import digest
 from nnunet_diffusion.rounds import places
-from nnunet_diffusion.rounds.constrained import most_probable
+from nnunet_diffusion.rounds.constrained import ignore_uncertain, most_probable
 from nnunet_diffusion.rounds.disk import mark_predictions, remove_rounds
 from nnunet_diffusion.rounds.evidence import (
     Evidence,
@@ -43,8 +43,8 @@ from nnunet_diffusion.rounds.evidence import (
     organ_priors,
     pairwise_dice,
 )
-from nnunet_diffusion.rounds.filtering import filter_round, read_verdicts
-from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, Verdict, filter_case, objections
+from nnunet_diffusion.rounds.filtering import filter_round, read_verdicts, voxel_thresholds
+from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT, GateSettings, Verdict, filter_case, objections, organ_limits
 from nnunet_diffusion.rounds.given_model import INTENSITIES, check_model, refuse_other_data, refuse_unusable_start
 from nnunet_diffusion.rounds.outcome import publish
 from nnunet_diffusion.rounds.places import Places, Request
@@ -158,13 +158,49 @@ def test_a_case_is_kept_waits_and_is_dropped():
     verdict = filter_case({"a": GOOD, "b": GOOD, "c": bad}, priors, GateSettings())
     assert (verdict.decision, verdict.organs) == (KEEP, ["a", "b"]) and list(verdict.reasons) == ["c"]
     evidence = {"a": GOOD, "b": bad, "c": bad}
-    decisions = [filter_case(evidence, priors, GateSettings(), rounds).decision for rounds in (0, 1, 2)]
+    strict = GateSettings(min_organs=0.5)
+    decisions = [filter_case(evidence, priors, strict, rounds).decision for rounds in (0, 1, 2)]
     assert decisions == [WAIT, WAIT, DROP]
-    assert "only 1 of 3 organs" in filter_case(evidence, priors, GateSettings()).reasons["case"][0]
+    assert "only 1 of 3 organs" in filter_case(evidence, priors, strict).reasons["case"][0]
+    assert filter_case(evidence, priors, GateSettings()).decision == KEEP, "one organ is enough"
     partly = filter_case(evidence, priors, GateSettings(), 5, is_partly_annotated=True)
     assert (partly.decision, partly.organs) == (KEEP, ["a"])
     assert filter_case({"a": bad}, priors, GateSettings(), 5, is_partly_annotated=True).decision == WAIT
     assert filter_case(evidence, priors, GateSettings(is_open=True)).organs == ["a", "b", "c"]
+
+
+def test_limits_refuse_the_worst_of_an_organ_and_no_more_of_it_than_a_share():
+    """Ten cases whose confidence is 0.0 to 0.9 and whose u is 1 to 10: all fail in u, eight in confidence."""
+    cases = [{"a": GOOD._replace(confidence=n / 10, disagreement=10.0 - n)} for n in range(10)]
+
+    def accepted(**settings):
+        gate = GateSettings(**settings)
+        limits = organ_limits(cases, gate)
+        return [n for n, case in enumerate(cases) if filter_case(case, {"a": PRIOR}, gate, limits=limits).organs]
+
+    assert accepted() == list(range(1, 10)), "one is the worst in both"
+    assert accepted(worst_share=0.3, max_disagreement=20.0) == list(range(3, 10))
+    assert accepted(worst_share=0.9, max_disagreement=20.0) == [8, 9], "no limit is stricter than was asked for"
+    assert accepted(worst_share=0.05) == list(range(10)) and accepted(worst_share=1.0) == []
+    two = [{"a": GOOD, "b": GOOD._replace(confidence=0.1, agreement=None)}] * 2
+    limits = organ_limits(two, GateSettings())
+    assert limits["a"] == GateSettings() and limits["b"] == GateSettings(organ_confidence=0.1), "each on its own"
+
+
+def test_voxels_of_organs_that_are_usually_less_sure_need_less_confidence():
+    channels = {"background": frozenset({0}), "liver": frozenset({1}), "vein": frozenset({2}), "duct": frozenset({3})}
+    absent = GOOD._replace(confidence=None)
+    cases = [{"liver": GOOD._replace(confidence=c), "vein": GOOD._replace(confidence=0.5), "duct": absent}
+             for c in (0.8, 1.0)]  # fmt: skip
+    least = voxel_thresholds(cases, channels, GateSettings(voxel_confidence=0.8))
+    assert least.tolist() == pytest.approx([0.8, 0.72, 0.4, 0.8])
+    same = voxel_thresholds(cases, channels, GateSettings(voxel_confidence=0.8, adaptive=False))
+    assert same.tolist() == pytest.approx([0.8] * 4)
+    regions = {"body": frozenset({1, 2}), "core": frozenset({2})}
+    found = [dict.fromkeys(regions, GOOD._replace(confidence=0.5))]
+    assert voxel_thresholds(found, regions, GateSettings()).tolist() == pytest.approx([0.7] * 3)
+    labels, confidence = torch.tensor([[[-1, 0, 1, 2]]]), torch.tensor([[[0.1, 0.7, 0.7, 0.45]]])
+    assert ignore_uncertain(labels, confidence, least[labels.clamp_min(0)], 4).flatten().tolist() == [-1, 4, 4, 2]
 
 
 def test_gate_settings_are_read_and_mistakes_are_named():
@@ -445,6 +481,7 @@ def test_usage_is_checked_before_anything_is_loaded(arguments, message, nnunet_f
 COMMAND = ["rounds", "-d", str(tiny.ID), "-c", "2d", "-f", "0", "-p", "R", "-device", "cpu", "--start", "scratch"]
 # after two epochs of two steps, nothing is certain: only the most uncertain organs are to be dropped
 GATE = ["organ_confidence=0.39", "volume_factor=1e9", "position_margin=1", "voxel_confidence=0.3", "min_organs=0.3"]
+GATE += ["worst_share=1"]
 COMMAND += ["--tolerance", "1", "--gate", *GATE]
 
 
@@ -885,6 +922,28 @@ def test_a_full_disk_then_weights_of_the_round_before_a_last_fine_tuning_and_sto
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ  # stock nnU-Net's own commands do not inherit it
     run_command(predict, env=os.environ | command_environment(None, "cpu")).check_returncode()
     assert (tmp_path / "out" / "tiny_003.nii.gz").is_file()
+
+
+@pytest.mark.slow
+def test_the_mean_teacher_trains_a_round_and_the_fine_tuning_leaves_the_pool_out(world, results):
+    """A run of its own on the same data; the teacher speaks from the first step on."""
+    folder, _, _ = world
+    shutil.copyfile(folder / "R.json", folder / "M.json")
+    block = json.loads((folder / "M.json").read_text())["nnunet_diffusion"]
+    block["MeanTeacherTrainer"] = {"supervised_share": 0.0, "least_dice": 0.0}
+    edit_json(folder / "M.json", plans_name="M", nnunet_diffusion=block)
+    command = ["M" if part == "R" else part for part in COMMAND]
+    trainer = "PseudoLabelMeanTeacherTrainer"
+    assert main([*command, "--round_trainer", trainer, "--finetune"]) == 0
+    with_pool, last = (results / f"{trainer}__M_{name}__2d" / "fold_0" for name in ("round1", "roundfinetune"))
+    log, last_log = (next(fold.glob("training_log*")).read_text() for fold in (with_pool, last))
+    kept = pseudo_cases(folder / "nnUNetCompactPlans_2d_pseudo" / "M__2d__fold_0" / "round_1")
+    assert f"annotated cases, {len(kept)} cases with pseudo labels" in log and "Pool: loss" in log
+    assert "unlabeled images" in log and "unlabeled images" not in last_log and "Pool: loss" not in last_log
+    outcome = results / f"{trainer}__M__2d" / "fold_0" / "checkpoint_final.pth"
+    assert outcome.read_bytes() == (last / "checkpoint_final.pth").read_bytes()
+    assert main([*command, "--round_trainer", trainer, "--finetune", "--status"]) == 0
+    assert main([*command, "--finetune"]) == 1, "another trainer of the rounds is another run"
 
 
 @pytest.mark.slow

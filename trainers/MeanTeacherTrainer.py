@@ -213,7 +213,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         """Adds the gradient of a mixed batch; returns its loss and how much of the pool the teacher labels."""
         views = self.next_of_pool()
         weak, strong = views.chunk(2, 1)
-        pseudo_labels = self.pseudo_labels(weak)
+        pseudo_labels = self.labels_of_teacher(weak)
         is_labeled = random_labeled_parts(images.shape, self.paste, self.device)
         mixed = torch.where(is_labeled, images, strong)
         labels = torch.where(is_labeled, target.long(), pseudo_labels)
@@ -233,7 +233,7 @@ class MeanTeacherTrainer(PartialLabelTrainer):
         return next(self.pool_loader)["data"].to(self.device, non_blocking=True)
 
     @torch.no_grad()
-    def pseudo_labels(self, images: torch.Tensor) -> torch.Tensor:
+    def labels_of_teacher(self, images: torch.Tensor) -> torch.Tensor:
         """Returns the teacher's labels (B, 1, X, Y[, Z]) of images, the ignore label where it is not sure."""
         probabilities = self.teacher_probabilities(images)
         self.thresholds.update(probabilities)

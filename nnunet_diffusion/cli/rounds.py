@@ -15,12 +15,13 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.names import safe_name
 
 HELP = "train on what is annotated, predict the pool, filter the pseudo labels, train on both, repeat"
+ROUND_TRAINERS = ("PseudoLabelTrainer", "PseudoLabelMeanTeacherTrainer")
 NEEDS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 EPILOG = """\
 The data set must be preprocessed with its pool (nnunet_diffusion plan_and_preprocess). Killed at any moment, the same
 command continues; with more --rounds, or with new scans or annotations preprocessed meanwhile, it goes on from there.
 What changed behind its back is named, and nothing is mixed. The outcome lies where nnUNetv2_predict looks for
--tr PseudoLabelTrainer; each round's report (report.md, pictures) lies in nnUNet_results/DATASET/rounds__PLANS__CONFIG.
+-tr ROUND_TRAINER; each round's report (report.md, pictures) lies in nnUNet_results/DATASET/rounds__PLANS__CONFIG.
 
 Many machines: --stop_after train, then --num_parts N --part_id 0 ... N-1 anywhere at the same time, then again without.
 
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--from", dest="model", default="", metavar="MODEL", help="model folder instead of a first training"
+    )
+    parser.add_argument(
+        "--round_trainer", choices=ROUND_TRAINERS, default=ROUND_TRAINERS[0], help="of each round; default: %(default)s"
     )
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument(
@@ -83,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
 
     os.environ[EXT_TRAINER] = with_our_trainers(ext_trainer_folders())
     request = request_of(
-        args, find_dataset(args.dataset), trainer=args.trainer, model=args.model, start=args.start,
-        finetune=args.finetune, tolerance=args.tolerance, mirroring=not args.disable_tta, keep_rounds=args.keep_rounds,
+        args, find_dataset(args.dataset), trainer=args.trainer, round_trainer=args.round_trainer, model=args.model,
+        start=args.start, finetune=args.finetune, tolerance=args.tolerance, mirroring=not args.disable_tta,
+        keep_rounds=args.keep_rounds,
     )  # fmt: skip
     if args.status or args.dry_run:
         rounds = Rounds(request, is_looking=args.status)

@@ -12,6 +12,7 @@ from nnunet_diffusion.report.collect import Fold, Model, Results
 Kinds = Mapping[str, Mapping[str, str]]  # case -> organ -> "annotated", "union" or "not"
 BESIDE_LABELS = {
     "PseudoLabelTrainer": ", and pseudo labels of the pool",
+    "PseudoLabelMeanTeacherTrainer": ", and pseudo labels of the pool",
     "DiffusionCoTrainingTrainer": ", and images of the pool",
     "DiffusionCoTrainingTwinTrainer": ", and images of the pool",
 }

@@ -93,8 +93,8 @@ def _choice(annotated: Tensor, possible: Tensor) -> Tensor:
     return choice | is_fixed[..., None]
 
 
-def ignore_uncertain(labels: Tensor, confidence: Tensor, least: float, ignore_label: int) -> Tensor:
-    """Puts `ignore_label` where the confidence is below `least`, but not outside the body."""
+def ignore_uncertain(labels: Tensor, confidence: Tensor, least: float | Tensor, ignore_label: int) -> Tensor:
+    """Puts `ignore_label` where the confidence is below `least`, of all or of each voxel; not outside the body."""
     return torch.where((confidence < least) & (labels >= 0), ignore_label, labels).to(labels.dtype)
 
 

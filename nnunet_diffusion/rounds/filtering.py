@@ -6,12 +6,13 @@ from functools import partial
 
 import torch
 
-from nnunet_diffusion.partial.annotations import Annotation
+from nnunet_diffusion.mean_teacher.pseudo_labels import ClassThresholds
+from nnunet_diffusion.partial.annotations import Annotation, Channels
 from nnunet_diffusion.records import Journal, made_from, read_journal, read_lines
 from nnunet_diffusion.rounds.cases import Cases
 from nnunet_diffusion.rounds.constrained import NOTHING_ANNOTATED, ignore_uncertain, keep_labels
 from nnunet_diffusion.rounds.evidence import Evidence, OrganPrior
-from nnunet_diffusion.rounds.gate import KEEP, Verdict, filter_case, not_kept
+from nnunet_diffusion.rounds.gate import KEEP, GateSettings, Verdict, filter_case, not_kept, organ_limits
 from nnunet_diffusion.rounds.places import Places
 from nnunet_diffusion.rounds.prediction import has_prediction, load_confidence, load_prediction, read_evidence
 from nnunet_diffusion.rounds.pseudo_labels import ignoring, pseudo_cases, remove_pseudo_labels, save_pseudo_label
@@ -50,7 +51,13 @@ def filter_round(places: Places, cases: Cases, entry: Round, before: Sequence[Ma
     annotations = {name: lacking[name] for name in entry.cases if name in lacking}  # others were annotated meanwhile
     failed = failed_predictions(places, number)
     evidence, teachers = predicted_evidence(places, cases, number, annotations.keys() - failed.keys())
-    origin = made_from({"teachers": teachers, "gate": places.request.gate.as_dict(), "priors": priors})
+    gate = places.request.gate
+    limits = organ_limits(evidence.values(), gate)
+    least = voxel_thresholds(evidence.values(), cases.channels, gate)
+    origin = made_from({
+        "teachers": teachers, "gate": gate.as_dict(), "priors": priors, "voxels": least.tolist(),
+        "limits": {organ: limit.as_dict() for organ, limit in limits.items()},
+    })  # fmt: skip
     journal, there = Journal(places.verdicts(number), origin), set(pseudo_cases(places.round(number)))
     done = {name for name, (decision, *_) in journal.entries.items() if decision != KEEP or name in there}
     tasks = {
@@ -58,7 +65,7 @@ def filter_round(places: Places, cases: Cases, entry: Round, before: Sequence[Ma
         for name in annotations
         if name not in done
     }
-    work = partial(decide, places, cases, number, priors)
+    work = partial(decide, places, cases, number, priors, limits, least)
     for name, verdict in work_on(work, tasks, workers, f"round {number}: filtering"):
         journal.add(name, verdict)
     verdicts = {name: Verdict(*journal.entries[name]) for name in annotations}
@@ -89,6 +96,8 @@ def decide(
     cases: Cases,
     number: int,
     priors: Mapping[str, OrganPrior],
+    limits: Mapping[str, GateSettings],
+    least: torch.Tensor,
     name: str,
     evidence: Mapping[str, Evidence],
     rounds_waited: int,
@@ -98,9 +107,9 @@ def decide(
     gate, annotation = places.request.gate, cases.annotations.get(name)
     if failed is not None:
         return not_kept(f"it was not predicted: {failed}", gate, rounds_waited, annotation is not None)
-    verdict = filter_case(evidence, priors, gate, rounds_waited, annotation is not None)
+    verdict = filter_case(evidence, priors, gate, rounds_waited, annotation is not None, limits)
     if verdict.decision == KEEP:
-        save(places, cases, number, name, annotation, set(verdict.organs))
+        save(places, cases, number, name, annotation, set(verdict.organs), least)
     return verdict
 
 
@@ -120,14 +129,42 @@ def report(
     return decisions
 
 
-def save(places: Places, cases: Cases, number: int, name: str, annotation: Annotation | None, organs: set[str]) -> None:
+def voxel_thresholds(
+    cases: Collection[Mapping[str, Evidence]], channels: Channels, settings: GateSettings
+) -> torch.Tensor:
+    """Returns the probability that a voxel must have, by its label value: lower for organs that are usually less sure.
+
+    As the mean teacher has it; how sure the models usually are of an organ is the mean over cases, of the background 1.
+    Regions have one threshold.
+
+    Args:
+        cases: {organ: evidence} of each case of the round.
+        channels: The `output_channels`.
+        settings: The limits.
+    """
+    values = max(max(channel) for channel in channels.values()) + 1
+    has_regions = any(len(channel) > 1 for channel in channels.values())
+    thresholds = ClassThresholds(values, settings.voxel_confidence, is_adaptive=settings.adaptive and not has_regions)
+    for name, channel in channels.items():
+        found = [case[name].confidence for case in cases if name in case and case[name].confidence is not None]
+        if found:
+            thresholds.usual[list(channel)] = sum(found) / len(found)
+    return thresholds.thresholds()
+
+
+def save(
+    places: Places, cases: Cases, number: int, name: str, annotation: Annotation | None, organs: set[str],
+    least: torch.Tensor,
+) -> None:  # fmt: skip
     """Saves the pseudo label of a case that is kept: the organs that are accepted, and what was annotated."""
     gate, manager = places.request.gate, ignoring(cases.label_manager)
     prediction = load_prediction(places.predicted(number), name)
     labels = torch.from_numpy(prediction.labels)
     if not gate.is_open:
         confidence = torch.from_numpy(load_confidence(places.predicted(number), name))
-        labels = ignore_uncertain(labels, confidence, gate.voxel_confidence, manager.ignore_label)
+        labels = ignore_uncertain(
+            labels, confidence, least[labels.long().clamp(0, len(least) - 1)], manager.ignore_label
+        )
     known = annotation or NOTHING_ANNOTATED
     labels, says = keep_labels(labels, organs, known, cases.channels)
     patch_size, info = cases.configuration.patch_size, {"teacher": prediction.teacher}

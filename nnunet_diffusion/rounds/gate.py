@@ -5,8 +5,8 @@ round, or is dropped for good when it has waited too often. To filter cases by c
 winner of FLARE22 (team blackbean) did; everything else here is ours.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.rounds.evidence import Evidence, OrganPrior
 
 KEEP, WAIT, DROP = "keep", "wait", "drop"
-EMPTY: Mapping[str, list[str]] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class GateSettings:
     Attributes:
         is_open: Let everything through, every voxel: the loop without a gate.
         voxel_confidence: Voxels below this probability are ignored in training.
+        adaptive: In rounds, lower for organs of which the models are usually less sure; False: the same for all.
         organ_confidence: An organ's mean probability must not be below it.
         max_disagreement: An organ's u with the round before must not be above it.
         min_agreement: The mean Dice of an ensemble's models must not be below it.
@@ -31,18 +32,22 @@ class GateSettings:
             than the largest.
         position_margin: An organ's center must not be farther outside the annotated ones' range, as a share of the
             image's extent.
-        min_organs: A scan of the pool is kept if at least this share of its organs is accepted.
+        worst_share: In rounds, `organ_confidence`, `max_disagreement` and `min_agreement` each refuse at most this
+            share of an organ's predictions, the worst; 1: all that fail.
+        min_organs: A scan of the pool is kept if at least this share of its organs is accepted; 0: one is enough.
         patience: A case that was not kept in so many rounds, one after the other, is dropped.
     """
 
     is_open: bool = False
     voxel_confidence: float = 0.7
+    adaptive: bool = True
     organ_confidence: float = 0.8
     max_disagreement: float = 0.5
     min_agreement: float = 0.7
     volume_factor: float = 2.0
     position_margin: float = 0.15
-    min_organs: float = 0.5
+    worst_share: float = 0.1
+    min_organs: float = 0.0
     patience: int = 3
 
     @classmethod
@@ -77,6 +82,37 @@ class Verdict(NamedTuple):
     decision: str  # keep, wait or drop
     organs: list[str]  # that are accepted
     reasons: dict[str, list[str]]  # organ -> why it is not accepted; "case" -> why the case is not kept
+
+
+def organ_limits(cases: Collection[Mapping[str, Evidence]], settings: GateSettings) -> dict[str, GateSettings]:
+    """Loosens the limits of each organ until each of three refuses no more than `worst_share` of its predictions.
+
+    Args:
+        cases: {organ: evidence} of each case of the round.
+        settings: The limits for all organs.
+    """
+    found: dict[str, list[Evidence]] = {}
+    for evidence in cases:
+        for organ, entry in evidence.items():
+            found.setdefault(organ, []).append(entry)
+    return {
+        organ: replace(
+            settings,
+            organ_confidence=_loosened(settings.organ_confidence, [e.confidence for e in entries], settings),
+            min_agreement=_loosened(settings.min_agreement, [e.agreement for e in entries], settings),
+            max_disagreement=-_loosened(
+                -settings.max_disagreement, [None if e.disagreement is None else -e.disagreement for e in entries],
+                settings,
+            ),
+        )
+        for organ, entries in found.items()
+    }  # fmt: skip
+
+
+def _loosened(least: float, values: Sequence[float | None], settings: GateSettings) -> float:
+    measured = sorted(value for value in values if value is not None)
+    refused = int(settings.worst_share * len(measured))
+    return min(least, measured[refused]) if refused < len(measured) else least
 
 
 def objections(evidence: Evidence, prior: OrganPrior | None, settings: GateSettings) -> list[str]:
@@ -123,6 +159,7 @@ def filter_case(
     settings: GateSettings,
     waited: int = 0,
     is_partly_annotated: bool = False,
+    limits: Mapping[str, GateSettings] = EMPTY,
 ) -> Verdict:
     """Decides whether a case is kept, waits or is dropped, and which of its organs are accepted.
 
@@ -132,10 +169,13 @@ def filter_case(
         settings: The limits.
         waited: In how many rounds before this one, one after the other, it was not kept.
         is_partly_annotated: One accepted organ is enough, and it is never dropped.
+        limits: The `organ_limits`; for an organ that is not among them, `settings`.
     """
     if settings.is_open:
         return Verdict(KEEP, list(evidence), {})
-    reasons = {organ: objections(entry, priors.get(organ), settings) for organ, entry in evidence.items()}
+    reasons = {
+        organ: objections(entry, priors.get(organ), limits.get(organ, settings)) for organ, entry in evidence.items()
+    }
     reasons = {organ: found for organ, found in reasons.items() if found}
     organs = [organ for organ in evidence if organ not in reasons]
     is_empty = not is_partly_annotated and not any(evidence[organ].volume_ml for organ in organs)

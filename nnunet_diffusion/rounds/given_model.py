@@ -8,7 +8,7 @@ from nnunet_diffusion.errors import UserError
 from nnunet_diffusion.files import read_json
 from nnunet_diffusion.pretraining.start import DENOISER, SCRATCH, find_start
 from nnunet_diffusion.rounds.cases import Cases
-from nnunet_diffusion.rounds.places import TRAINER, Places
+from nnunet_diffusion.rounds.places import Places
 from nnunet_diffusion.schemas import Dataset, Plans
 
 INTENSITIES = "foreground_intensity_properties_per_channel"
@@ -64,7 +64,7 @@ def refuse_unusable_start(places: Places, plans: dict) -> None:
         raise UserError(f"--from {places.model(0)}: is where the outcome goes: copy it to another place first")
     if request.start == "previous" and places.folds(0) != [request.fold]:
         raise UserError("--start previous: an ensemble has no weights to go on from: take denoiser or scratch")
-    start = request.settings_of(plans, TRAINER).get("start", DENOISER)
+    start = request.settings_of(plans, request.round_trainer).get("start", DENOISER)
     if request.start != DENOISER or start == SCRATCH:
         return
     try:

@@ -66,6 +66,7 @@ class Rounds:
         now = made_from({
             "nnunet_diffusion": version("nnunet_diffusion"),
             "trainer": request.trainer,
+            "round_trainer": request.round_trainer,
             "model": os.path.abspath(request.model) if request.model else "",
             "start": request.start,
             "finetune": request.finetune,

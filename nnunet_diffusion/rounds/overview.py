@@ -9,7 +9,6 @@ from nnunet_diffusion.records import read_lines
 from nnunet_diffusion.rounds.filtering import failed_predictions
 from nnunet_diffusion.rounds.gate import DROP, KEEP, WAIT
 from nnunet_diffusion.rounds.loop import Rounds
-from nnunet_diffusion.rounds.places import TRAINER
 from nnunet_diffusion.rounds.state import Round
 from nnunet_diffusion.tables import figure, text_table
 
@@ -56,6 +55,6 @@ def plan_of_work(run: Rounds, rounds: int) -> str:
     trained = [entry.number for entry in run.state.rounds if entry.checkpoints]
     first = request.model or request.trainer
     work = [f"{first} on {len(cases.annotations)} annotated cases, less those validated on"]
-    work += [f"predict {len(cases.pool)} scans of the pool, filter, train {TRAINER}"] * rounds
+    work += [f"predict {len(cases.pool)} scans of the pool, filter, train {request.round_trainer}"] * rounds
     lines = [f"round {number}: {what}{' (done)' if number in trained else ''}" for number, what in enumerate(work)]
     return "\n".join([*lines, f"then: {run.places.outcome()}"])

@@ -11,8 +11,6 @@ from nnunet_diffusion.rounds.teacher import AT_ONCE, CHECKPOINT
 from nnunet_diffusion.settings import SettingsOf, given_settings
 from nnunet_diffusion.workers import HERE, Workers
 
-TRAINER = "PseudoLabelTrainer"
-
 
 @dataclass(frozen=True)
 class Request:
@@ -24,6 +22,7 @@ class Request:
     plans: str = "nnUNetPlans"
     trainer: str = "DiffusionPretrainedTrainer"
     model: str = ""  # a model folder in the place of a first training
+    round_trainer: str = "PseudoLabelTrainer"
     start: str = "denoiser"
     finetune: bool = False
     gate: GateSettings = GateSettings()
@@ -103,11 +102,11 @@ class Places:
             return os.path.abspath(self.request.model)
         if number == 0:
             return self.request.model_folder(self.request.trainer)
-        return self.request.model_folder(TRAINER, self.plans(number))
+        return self.request.model_folder(self.request.round_trainer, self.plans(number))
 
     def outcome(self) -> str:
-        """Says where `nnUNetv2_predict -tr PseudoLabelTrainer -p PLANS` looks."""
-        return self.request.model_folder(TRAINER)
+        """Says where `nnUNetv2_predict -tr ROUND_TRAINER -p PLANS` looks."""
+        return self.request.model_folder(self.request.round_trainer)
 
     def folds(self, number: int | str) -> list[str]:
         """Lists the folds that predict: of a given model all, if nothing is validated on; else this run's own."""

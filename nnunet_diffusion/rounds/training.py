@@ -6,7 +6,7 @@ from typing import Any
 
 from nnunet_diffusion.commands import Step
 from nnunet_diffusion.files import read_json, write_json
-from nnunet_diffusion.rounds.places import TRAINER, Places
+from nnunet_diffusion.rounds.places import Places
 from nnunet_diffusion.rounds.teacher import CHECKPOINT
 from nnunet_diffusion.schemas import MeanSummary, TransferSource
 from nnunet_diffusion.settings import BLOCK
@@ -25,15 +25,15 @@ def write_plans(places: Places, plans: dict, number: int | str, before: int) -> 
         The settings.
     """
     request, block = places.request, dict(plans.get(BLOCK, {}))
-    settings = dict(block.get(TRAINER, {}))
+    settings = dict(block.get(request.round_trainer, {}))
     settings["pseudo_labels"] = "" if number == "finetune" else places.pseudo_labels(number)
     if request.start == "previous" or number == "finetune":
         settings["start"] = os.path.join(places.model(before), "fold_{fold}", CHECKPOINT)
     elif request.start == "scratch":
         settings["start"] = "scratch"
-    content = {**plans, "plans_name": places.plans(number), BLOCK: block | {TRAINER: settings}}
+    content = {**plans, "plans_name": places.plans(number), BLOCK: block | {request.round_trainer: settings}}
     write_json(os.path.join(places.base, places.plans(number) + ".json"), content)
-    return request.settings_of(content, TRAINER)
+    return request.settings_of(content, request.round_trainer)
 
 
 def training(places: Places, number: int | str, title: str, settings: dict, depends_on: dict, **hooks) -> Step:
@@ -48,7 +48,7 @@ def training(places: Places, number: int | str, title: str, settings: dict, depe
         **hooks: More of `Step`.
     """
     request = places.request
-    trainer, plans = (TRAINER, places.plans(number)) if number else (request.trainer, request.plans)
+    trainer, plans = (request.round_trainer, places.plans(number)) if number else (request.trainer, request.plans)
     folder = os.path.join(places.model(number), f"fold_{request.fold}")
     command = ["nnunet_diffusion", "train", request.dataset, request.configuration, request.fold]
     return Step(
